@@ -1,0 +1,31 @@
+# SPDX-License-Identifier: Apache-2.0
+# The one place that says how our targets are compiled.
+
+add_library(minivmm_flags INTERFACE)
+target_include_directories(minivmm_flags INTERFACE ${CMAKE_SOURCE_DIR})
+target_compile_options(minivmm_flags INTERFACE
+  -Wall -Wextra -Wshadow -Wconversion -Werror -fstack-clash-protection -fno-omit-frame-pointer)
+if(MINIVMM_SANITIZE)
+  target_compile_options(minivmm_flags INTERFACE -fsanitize=${MINIVMM_SANITIZE}
+                         -fno-sanitize-recover=all)
+  target_link_options(minivmm_flags INTERFACE -fsanitize=${MINIVMM_SANITIZE})
+  if(MINIVMM_SANITIZE MATCHES thread AND CMAKE_CXX_COMPILER_ID STREQUAL GNU)
+    # g++ warns that TSan does not model std::atomic_thread_fence.
+    target_compile_options(minivmm_flags INTERFACE -Wno-tsan)
+  endif()
+  if(MINIVMM_FUZZ)
+    target_compile_options(minivmm_flags INTERFACE -fsanitize=fuzzer-no-link)
+    target_link_options(minivmm_flags INTERFACE -fsanitize=fuzzer-no-link)
+  endif()
+endif()
+
+# minivmm_library(NAME SOURCES a.cc... [DEPENDS targets...]): a static library of one layer.
+# Code that may run on a fiber has a small stack: a frame over 4 KiB is an error.
+function(minivmm_library name)
+  cmake_parse_arguments(arg "" "" "SOURCES;DEPENDS" ${ARGN})
+  add_library(${name} STATIC ${arg_SOURCES})
+  target_link_libraries(${name} PUBLIC minivmm_flags ${arg_DEPENDS})
+  if(NOT MINIVMM_SANITIZE)
+    target_compile_options(${name} PRIVATE -Wframe-larger-than=4096)
+  endif()
+endfunction()
