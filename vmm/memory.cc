@@ -1,0 +1,87 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vmm/memory.h"
+
+#include <errno.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
+
+#include <fmt/core.h>
+
+#include "base/checked.h"
+#include "base/error.h"
+#include "vmm/layout.h"
+
+namespace minivmm::vmm {
+namespace {
+
+constexpr uint64_t kMinimum = uint64_t{2} << 20;
+// Far above what a host has, far below what address arithmetic could wrap at.
+constexpr uint64_t kMaximum = uint64_t{1} << 44;
+
+uint64_t checked_size(uint64_t size) {
+  if (size < kMinimum || size > kMaximum || !base::is_aligned(size, kPageSize)) {
+    throw base::Error(
+        EINVAL, fmt::format("memory size {} is not possible: it must be a multiple of 4 KiB, at "
+                            "least 2 MiB and at most 16 TiB",
+                            size));
+  }
+  return size;
+}
+
+}  // namespace
+
+Memory::Memory(const MemoryConfig& config) : size_(checked_size(config.size)) {
+  if (config.shared) {
+    memfd_.reset(::memfd_create("minivmm-guest-ram", MFD_CLOEXEC));
+    if (!memfd_) throw base::errno_error(errno, "guest RAM: cannot create a memfd");
+    if (::ftruncate(memfd_.get(), static_cast<off_t>(size_)) != 0) {
+      throw base::errno_error(errno,
+                              fmt::format("guest RAM: cannot make a memfd of {} bytes", size_));
+    }
+  }
+  try {
+    const uint64_t low = std::min(size_, kHoleStart);
+    map(0, low, 0, config.huge_pages);
+    if (size_ > low) map(kHoleEnd, size_ - low, low, config.huge_pages);
+    view_ = virtio::GuestMemory(mapped_);
+  } catch (...) {
+    unmap();
+    throw;
+  }
+}
+
+Memory::~Memory() { unmap(); }
+
+void Memory::map(uint64_t guest_base, uint64_t length, uint64_t file_offset, bool huge_pages) {
+  const int flags = memfd_ ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
+  void* host = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, memfd_.get(),
+                      static_cast<off_t>(file_offset));
+  if (host == MAP_FAILED) {
+    throw base::errno_error(
+        errno, fmt::format("guest RAM: cannot map {} bytes; give the guest less memory", length));
+  }
+  mapped_.push_back({guest_base, length, static_cast<std::byte*>(host)});
+  // Advice only: a kernel built without huge pages refuses it and nothing is lost but speed.
+  if (huge_pages) (void)::madvise(host, length, MADV_HUGEPAGE);
+  // A core dump is for our state; the guest's RAM would make it unusably large.
+  (void)::madvise(host, length, MADV_DONTDUMP);
+}
+
+void Memory::unmap() noexcept {
+  for (const auto& region : mapped_) ::munmap(region.host, region.size);
+  mapped_.clear();
+}
+
+std::span<std::byte> Memory::bytes(uint64_t address, uint64_t length, const char* what) const {
+  std::byte* host = view_.at(address, length);
+  if (host == nullptr) {
+    throw base::Error(EFAULT, fmt::format("{}: {} bytes at {:#x} are not in guest RAM ({} MiB); "
+                                          "give the guest more memory",
+                                          what, length, address, size_ >> 20));
+  }
+  return {host, length};
+}
+
+}  // namespace minivmm::vmm
