@@ -6,9 +6,10 @@
 // Error once, at their edge: virtio status, NBD error, FUSE errno, CLI text.
 #pragma once
 
-#include <exception>
 #include <string>
 #include <string_view>
+
+#include <exception>
 #include <system_error>
 
 namespace minivmm::base {

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "base/log.h"
 
-#include <time.h>
-
 #include <cstdlib>
 #include <memory>
 
 #include <spdlog/sinks/ansicolor_sink.h>
 #include <spdlog/spdlog.h>
+#include <time.h>
 
 namespace minivmm::base {
 namespace {
@@ -74,8 +73,7 @@ bool RateLimit::allow(uint64_t* suppressed) noexcept {
       suppressed_.fetch_add(1, std::memory_order_relaxed);
       return false;
     }
-    if (window_.compare_exchange_weak(old, second << 32 | (count + 1),
-                                      std::memory_order_relaxed)) {
+    if (window_.compare_exchange_weak(old, second << 32 | (count + 1), std::memory_order_relaxed)) {
       *suppressed = suppressed_.exchange(0, std::memory_order_relaxed);
       return true;
     }

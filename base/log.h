@@ -6,9 +6,10 @@
 // RateLimit.
 #pragma once
 
+#include <string_view>
+
 #include <atomic>
 #include <cstdint>
-#include <string_view>
 
 #include <fmt/core.h>
 

@@ -11,8 +11,9 @@
 namespace minivmm::virtio {
 
 GuestMemory::GuestMemory(std::vector<MemoryRegion> regions) : regions_(std::move(regions)) {
-  std::sort(regions_.begin(), regions_.end(),
-            [](const MemoryRegion& a, const MemoryRegion& b) { return a.guest_base < b.guest_base; });
+  std::sort(regions_.begin(), regions_.end(), [](const MemoryRegion& a, const MemoryRegion& b) {
+    return a.guest_base < b.guest_base;
+  });
   uint64_t free_from = 0;
   for (const MemoryRegion& region : regions_) {
     const auto end = base::checked_add(region.guest_base, region.size);

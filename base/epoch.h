@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// Counts requests in flight, per loop, and waits for those that began before a moment.
+//
+// A request holds a Pin while it runs. synchronize() returns once every Pin that existed when it
+// was called is gone; Pins taken later do not delay it. That is how a host cluster that was freed
+// is known to have no older I/O on its way to it, and how a drain knows that it is done. enter and
+// leave touch one cache line of the loop's own.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+
+#include "base/sync.h"
+#include "base/timer_queue.h"
+
+namespace minivmm::base {
+
+class Epoch {
+ public:
+  Epoch();
+  Epoch(const Epoch&) = delete;
+  Epoch& operator=(const Epoch&) = delete;
+  ~Epoch();
+
+  class Pin {
+   public:
+    Pin() = default;
+    explicit Pin(Epoch& epoch) noexcept : epoch_(&epoch), slot_(epoch.enter()) {}
+    Pin(Pin&& o) noexcept : epoch_(o.epoch_), slot_(o.slot_) { o.epoch_ = nullptr; }
+    Pin& operator=(Pin&& o) noexcept;
+    ~Pin() { release(); }
+    void release() noexcept {
+      if (epoch_ != nullptr) epoch_->leave(slot_);
+      epoch_ = nullptr;
+    }
+
+   private:
+    Epoch* epoch_ = nullptr;
+    uint32_t slot_ = 0;
+  };
+
+  // Fiber; must hold no Pin of this epoch itself.
+  void synchronize();
+  // The same with an end; false: some are still in flight.
+  bool synchronize_until(Clock::time_point deadline);
+
+  // How many are in flight; exact only when nobody enters or leaves.
+  uint64_t in_flight() const noexcept;
+
+ private:
+  struct Counters;
+  uint32_t enter() noexcept;
+  void leave(uint32_t slot) noexcept;
+  uint64_t count(unsigned phase) const noexcept;
+  bool wait_for_phase(unsigned phase, Clock::time_point deadline);
+
+  std::unique_ptr<Counters[]> counters_;
+  std::atomic<uint32_t> phase_{0};
+  std::atomic<bool> waiting_{false};
+  FiberMutex synchronizing_;     // one at a time; flips phase_
+  bool old_phase_busy_ = false;  // a timed-out synchronize left pins in the other phase
+  std::mutex mutex_;
+  WaitQueue drained_;
+};
+
+}  // namespace minivmm::base

@@ -1,0 +1,258 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "base/event_loop.h"
+
+#include <pthread.h>
+
+#include <array>
+#include <cerrno>
+
+#include "base/error.h"
+#include "base/log.h"
+
+namespace minivmm::base {
+namespace {
+
+thread_local EventLoop* t_loop = nullptr;
+
+// Hands out loop indices.
+class IndexTable {
+ public:
+  unsigned take() {
+    const std::lock_guard lock(mutex_);
+    for (unsigned i = 0; i < taken_.size(); ++i) {
+      if (!taken_[i]) {
+        taken_[i] = true;
+        return i;
+      }
+    }
+    throw Error(EAGAIN, fmt::format("more than {} event loops", EventLoop::kMaxLoops));
+  }
+  void give_back(unsigned i) {
+    const std::lock_guard lock(mutex_);
+    taken_[i] = false;
+  }
+
+ private:
+  std::mutex mutex_;
+  std::array<bool, EventLoop::kMaxLoops> taken_{};
+};
+
+IndexTable& indices() {
+  static IndexTable table;
+  return table;
+}
+
+// Enough ready fibers a turn to amortise the system call, few enough that completions and posts
+// are not kept waiting.
+constexpr unsigned kBatch = 256;
+constexpr size_t kIdleStacks = 64;
+
+}  // namespace
+
+EventLoop::EventLoop(EventLoopOptions options)
+    : options_(std::move(options)), index_(indices().take()) {}
+
+EventLoop::~EventLoop() {
+  // Bodies posted after run() returned never run.
+  PostedBody* body = remote_bodies_.exchange(nullptr);
+  while (body != nullptr) {
+    PostedBody* next = body->next;
+    delete body;
+    body = next;
+  }
+  indices().give_back(index_);
+}
+
+EventLoop* EventLoop::current() noexcept { return t_loop; }
+
+void EventLoop::start_backend() {
+  if (options_.backend != BackendChoice::kEpoll) {
+    try {
+      backend_ = make_uring_backend(options_.ring_entries);
+    } catch (const Error& e) {
+      if (options_.backend == BackendChoice::kUring) throw;
+      log_debug("{}: io_uring is refused ({}); using epoll", options_.name, e.what());
+    }
+  }
+  if (!backend_) backend_ = make_epoll_backend(8);
+  backend_name_.store(backend_->name(), std::memory_order_release);
+  wake_target_.store(backend_.get(), std::memory_order_release);
+}
+
+void EventLoop::run() {
+  ::pthread_setname_np(::pthread_self(), options_.name.substr(0, 15).c_str());
+  start_backend();
+  t_loop = this;
+  for (;;) {
+    take_remote();
+    run_ready();
+    if (ready_head_ == nullptr && live_count_ == 0 && stopping_.load(std::memory_order_acquire) &&
+        !remote_pending()) {
+      break;
+    }
+    // From here on a poster must wake us; one that came before this is seen by remote_pending.
+    sleeping_.store(true, std::memory_order_seq_cst);
+    auto timeout = poll_timeout();
+    const bool idle = timeout != std::chrono::nanoseconds(0);
+    if (idle && stacks_.idle() > kIdleStacks) stacks_.trim(kIdleStacks);
+    backend_->poll(timeout, *this);
+    sleeping_.store(false, std::memory_order_relaxed);
+    if (timers_.next_deadline()) timers_.fire_due(Clock::now());
+  }
+  t_loop = nullptr;
+  wake_target_.store(nullptr, std::memory_order_release);
+}
+
+std::optional<std::chrono::nanoseconds> EventLoop::poll_timeout() const noexcept {
+  if (ready_head_ != nullptr || remote_pending() ||
+      (live_count_ == 0 && stopping_.load(std::memory_order_seq_cst))) {
+    return std::chrono::nanoseconds(0);
+  }
+  const auto deadline = timers_.next_deadline();
+  if (!deadline) return std::nullopt;
+  const auto left = *deadline - Clock::now();
+  return left.count() > 0 ? std::chrono::nanoseconds(left) : std::chrono::nanoseconds(0);
+}
+
+bool EventLoop::remote_pending() const noexcept {
+  return remote_fibers_.load(std::memory_order_seq_cst) != nullptr ||
+         remote_bodies_.load(std::memory_order_seq_cst) != nullptr;
+}
+
+void EventLoop::stop() noexcept {
+  stopping_.store(true, std::memory_order_seq_cst);
+  wake_thread();
+}
+
+void EventLoop::wake_thread() noexcept {
+  if (!sleeping_.load(std::memory_order_seq_cst)) return;
+  if (IoBackend* target = wake_target_.load(std::memory_order_acquire)) target->wake();
+}
+
+void EventLoop::post_body(std::unique_ptr<PostedBody> body) noexcept {
+  PostedBody* const posted = body.release();
+  posted->next = remote_bodies_.load(std::memory_order_relaxed);
+  while (!remote_bodies_.compare_exchange_weak(posted->next, posted, std::memory_order_seq_cst,
+                                               std::memory_order_relaxed)) {
+  }
+  if (!on_own_thread()) wake_thread();
+}
+
+void EventLoop::wake(Fiber& fiber) noexcept {
+  if (on_own_thread()) {
+    push_ready(fiber);
+    return;
+  }
+  fiber.next_ready = remote_fibers_.load(std::memory_order_relaxed);
+  while (!remote_fibers_.compare_exchange_weak(fiber.next_ready, &fiber, std::memory_order_seq_cst,
+                                               std::memory_order_relaxed)) {
+  }
+  wake_thread();
+}
+
+void EventLoop::take_remote() {
+  // Each stack has the newest on top: turn it over to keep the order of arrival.
+  Fiber* fiber = remote_fibers_.exchange(nullptr, std::memory_order_acq_rel);
+  Fiber* fibers = nullptr;
+  while (fiber != nullptr) {
+    Fiber* next = fiber->next_ready;
+    fiber->next_ready = fibers;
+    fibers = fiber;
+    fiber = next;
+  }
+  while (fibers != nullptr) {
+    Fiber* next = fibers->next_ready;
+    push_ready(*fibers);
+    fibers = next;
+  }
+  PostedBody* body = remote_bodies_.exchange(nullptr, std::memory_order_acq_rel);
+  PostedBody* bodies = nullptr;
+  while (body != nullptr) {
+    PostedBody* next = body->next;
+    body->next = bodies;
+    bodies = body;
+    body = next;
+  }
+  while (bodies != nullptr) {
+    const std::unique_ptr<PostedBody> owned(bodies);
+    bodies = bodies->next;
+    try {
+      owned->start(*this);
+    } catch (const std::exception& e) {
+      // No memory for a stack: the work is lost, and somebody may wait for it. Say so and end:
+      // going on would be a hang.
+      log_error("{}: cannot start a posted task: {}", options_.name, e.what());
+      std::terminate();
+    }
+  }
+}
+
+void EventLoop::push_ready(Fiber& fiber) noexcept {
+  fiber.next_ready = nullptr;
+  if (ready_tail_ != nullptr) {
+    ready_tail_->next_ready = &fiber;
+  } else {
+    ready_head_ = &fiber;
+  }
+  ready_tail_ = &fiber;
+}
+
+void EventLoop::run_ready() noexcept {
+  for (unsigned n = 0; n < kBatch && ready_head_ != nullptr; ++n) {
+    Fiber* const fiber = ready_head_;
+    ready_head_ = fiber->next_ready;
+    if (ready_head_ == nullptr) ready_tail_ = nullptr;
+    resume(*fiber);
+  }
+}
+
+void EventLoop::resume(Fiber& fiber) noexcept {
+  fiber.waiting_for = nullptr;
+  if (!fiber.resume()) return;
+  if (fiber.live_prev != nullptr) {
+    fiber.live_prev->live_next = fiber.live_next;
+  } else {
+    live_head_ = fiber.live_next;
+  }
+  if (fiber.live_next != nullptr) fiber.live_next->live_prev = fiber.live_prev;
+  --live_count_;
+  fiber.destroy();
+}
+
+void EventLoop::link_live(Fiber& fiber) noexcept {
+  fiber.live_prev = nullptr;
+  fiber.live_next = live_head_;
+  if (live_head_ != nullptr) live_head_->live_prev = &fiber;
+  live_head_ = &fiber;
+  ++live_count_;
+}
+
+void EventLoop::yield() noexcept {
+  Fiber* const self = Fiber::current();
+  push_ready(*self);
+  self->suspend();
+}
+
+int64_t EventLoop::run_io(IoOp& op) noexcept {
+  Fiber* const self = Fiber::current();
+  op.fiber = self;
+  backend_->submit(op);
+  self->waiting_for = "I/O";
+  self->suspend();
+  return op.result;
+}
+
+void EventLoop::on_complete(IoOp& op) noexcept { push_ready(*op.fiber); }
+
+std::vector<std::string> EventLoop::describe_fibers(size_t limit) const {
+  std::vector<std::string> out;
+  for (const Fiber* f = live_head_; f != nullptr && out.size() < limit; f = f->live_next) {
+    out.push_back(fmt::format("{}: {}", f->name(),
+                              f->waiting_for != nullptr
+                                  ? fmt::format("waiting for {}", f->waiting_for)
+                                  : std::string("running")));
+  }
+  return out;
+}
+
+}  // namespace minivmm::base

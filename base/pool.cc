@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "base/pool.h"
+
+#include <pthread.h>
+
+#include <algorithm>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "base/event_loop.h"
+
+namespace minivmm::base {
+
+Pool::Pool(std::string name, unsigned max_threads)
+    : name_(std::move(name)), max_threads_(std::max(1U, max_threads)) {}
+
+Pool::~Pool() {
+  {
+    const std::lock_guard lock(mutex_);
+    stopping_ = true;
+  }
+  available_.notify_all();
+  for (std::thread& thread : threads_) thread.join();
+}
+
+Pool& Pool::syscalls() {
+  static Pool pool("syscalls", 8);
+  return pool;
+}
+
+Pool& Pool::work() {
+  static Pool pool("work", std::max(1U, std::thread::hardware_concurrency()));
+  return pool;
+}
+
+void Pool::submit(Task& task) {
+  task.next = nullptr;
+  const std::lock_guard lock(mutex_);
+  (tail_ != nullptr ? tail_->next : head_) = &task;
+  tail_ = &task;
+  if (idle_ == 0 && threads_.size() < max_threads_) {
+    const auto number = static_cast<unsigned>(threads_.size());
+    try {
+      threads_.emplace_back([this, number] { thread_main(number); });
+    } catch (...) {
+      // No more threads to be had: those that exist will do; without any, nobody would.
+      if (threads_.empty()) throw;
+    }
+  } else {
+    available_.notify_one();
+  }
+}
+
+void Pool::thread_main(unsigned number) {
+  ::pthread_setname_np(::pthread_self(), fmt::format("{}-{}", name_, number).substr(0, 15).c_str());
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    while (head_ == nullptr) {
+      if (stopping_) return;
+      ++idle_;
+      available_.wait(lock);
+      --idle_;
+    }
+    Task& task = *head_;
+    head_ = task.next;
+    if (head_ == nullptr) tail_ = nullptr;
+    lock.unlock();
+    task.run(task);
+    lock.lock();
+  }
+}
+
+bool Pool::on_fiber() noexcept { return Fiber::current() != nullptr; }
+Fiber* Pool::current_fiber() noexcept { return Fiber::current(); }
+void Pool::wake(Fiber* fiber) noexcept { fiber->loop().wake(*fiber); }
+
+void Pool::wait_for(Task& task, Pool& pool) {
+  pool.submit(task);
+  Fiber::current()->waiting_for = "a pool thread";
+  Fiber::current()->suspend();
+}
+
+}  // namespace minivmm::base

@@ -1,0 +1,147 @@
+// SPDX-License-Identifier: Apache-2.0
+// A node of the block graph: a file, an image format, a filter, a network client.
+//
+// Drivers derive from Node and implement the driver_* methods. Nobody but Edge calls those, and
+// Edge has checked the request before: so a driver may rely on
+//  - offset and length inside the node (reads; writes may reach past the end only through an edge
+//    with the resize permission), length > 0, a whole number of `limits().request_alignment`, at
+//    most `limits().max_transfer`;
+//  - iov.bytes() being the length;
+//  - no write, zero, discard or truncate reaching a read-only node.
+//
+// Threads: every driver_* method runs on a fiber, on any loop, many at once. A driver protects its
+// own state, holds no lock across I/O, and never touches a write's buffers twice without copying
+// (they may be guest memory, which changes under us).
+//
+// Durability: a write that returned before a flush was issued, through whatever edge, is durable
+// when that flush returns.
+//
+// Errors: base::Error with an errno that a front end can pass on. After an error the content of
+// the range of a failed write is undefined (old, new or a mixture by request_alignment), of
+// everything else unchanged.
+//
+// Life: shared_ptr; edges are strong downward. close() is called once, on a fiber, when no user is
+// left; the destructor only frees memory.
+#pragma once
+
+#include <string>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "block/graph/permissions.h"
+#include "block/graph/request_tracker.h"
+#include "block/graph/types.h"
+
+namespace minivmm::block {
+
+class Edge;
+
+class Node : public std::enable_shared_from_this<Node> {
+ public:
+  Node(std::string node_name, const char* driver, bool read_only);
+  Node(const Node&) = delete;
+  Node& operator=(const Node&) = delete;
+  virtual ~Node();
+
+  const std::string& name() const noexcept { return name_; }
+  const char* driver() const noexcept { return driver_; }
+  bool read_only() const noexcept { return read_only_; }
+  // Bytes; never more than kMaxDiskSize. May grow while requests run.
+  uint64_t size() const noexcept { return size_.load(std::memory_order_acquire); }
+  const Limits& limits() const noexcept { return limits_; }
+
+  // "'disk0' (qcow2, /srv/overlay.qcow2)": how messages name it.
+  std::string describe() const;
+  // The host file behind this node, if it is one or a format on one; empty otherwise.
+  virtual std::string filename() const { return {}; }
+  // Driver-specific facts for `image info` and state dumps.
+  virtual Facts facts() const { return {}; }
+  // Direct children, top first (file, then backing), for walks. Only stable under a drain.
+  virtual std::vector<Edge*> children() { return {}; }
+  // Longest path below this node, counting it.
+  unsigned depth() const noexcept { return depth_; }
+
+  // Counters for state dumps. Any thread.
+  struct Counters {
+    std::atomic<uint64_t> errors{0};
+  };
+  Counters& counters() noexcept { return counters_; }
+
+  // Called before each write, zero and discard of a range, on its fiber; may suspend, may throw
+  // to refuse. For jobs (backup copies old data out first) and for guards.
+  class BeforeWrite {
+   public:
+    virtual void before_write(uint64_t offset, uint64_t length, IoSpan data) = 0;
+
+   protected:
+    ~BeforeWrite() = default;
+  };
+  // Only while nothing is in flight (under a drain, or before the first user).
+  void add_before_write(BeforeWrite& hook);
+  void remove_before_write(BeforeWrite& hook) noexcept;
+
+  // Flushes and gives up what the node holds. Fiber. Throws the first error; the node is closed
+  // all the same. Called by the Graph, parents before children.
+  virtual void close() {}
+
+  // The users attached now, as messages name them.
+  std::vector<std::string> users() const;
+
+ protected:
+  friend class Edge;
+
+  virtual void driver_read(uint64_t offset, IoSpan to) = 0;
+  virtual void driver_write(uint64_t offset, IoSpan from, WriteFlags flags) = 0;
+  // Default: ENOTSUP, and Edge falls back to writing zero buffers unless flags.no_fallback.
+  virtual void driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags);
+  // A hint; the content of the range is undefined afterwards only if the driver says so in its
+  // own header. Default: does nothing.
+  virtual void driver_discard(uint64_t offset, uint64_t length);
+  virtual void driver_flush() = 0;
+  // Default: all data.
+  virtual BlockStatus driver_block_status(uint64_t offset, uint64_t length);
+  // Default: ENOTSUP.
+  virtual void driver_truncate(uint64_t new_size);
+  // Copies within or between nodes without the data passing through this process. Default:
+  // ENOTSUP; the caller then reads and writes.
+  virtual void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
+                                 uint64_t from_offset);
+  // Stores a cluster compressed. Default: ENOTSUP.
+  virtual void driver_write_compressed(uint64_t offset, IoSpan from);
+  // Brings a range near (page cache, copy-on-read). A hint. Default: does nothing.
+  virtual void driver_prefetch(uint64_t offset, uint64_t length);
+
+  void set_size(uint64_t size) noexcept { size_.store(size, std::memory_order_release); }
+  // Raises the size to at least `size`.
+  void grow_size(uint64_t size) noexcept;
+  void set_limits(const Limits& limits) noexcept { limits_ = limits; }
+  // After opening children: fixes depth(). Throws ELOOP where the chain is too deep.
+  void set_depth_above(const std::vector<const Node*>& below);
+  void set_read_only() noexcept { read_only_ = true; }
+
+ private:
+  // Used by Edge.
+  void attach(Edge& edge);
+  void detach(Edge& edge) noexcept;
+  void run_before_write(uint64_t offset, uint64_t length, IoSpan data);
+
+  const std::string name_;
+  const char* const driver_;
+  bool read_only_;
+  std::atomic<uint64_t> size_{0};
+  Limits limits_;
+  unsigned depth_ = 1;
+  Counters counters_;
+  std::vector<BeforeWrite*> before_write_;
+  // Only used where request_alignment > 1: keeps read-modify-write apart from overlapping writes.
+  RequestTracker tracker_;
+
+  mutable std::mutex users_mutex_;
+  std::vector<Edge*> users_;  // guarded by users_mutex_
+};
+
+}  // namespace minivmm::block

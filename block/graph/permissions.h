@@ -1,0 +1,42 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a user of a node does with it, and what it lets the node's other users do. Conflicts are
+// found when a user attaches, and name both.
+#pragma once
+
+#include <string>
+
+#include <cstdint>
+
+namespace minivmm::block {
+
+struct Permissions {
+  enum : uint8_t {
+    kWrite = 1,   // changes content
+    kResize = 2,  // changes the size
+  };
+  uint8_t uses = 0;
+  uint8_t shares = 0;  // what others may do; needing stable data is sharing nothing
+
+  bool can_write() const noexcept { return (uses & kWrite) != 0; }
+  bool can_resize() const noexcept { return (uses & kResize) != 0; }
+
+  // A front end: others may write too, nobody but the control plane resizes.
+  static constexpr Permissions front_end(bool writable) noexcept {
+    return {writable ? uint8_t{kWrite} : uint8_t{0}, kWrite};
+  }
+  // A backing file: its content must not change.
+  static constexpr Permissions backing() noexcept { return {0, 0}; }
+  // The file under a format: the format's alone.
+  static constexpr Permissions format_file(bool writable) noexcept {
+    return {writable ? uint8_t{kWrite | kResize} : uint8_t{0}, 0};
+  }
+  // A filter: passes on what its users may do.
+  static constexpr Permissions filter(bool writable) noexcept {
+    return {writable ? uint8_t{kWrite | kResize} : uint8_t{0}, kWrite};
+  }
+};
+
+// "write", "resize", "write and resize", "read".
+std::string permission_words(uint8_t bits);
+
+}  // namespace minivmm::block
