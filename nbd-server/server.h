@@ -1,0 +1,100 @@
+// SPDX-License-Identifier: Apache-2.0
+// The NBD server: exports by name, listeners, and the connections of clients.
+//
+// Owned by whoever set it up (the control plane, a test); the LoopGroup and the Graph behind the
+// exports outlive it. A connection lives on one loop of the group and its requests run there as
+// fibers. Methods marked "any thread" may be called from everywhere; the others run on a fiber of
+// any loop, because they wait.
+//
+// Order of life: add_export, listen (either first), ..., stop. A server that is destroyed without
+// stop() cuts its connections; what they hold is given up when their last request has ended.
+#pragma once
+
+#include <string>
+
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "base/loop_group.h"
+#include "base/timer_queue.h"
+#include "base/unique_fd.h"
+#include "block/graph/handle.h"
+
+namespace minivmm::nbd {
+
+struct ServerOptions {
+  // A client that has not chosen an export by then is cut off.
+  std::chrono::milliseconds handshake_limit{10'000};
+  // A client with nothing in flight that is silent for this long is cut off; zero: never.
+  std::chrono::milliseconds idle_limit{0};
+  // Bytes of payload that are held for all clients together and for one; requests beyond wait
+  // unread in the socket. Each at least the largest payload (32 MiB); smaller values are raised.
+  uint64_t memory = uint64_t{256} << 20;
+  uint64_t connection_memory = uint64_t{64} << 20;
+  // A client that reads no replies for this long while others wait for memory is cut off.
+  std::chrono::milliseconds stall_limit{30'000};
+  // Further clients are not accepted until one leaves.
+  unsigned max_connections = 4096;
+};
+
+struct ExportOptions {
+  std::string description;  // shown to clients; may be empty
+  bool writable = false;    // needs a handle that may write
+};
+
+struct ListenOptions {
+  // "nbd://HOST[:PORT]", "nbd://[V6]:PORT", "nbd+unix:///?socket=PATH". Port 0 takes a free one.
+  // An empty host is the loopback address. Ignored where `fd` is given.
+  std::string uri;
+  // An inherited listening socket, of any stream kind. It is taken over; it is not unlinked.
+  base::UniqueFd fd;
+  // Needed to listen on a TCP address beyond loopback.
+  bool allow_remote = false;
+};
+
+class Server {
+ public:
+  explicit Server(base::LoopGroup& loops, ServerOptions options = {});
+  Server(const Server&) = delete;
+  Server& operator=(const Server&) = delete;
+  ~Server();
+
+  // Publishes a node. Any thread. Throws EEXIST if the name is taken, EINVAL for a name that the
+  // protocol cannot carry (over 4096 bytes, NUL), EROFS if `writable` is asked of a handle that
+  // is not, ESHUTDOWN after stop(). Then the handle is destroyed (see Handle).
+  void add_export(std::string name, block::Handle handle, ExportOptions options = {});
+
+  // Withdraws an export: its clients' requests fail with ESHUTDOWN and they are disconnected, then
+  // the handle is closed. Throws ENOENT, or what closing threw; the export is gone all the same.
+  void remove_export(const std::string& name);
+
+  // Starts a listener. Clients can connect when it returns. Returns its address as a URI, ready to
+  // paste (the port filled in). Throws base::Error: EADDRINUSE names a live socket's path; a
+  // busy address and a dead process's socket are tried for about two seconds.
+  std::string listen(ListenOptions options);
+
+  // Serves one connected stream socket (inetd style, tests). Any thread.
+  void serve(base::UniqueFd connected);
+
+  // The addresses, one a listener and export: "nbd+unix:///disk0?socket=/run/m.sock". Any thread.
+  std::vector<std::string> uris() const;
+
+  // Ends service: accepts no more, lets requests in flight finish until the deadline, cuts what is
+  // left, closes the exports. Returns a line for each thing that did not end well: a client
+  // whose requests were still running, an export whose last flush failed. Later calls return an
+  // empty list.
+  std::vector<std::string> stop(base::Clock::time_point deadline);
+
+  // Live state, a line each: listeners, exports, clients and what they have in flight. Any thread.
+  std::vector<std::string> describe() const;
+
+  class Core;
+
+ private:
+  std::shared_ptr<Core> core_;
+};
+
+}  // namespace minivmm::nbd
