@@ -1,0 +1,29 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a user can choose about a virtio block device.
+#pragma once
+
+#include <string>
+
+#include <chrono>
+#include <cstdint>
+
+namespace minivmm::virtio {
+
+struct BlockOptions {
+  std::string name = "disk";          // stands in messages and state dumps
+  std::string serial;                 // what the guest sees as the disk's id; at most 20 bytes
+  bool read_only = false;             // also set if the handle cannot write
+  bool write_cache = true;            // the guest's cache mode until it chooses another one
+  uint32_t logical_block_size = 512;  // bytes, power of two, 512 to 32768
+  uint32_t physical_block_size = 0;   // bytes, power of two >= logical; 0: what the disk prefers
+  uint16_t num_queues = 1;            // 1 to 64
+  uint16_t queue_size = 256;          // entries, power of two, 4 to 1024
+  // How long a queue may look for new requests before it sleeps. It adapts itself up to this limit;
+  // 0 turns it off.
+  std::chrono::microseconds poll_limit{32};
+};
+
+// Throws base::Error(EINVAL) that names the option and what it may be.
+void check_options(const BlockOptions& options);
+
+}  // namespace minivmm::virtio
