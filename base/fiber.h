@@ -41,6 +41,11 @@ class Fiber {
   void suspend() noexcept;
 
   EventLoop& loop() const noexcept { return *loop_; }
+  // Bytes of stack below the caller's frame. `this` must be running.
+  size_t stack_left() const noexcept {
+    const char* here = static_cast<const char*>(__builtin_frame_address(0));
+    return static_cast<size_t>(here - stack_.bottom);
+  }
   const char* name() const noexcept { return name_; }
   // What the fiber waits for, for state dumps; a literal or nullptr.
   const char* waiting_for = nullptr;

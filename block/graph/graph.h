@@ -8,6 +8,7 @@
 #include <string>
 
 #include <chrono>
+#include <exception>
 #include <memory>
 #include <mutex>
 #include <vector>
@@ -20,9 +21,9 @@
 
 namespace minivmm::block {
 
-// Requests recurse through the layers on a fiber's stack, so the depth is bounded (and tested at
-// the bound). Longer backing chains are refused by name.
-inline constexpr unsigned kMaxGraphDepth = 64;
+// Requests recurse through the layers (going on with a fresh stack where one is used up), so the
+// depth is bounded. Longer chains, and loops, are refused with the chain.
+inline constexpr size_t kMaxGraphDepth = 200;
 
 class Graph {
  public:
@@ -52,8 +53,9 @@ class Graph {
   // The same for options that a driver made itself (a recorded backing file).
   std::shared_ptr<Node> open_inline(Options options);
 
-  // Holds back new requests of every handle and waits for those in flight. Throws ETIMEDOUT naming
-  // what is stuck (then nothing is held back). Nestable.
+  // Holds back new requests of every handle and waits for those in flight: for edits of the live
+  // graph. Throws ETIMEDOUT naming what is stuck (then nothing is held back). While it lives nodes
+  // are neither opened nor closed by others. On a fiber that has no request in flight itself.
   class Drain {
    public:
     Drain(Graph& graph, std::chrono::milliseconds deadline);
@@ -62,9 +64,12 @@ class Graph {
     Drain& operator=(const Drain&) = delete;
 
    private:
+    void let_go() noexcept;
     Graph& graph_;
     std::vector<Handle::Root*> held_;
   };
+  // Points a front end's handle at another node. Only under a Drain.
+  void replace_node(Handle& handle, const std::string& node_name);
 
   // Flushes and closes every node, parents first. Every handle must be closed. Throws the first
   // error after having closed everything.
@@ -80,21 +85,20 @@ class Graph {
     bool named;  // kept by its own name; others live with their parent
   };
   std::shared_ptr<Node> open(Options options, bool named);
-  std::shared_ptr<Node> open_locked(Options options, bool named);
-  void register_node(std::shared_ptr<Node> node, bool named);
-  void register_root(Handle::Root& root);
-  void unregister_root(Handle::Root& root) noexcept;
+  std::string make_name();
+  void unregister_root(Handle::Root& root);
   void reap(std::unique_ptr<Handle::Root> root) noexcept;
-  void close_unused(std::exception_ptr* first_error);
+  void close_unused(bool named_too, std::exception_ptr& first_error);
+  void drop_opened_since(size_t count) noexcept;
 
   const OpenPolicy policy_;
-  base::FiberMutex editing_;  // one open, close or edit at a time
+  base::FiberMutex editing_;          // one open, close or edit at a time; held across I/O
+  std::vector<std::string> opening_;  // what is being opened, outermost first; under editing_
   mutable std::mutex mutex_;
   std::vector<Entry> nodes_;          // guarded by mutex_, in order of opening: children first
   std::vector<Handle::Root*> roots_;  // guarded by mutex_
+  unsigned next_number_ = 0;          // guarded by mutex_
   base::WaitGroup reaping_;
-  unsigned next_number_ = 0;    // guarded by mutex_
-  unsigned opening_depth_ = 0;  // of open calls within each other; guarded by editing_
 };
 
 }  // namespace minivmm::block

@@ -3,9 +3,10 @@
 //
 // Drivers derive from Node and implement the driver_* methods. Nobody but Edge calls those, and
 // Edge has checked the request before: so a driver may rely on
-//  - offset and length inside the node (reads; writes may reach past the end only through an edge
-//    with the resize permission), length > 0, a whole number of `limits().request_alignment`, at
-//    most `limits().max_transfer`;
+//  - offset and length inside the node, length > 0, a whole number of
+//    `limits().request_alignment` (padding to it may reach past an unaligned end), at most
+//    `limits().max_transfer`; writes reach past the end only through an edge with the resize
+//    permission, and then make the node grow;
 //  - iov.bytes() being the length;
 //  - no write, zero, discard or truncate reaching a read-only node.
 //
@@ -50,6 +51,9 @@ class Node : public std::enable_shared_from_this<Node> {
   const std::string& name() const noexcept { return name_; }
   const char* driver() const noexcept { return driver_; }
   bool read_only() const noexcept { return read_only_; }
+  // Every write of a front end is to be durable when it returns (cache=writethrough).
+  bool write_through() const noexcept { return write_through_; }
+  void set_write_through(bool on) noexcept { write_through_ = on; }
   // Bytes; never more than kMaxDiskSize. May grow while requests run.
   uint64_t size() const noexcept { return size_.load(std::memory_order_acquire); }
   const Limits& limits() const noexcept { return limits_; }
@@ -62,8 +66,6 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual Facts facts() const { return {}; }
   // Direct children, top first (file, then backing), for walks. Only stable under a drain.
   virtual std::vector<Edge*> children() { return {}; }
-  // Longest path below this node, counting it.
-  unsigned depth() const noexcept { return depth_; }
 
   // Counters for state dumps. Any thread.
   struct Counters {
@@ -119,8 +121,6 @@ class Node : public std::enable_shared_from_this<Node> {
   // Raises the size to at least `size`.
   void grow_size(uint64_t size) noexcept;
   void set_limits(const Limits& limits) noexcept { limits_ = limits; }
-  // After opening children: fixes depth(). Throws ELOOP where the chain is too deep.
-  void set_depth_above(const std::vector<const Node*>& below);
   void set_read_only() noexcept { read_only_ = true; }
 
  private:
@@ -132,9 +132,9 @@ class Node : public std::enable_shared_from_this<Node> {
   const std::string name_;
   const char* const driver_;
   bool read_only_;
+  bool write_through_ = false;
   std::atomic<uint64_t> size_{0};
   Limits limits_;
-  unsigned depth_ = 1;
   Counters counters_;
   std::vector<BeforeWrite*> before_write_;
   // Only used where request_alignment > 1: keeps read-modify-write apart from overlapping writes.

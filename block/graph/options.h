@@ -12,14 +12,18 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <utility>
 #include <vector>
 
 namespace minivmm::block {
 
 class Options {
  public:
-  Options() = default;
+  Options();
+  Options(const Options&);
+  Options(Options&&) noexcept;
+  Options& operator=(const Options&);
+  Options& operator=(Options&&) noexcept;
+  ~Options();
 
   // "key=value,key.sub=value"; a doubled comma is a comma of the value; a bare "key" is key=on.
   // Throws EINVAL.
@@ -30,14 +34,19 @@ class Options {
   // JSON where the text begins with '{', keys otherwise.
   static Options from_text(std::string_view text);
 
-  // Sets a scalar by dotted key. Throws EINVAL where the key is a subtree already.
+  // Sets a scalar by dotted key. Throws EINVAL where the key, or a part of it, is set already.
   void set(std::string_view dotted_key, std::string value);
-  void set_child(std::string_view key, Options child);
+  void set_null(std::string_view dotted_key);
+  void set_child(std::string_view dotted_key, Options child);
   bool empty() const noexcept { return items_.empty(); }
+  // `key` as it stands at this level, without dots.
   bool has(std::string_view key) const;
+  // The scalar under a key of this level, without taking it.
+  std::optional<std::string> peek(std::string_view key) const;
+  std::vector<std::string> keys() const;
 
-  // Each take_ removes the key. A wrong value throws EINVAL naming the key, the value and what
-  // is expected.
+  // Each take_ removes the key ("size", or dotted: "cache.direct"). A wrong value throws EINVAL
+  // naming the key, the value and what is expected.
   std::optional<std::string> take_string(std::string_view key);
   std::string require_string(std::string_view key);         // EINVAL if missing
   bool take_bool(std::string_view key, bool otherwise);     // on/off/yes/no/true/false
@@ -46,33 +55,35 @@ class Options {
   // One of `choices`; returns its index.
   size_t take_choice(std::string_view key, const std::vector<std::string_view>& choices,
                      size_t otherwise);
-  // True if the key was present as an explicit null (JSON null; "" in keys): "no such child".
+  // True if the key was present as an explicit null (JSON null; an empty value in keys): "no such
+  // child". Leaves anything else in place.
   bool take_null(std::string_view key);
 
   // A child: a subtree, or a reference by node-name. Nullopt: not given.
   struct Child {
-    std::string reference;  // empty: `options` describe it inline
-    std::unique_ptr<Options> options;
+    std::string reference;             // empty: `options` describe it inline
+    std::unique_ptr<Options> options;  // null for a reference
   };
   std::optional<Child> take_child(std::string_view key);
 
-  // Throws EINVAL if anything is left: "unknown option 'x' for <what>".
+  // Throws EINVAL if anything is left: "<what>: unknown option 'x'".
   void finish(std::string_view what) const;
 
-  // Compact JSON of what is there now.
+  // Compact JSON of what is there now; every scalar is a string.
   std::string to_json() const;
 
  private:
-  struct Value;
-  using Items = std::vector<std::pair<std::string, std::shared_ptr<Value>>>;
-  const Value* find(std::string_view key) const;
-  std::shared_ptr<Value> take(std::string_view key);
-  Options& subtree(std::string_view key);
-  friend struct OptionsJson;
-  Items items_;
+  struct Item;
+  Item* find(std::string_view key);
+  const Item* find(std::string_view key) const;
+  std::optional<Item> take(std::string_view key);
+  // Makes the item at the end of a dotted path; throws if it exists.
+  Item& make(std::string_view dotted_key);
+  std::vector<Item> items_;
 };
 
-// "64K", "1.5G", "0x1000", "123": bytes, by powers of 1024 as qemu-img reads them. Throws EINVAL.
+// "64K", "1.5G", "0x1000", "123": bytes, by powers of 1024 as qemu-img reads them. Throws EINVAL
+// naming `what`.
 uint64_t parse_size(std::string_view text, std::string_view what);
 
 }  // namespace minivmm::block

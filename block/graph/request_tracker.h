@@ -28,7 +28,6 @@ class RequestTracker {
     const uint64_t offset_;
     const uint64_t end_;
     const bool exclusive_;
-    bool active_ = false;
     Range* prev_ = nullptr;
     Range* next_ = nullptr;
   };

@@ -37,7 +37,8 @@ struct BlockStatus {
   bool allocated = false;  // this layer (not its backing file) determines the content
   bool compressed = false;
   uint32_t depth = 0;  // 0: the node that was asked; n: its n-th backing node holds it
-  std::optional<uint64_t> host_offset;  // where in the protocol node, when it is stored plainly
+  std::optional<uint64_t> host_offset =
+      std::nullopt;  // where in the protocol node, when it is stored plainly
 };
 
 // What a node can take, stated when it is opened. Requests are cut and padded to it by the Edge.

@@ -122,7 +122,11 @@ TEST_P(LoopTest, FilesAreReadAndWrittenAtOffsets) {
 }
 
 TEST_P(LoopTest, MoreOperationsThanTheRingHolds) {
+#if defined(__SANITIZE_THREAD__)
+  constexpr int kFibers = 600;  // TSan keeps megabytes for each fiber
+#else
   constexpr int kFibers = 5000;
+#endif
   int pair[2];
   ASSERT_EQ(::pipe2(pair, O_CLOEXEC), 0);
   const UniqueFd reader(pair[0]);

@@ -1,0 +1,106 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block/formats/raw.h"
+
+#include <algorithm>
+#include <cerrno>
+
+#include <fmt/core.h>
+
+#include "base/checked.h"
+#include "base/error.h"
+#include "block/formats/probe.h"
+#include "block/graph/graph.h"
+
+namespace minivmm::block {
+
+using base::Error;
+
+RawNode::RawNode(const NodeConfig& config, std::shared_ptr<Node> file, RawRange range, bool probed)
+    : Node(config.node_name, "raw", config.read_only),
+      file_(std::move(file), fmt::format("raw node '{}'", config.node_name),
+            Permissions::format_file(!config.read_only)),
+      range_(range) {
+  const uint64_t whole = file_.size();
+  const uint64_t offset = range.offset;
+  if (offset > whole) {
+    throw Error(EINVAL, fmt::format("{}: offset {} lies past its end ({} bytes)",
+                                    file_.node().describe(), offset, whole));
+  }
+  const uint64_t size = range.size.value_or(whole - offset);
+  if (!base::range_fits(offset, size, whole)) {
+    throw Error(EINVAL, fmt::format("{}: offset {} and size {} reach past its end ({} bytes)",
+                                    file_.node().describe(), offset, size, whole));
+  }
+  const Limits& below = file_.node().limits();
+  Limits limits = below;
+  // A range that is not aligned as its file needs is padded by the file's own edge.
+  if (offset % below.request_alignment != 0 || size % below.request_alignment != 0) {
+    limits.request_alignment = 1;
+  }
+  set_limits(limits);
+  set_size(size);
+  if (probed && !config.read_only) add_before_write(*this);
+}
+
+void RawNode::before_write(uint64_t offset, uint64_t length, IoSpan data) {
+  if (offset >= kProbeBytes || data.bytes() == 0) return;
+  std::byte first[kProbeBytes] = {};
+  const size_t known = std::min<uint64_t>(kProbeBytes, size());
+  if (offset != 0 || length < known) driver_read(0, base::SingleBuffer(first, known));
+  base::copy_from(data, 0, {first + offset, std::min<uint64_t>(known - offset, length)});
+  const std::string_view format = probe_format({first, known});
+  if (format == "raw") return;
+  throw Error(EPERM,
+              fmt::format("{}: this write would make it look like a {} image, and its format was "
+                          "only guessed to be raw; say format=raw if that is meant",
+                          describe(), format));
+}
+
+void RawNode::driver_read(uint64_t offset, IoSpan to) { file_.read(range_.offset + offset, to); }
+
+void RawNode::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {
+  file_.write(range_.offset + offset, from, flags);
+}
+
+void RawNode::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
+  file_.write_zeroes(range_.offset + offset, length, flags);
+}
+
+void RawNode::driver_discard(uint64_t offset, uint64_t length) {
+  file_.discard(range_.offset + offset, length);
+}
+
+BlockStatus RawNode::driver_block_status(uint64_t offset, uint64_t length) {
+  return file_.block_status(range_.offset + offset, length);
+}
+
+void RawNode::driver_truncate(uint64_t new_size) {
+  if (range_.size) {
+    throw Error(ENOTSUP, fmt::format("{}: its size is fixed by the 'size' option", describe()));
+  }
+  file_.truncate(range_.offset + new_size);
+  set_size(new_size);
+}
+
+void RawNode::driver_copy_range(uint64_t offset, uint64_t length, Node& from,
+                                uint64_t from_offset) {
+  auto* source = dynamic_cast<RawNode*>(&from);
+  if (source == nullptr) throw Error(ENOTSUP, "copy range: not between these nodes");
+  file_.copy_range(range_.offset + offset, length, source->file_,
+                   source->range_.offset + from_offset);
+}
+
+void RawNode::driver_prefetch(uint64_t offset, uint64_t length) {
+  file_.prefetch(range_.offset + offset, length);
+}
+
+std::shared_ptr<Node> open_raw(Graph& graph, const NodeConfig& config, Options& options) {
+  auto file = graph.open_child(options, "file", config.read_only);
+  RawRange range;
+  range.offset = options.take_size("offset").value_or(0);
+  range.size = options.take_size("size");
+  const bool probed = options.take_bool("probed", false);
+  return std::make_shared<RawNode>(config, std::move(file), range, probed);
+}
+
+}  // namespace minivmm::block

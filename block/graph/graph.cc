@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block/graph/graph.h"
+
+#include <algorithm>
+#include <cerrno>
+
+#include <fmt/core.h>
+#include <fmt/ranges.h>
+
+#include "base/error.h"
+#include "base/event_loop.h"
+#include "base/fresh_stack.h"
+#include "base/log.h"
+#include "block/graph/driver.h"
+#include "block/graph/root.h"
+
+namespace minivmm::block {
+
+using base::Error;
+
+Graph::Graph(OpenPolicy policy) : policy_(std::move(policy)) {}
+
+Graph::~Graph() {
+  if (!nodes_.empty()) base::log_error("graph: destroyed with {} nodes open", nodes_.size());
+}
+
+std::string Graph::make_name() {
+  const std::lock_guard lock(mutex_);
+  return fmt::format("#block{}", next_number_++);
+}
+
+std::shared_ptr<Node> Graph::add(Options options) {
+  const std::lock_guard editing(editing_);
+  size_t before = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    before = nodes_.size();
+  }
+  try {
+    return open(std::move(options), true);
+  } catch (...) {
+    opening_.clear();
+    drop_opened_since(before);
+    throw;
+  }
+}
+
+// Under editing_.
+std::shared_ptr<Node> Graph::open(Options options, bool named) {
+  const std::string driver_name = options.take_string("driver").value_or("");
+  if (driver_name.empty()) {
+    throw Error(EINVAL, "a node needs a 'driver' option (qcow2, raw, file, ...)");
+  }
+  const Driver& driver = find_driver(driver_name);
+  NodeConfig config;
+  config.node_name = options.take_string("node-name").value_or("");
+  if (config.node_name.empty()) config.node_name = make_name();
+  config.read_only = options.take_bool("read-only", false);
+  const bool write_through = !options.take_bool("cache.writeback", true);
+  {
+    const std::lock_guard lock(mutex_);
+    for (const Entry& entry : nodes_) {
+      if (entry.node->name() == config.node_name) {
+        throw Error(EEXIST, fmt::format("node-name '{}' is taken by {}", config.node_name,
+                                        entry.node->describe()));
+      }
+    }
+  }
+  opening_.push_back(options.peek("filename").value_or(config.node_name));
+  if (opening_.size() > kMaxGraphDepth) {
+    throw Error(ELOOP, fmt::format("more than {} layers (a loop of backing files?): {} -> ...",
+                                   kMaxGraphDepth,
+                                   fmt::join(opening_.begin(), opening_.begin() + 8, " -> ")));
+  }
+  std::shared_ptr<Node> node = driver.open(*this, config, options);
+  opening_.pop_back();
+  node->set_write_through(write_through);
+  {
+    const std::lock_guard lock(mutex_);
+    nodes_.push_back({node, named});
+  }
+  options.finish(node->describe());  // after registering: a failure is cleaned up like any other
+  return node;
+}
+
+std::shared_ptr<Node> Graph::open_inline(Options options) {
+  // Each level on a stack of its own: opening has larger frames than reading.
+  std::shared_ptr<Node> node;
+  base::run_on_fresh_stack([&] { node = open(std::move(options), false); });
+  return node;
+}
+
+std::shared_ptr<Node> Graph::open_child(Options& parent, const char* key, bool inherit_read_only) {
+  auto child = parent.take_child(key);
+  if (!child)
+    throw Error(EINVAL, fmt::format("option '{}' is missing: a node or its options", key));
+  if (!child->options) return find(child->reference);
+  if (inherit_read_only && !child->options->has("read-only")) {
+    child->options->set("read-only", "on");
+  }
+  return open_inline(std::move(*child->options));
+}
+
+std::shared_ptr<Node> Graph::find(const std::string& node_name) const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::string> names;
+  for (const Entry& entry : nodes_) {
+    if (entry.node->name() == node_name) return entry.node;
+    if (entry.named) names.push_back(entry.node->name());
+  }
+  throw Error(ENOENT, names.empty() ? fmt::format("no node '{}': there are no nodes yet", node_name)
+                                    : fmt::format("no node '{}'; there are: {}", node_name,
+                                                  fmt::join(names, ", ")));
+}
+
+Handle Graph::attach(const std::string& node_name, std::string user, Permissions permissions) {
+  const std::lock_guard editing(editing_);
+  auto root = std::make_unique<Handle::Root>(*this, find(node_name), std::move(user), permissions);
+  const std::lock_guard lock(mutex_);
+  roots_.push_back(root.get());
+  return Handle(std::move(root));
+}
+
+void Graph::unregister_root(Handle::Root& root) {
+  // Not while a drain looks at it.
+  const std::lock_guard editing(editing_);
+  const std::lock_guard lock(mutex_);
+  std::erase(roots_, &root);
+}
+
+void Graph::reap(std::unique_ptr<Handle::Root> root) noexcept {
+  const auto finish = [this](Handle::Root* raw) {
+    const std::unique_ptr<Handle::Root> owned(raw);
+    try {
+      owned->finish();
+    } catch (const std::exception& e) {
+      base::log_error("{}: {}: closing: {}", owned->edge.node().describe(), owned->edge.user(),
+                      e.what());
+    }
+    unregister_root(*owned);
+  };
+  base::EventLoop* loop = base::EventLoop::current();
+  if (loop == nullptr) {
+    // No loop to wait on: nothing can be in flight from here, but nothing can be flushed either.
+    base::log_error("{}: {}: was not closed; unflushed writes wait for the node's own close",
+                    root->edge.node().describe(), root->edge.user());
+    const std::lock_guard lock(mutex_);
+    std::erase(roots_, root.get());
+    return;
+  }
+  reaping_.add();
+  loop->post("reap handle", [this, finish, raw = root.release()] {
+    finish(raw);
+    reaping_.done();
+  });
+}
+
+void Graph::remove(const std::string& node_name) {
+  const std::lock_guard editing(editing_);
+  std::shared_ptr<Node> node = find(node_name);
+  const auto users = node->users();
+  if (!users.empty()) {
+    throw Error(EBUSY,
+                fmt::format("{}: is in use by {}", node->describe(), fmt::join(users, ", ")));
+  }
+  std::exception_ptr error;
+  {
+    const std::lock_guard lock(mutex_);
+    std::erase_if(nodes_, [&](const Entry& entry) { return entry.node == node; });
+  }
+  try {
+    node->close();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  node.reset();  // its edges let go of its children
+  close_unused(false, error);
+  if (error) std::rethrow_exception(error);
+}
+
+// Closes nodes without users, parents before their children. Under editing_.
+void Graph::close_unused(bool named_too, std::exception_ptr& first_error) {
+  for (;;) {
+    std::shared_ptr<Node> node;
+    {
+      const std::lock_guard lock(mutex_);
+      const auto found = std::find_if(nodes_.rbegin(), nodes_.rend(), [&](const Entry& entry) {
+        return (named_too || !entry.named) && entry.node->users().empty();
+      });
+      if (found == nodes_.rend()) return;
+      node = std::move(found->node);
+      nodes_.erase(std::next(found).base());
+    }
+    try {
+      node->close();
+    } catch (const Error& e) {
+      base::log_error("{}: closing: {}", node->describe(), e.what());
+      if (!first_error) first_error = std::current_exception();
+    }
+  }
+}
+
+void Graph::drop_opened_since(size_t count) noexcept {
+  for (;;) {
+    std::shared_ptr<Node> node;
+    {
+      const std::lock_guard lock(mutex_);
+      if (nodes_.size() <= count) return;
+      node = std::move(nodes_.back().node);
+      nodes_.pop_back();
+    }
+    try {
+      node->close();
+    } catch (const std::exception& e) {
+      base::log_error("{}: closing: {}", node->describe(), e.what());
+    }
+  }
+}
+
+void Graph::close() {
+  reaping_.wait();
+  const std::lock_guard editing(editing_);
+  std::exception_ptr error;
+  close_unused(true, error);
+  {
+    const std::lock_guard lock(mutex_);
+    if (!nodes_.empty() && !error) {
+      error = std::make_exception_ptr(Error(
+          EBUSY,
+          fmt::format("{}: cannot be closed: it is in use by {}", nodes_.back().node->describe(),
+                      fmt::join(nodes_.back().node->users(), ", "))));
+    }
+  }
+  if (error) std::rethrow_exception(error);
+}
+
+Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(graph) {
+  graph_.editing_.lock();
+  {
+    const std::lock_guard lock(graph_.mutex_);
+    held_ = graph_.roots_;
+    for (Handle::Root* root : held_) root->hold();
+  }
+  const auto until = base::Clock::now() + deadline;
+  for (Handle::Root* root : held_) {
+    if (root->wait_idle(until)) continue;
+    const std::string text =
+        fmt::format("{}: {} has {} requests that do not end", root->edge.node().describe(),
+                    root->edge.user(), root->in_flight());
+    let_go();
+    throw Error(ETIMEDOUT, text);
+  }
+}
+
+Graph::Drain::~Drain() { let_go(); }
+
+void Graph::Drain::let_go() noexcept {
+  for (Handle::Root* root : held_) root->let_go();
+  graph_.editing_.unlock();
+}
+
+void Graph::replace_node(Handle& handle, const std::string& node_name) {
+  handle.root_->edge.replace(find(node_name));
+}
+
+std::vector<std::string> Graph::describe() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<std::string> out;
+  for (const Entry& entry : nodes_) {
+    const Node& node = *entry.node;
+    const auto users = node.users();
+    out.push_back(
+        fmt::format("node {}: {} bytes{}, errors {}, used by {}", node.describe(), node.size(),
+                    node.read_only() ? ", read-only" : "",
+                    entry.node->counters().errors.load(std::memory_order_relaxed),
+                    users.empty() ? "nobody" : fmt::format("{}", fmt::join(users, "; "))));
+  }
+  for (const Handle::Root* root : roots_) {
+    out.push_back(fmt::format("user {} of '{}': {} requests in flight", root->edge.user(),
+                              root->edge.node().name(), root->in_flight()));
+  }
+  return out;
+}
+
+}  // namespace minivmm::block

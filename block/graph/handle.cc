@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block/graph/handle.h"
+
+#include <exception>
+#include <utility>
+
+#include "block/graph/graph.h"
+#include "block/graph/root.h"
+
+namespace minivmm::block {
+
+Handle::Root::Root(Graph& g, std::shared_ptr<Node> node, std::string user, Permissions permissions)
+    : graph(g), edge(std::move(node), std::move(user), permissions, EdgeKind::kRoot) {}
+
+base::Epoch::Pin Handle::Root::enter() {
+  for (;;) {
+    base::Epoch::Pin pin(in_flight_);
+    // After the pin: a drain that holds after this load sees the pin and waits for it.
+    if (held_.load(std::memory_order_seq_cst) == 0) return pin;
+    pin.release();
+    std::unique_lock lock(mutex_);
+    while (held_.load(std::memory_order_seq_cst) != 0) parked_.wait(lock, "the end of a drain");
+  }
+}
+
+void Handle::Root::let_go() noexcept {
+  const std::lock_guard lock(mutex_);
+  if (held_.fetch_sub(1, std::memory_order_seq_cst) == 1) parked_.notify_all();
+}
+
+void Handle::Root::finish() {
+  (void)wait_idle(base::Clock::time_point::max());
+  if (written.load(std::memory_order_acquire)) edge.flush();
+}
+
+Handle::Handle(std::unique_ptr<Root> root) noexcept : root_(std::move(root)) {}
+Handle::Handle(Handle&&) noexcept = default;
+
+Handle& Handle::operator=(Handle&& other) noexcept {
+  if (this != &other) {
+    if (root_) root_->graph.reap(std::move(root_));
+    root_ = std::move(other.root_);
+  }
+  return *this;
+}
+
+Handle::~Handle() {
+  if (root_) root_->graph.reap(std::move(root_));
+}
+
+void Handle::read(uint64_t offset, IoSpan to) {
+  const auto pin = root_->enter();
+  root_->edge.read(offset, to);
+}
+
+namespace {
+
+// Read-mostly: the first write of many sets it.
+void mark(std::atomic<bool>& flag) noexcept {
+  if (!flag.load(std::memory_order_relaxed)) flag.store(true, std::memory_order_release);
+}
+
+}  // namespace
+
+void Handle::write(uint64_t offset, IoSpan from, WriteFlags flags) {
+  const auto pin = root_->enter();
+  mark(root_->written);
+  root_->edge.write(offset, from, flags);
+}
+
+void Handle::write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
+  const auto pin = root_->enter();
+  mark(root_->written);
+  root_->edge.write_zeroes(offset, length, flags);
+}
+
+void Handle::discard(uint64_t offset, uint64_t length) {
+  const auto pin = root_->enter();
+  mark(root_->written);
+  root_->edge.discard(offset, length);
+}
+
+void Handle::flush() {
+  const auto pin = root_->enter();
+  root_->edge.flush();
+}
+
+BlockStatus Handle::block_status(uint64_t offset, uint64_t length) {
+  const auto pin = root_->enter();
+  return root_->edge.block_status(offset, length);
+}
+
+void Handle::prefetch(uint64_t offset, uint64_t length) {
+  const auto pin = root_->enter();
+  root_->edge.prefetch(offset, length);
+}
+
+void Handle::truncate(uint64_t new_size) {
+  const auto pin = root_->enter();
+  mark(root_->written);
+  root_->edge.truncate(new_size);
+}
+
+uint64_t Handle::size() const noexcept { return root_->edge.size(); }
+bool Handle::writable() const noexcept { return root_->edge.permissions().can_write(); }
+const Limits& Handle::limits() const noexcept { return root_->edge.node().limits(); }
+std::string Handle::describe() const { return root_->edge.node().describe(); }
+const std::string& Handle::node_name() const noexcept { return root_->edge.node().name(); }
+
+void Handle::close() {
+  if (!root_) return;
+  const std::unique_ptr<Root> root = std::move(root_);
+  std::exception_ptr error;
+  try {
+    root->finish();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  root->graph.unregister_root(*root);
+  if (error) std::rethrow_exception(error);
+}
+
+}  // namespace minivmm::block

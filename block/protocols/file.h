@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// Driver `file` (alias `host_device`): a regular file or a block device of this host.
+//
+// Options: filename or fd (a number), cache.direct, cache.no-flush, locking=auto|on|off.
+//
+// How a request is done was chosen by measurement (buffered, page-cached, ext4): a 4 KiB pread
+// costs 0.65 us inline and 0.8 to 1.0 us through the ring, a pwrite 2.1 us inline and 4 to 64 us
+// through the ring, which hands buffered writes to a kernel thread. So buffered requests are tried
+// inline first: reads with RWF_NOWAIT, which fails rather than waits, writes plainly, with a
+// breaker that sends them through the ring for a while after one that blocked. O_DIRECT goes
+// through the ring.
+#pragma once
+
+#include <string>
+
+#include <atomic>
+#include <memory>
+
+#include "block/graph/driver.h"
+#include "block/graph/node.h"
+#include "block/protocols/host_file.h"
+
+namespace minivmm::block {
+
+class FileNode final : public Node {
+ public:
+  FileNode(const NodeConfig& config, std::shared_ptr<HostFile> file, bool no_flush);
+
+  std::string filename() const override { return file_->filename(); }
+  Facts facts() const override;
+  void close() override;
+
+ private:
+  void driver_read(uint64_t offset, IoSpan to) override;
+  void driver_write(uint64_t offset, IoSpan from, WriteFlags flags) override;
+  void driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) override;
+  void driver_discard(uint64_t offset, uint64_t length) override;
+  void driver_flush() override;
+  BlockStatus driver_block_status(uint64_t offset, uint64_t length) override;
+  void driver_truncate(uint64_t new_size) override;
+  void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
+                         uint64_t from_offset) override;
+  void driver_prefetch(uint64_t offset, uint64_t length) override;
+
+  [[noreturn]] void fail(int64_t result, const char* what, uint64_t offset, uint64_t length) const;
+  int64_t read_inline(IoSpan to, uint64_t offset) noexcept;
+  int64_t write_inline(IoSpan from, uint64_t offset) noexcept;
+  bool inline_writes_allowed(uint64_t bytes) const noexcept;
+  void read_rest(uint64_t offset, IoSpan to, uint64_t done);
+  void write_rest(uint64_t offset, IoSpan from, uint64_t done);
+  bool memory_is_aligned(IoSpan span) const noexcept;
+  bool fallocate(int mode, uint64_t offset, uint64_t length, std::atomic<bool>& supported,
+                 const char* what);
+
+  const std::shared_ptr<HostFile> file_;
+  const bool no_flush_;
+  // What the file system turned out not to have.
+  std::atomic<bool> nowait_reads_{true};
+  std::atomic<bool> can_punch_{true};
+  std::atomic<bool> can_zero_{true};
+  // Until when (steady clock, ns) writes go through the ring, because one blocked.
+  std::atomic<int64_t> slow_writes_until_{0};
+};
+
+std::shared_ptr<Node> open_file(Graph& graph, const NodeConfig& config, Options& options);
+
+}  // namespace minivmm::block
