@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "block/graph/options.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <charconv>
 #include <cmath>
@@ -31,8 +32,9 @@ Options::~Options() = default;
 
 namespace {
 
-// A description nests as deep as a graph may be; hostile JSON must not exhaust the stack.
-constexpr int kMaxNesting = 200;
+// Deeper chains are made by reference. Reading a tree recurses, on a fiber's stack perhaps, and
+// the text may come from anybody.
+constexpr int kMaxNesting = 32;
 
 void fill_from_json(Options& out, const nlohmann::ordered_json& object) {
   for (const auto& [key, value] : object.items()) {
@@ -158,6 +160,9 @@ std::optional<Options::Item> Options::take(std::string_view key) {
 }
 
 Options::Item& Options::make(std::string_view dotted_key) {
+  if (std::count(dotted_key.begin(), dotted_key.end(), '.') > kMaxNesting) {
+    throw Error(EINVAL, fmt::format("an option nested deeper than {}", kMaxNesting));
+  }
   const size_t dot = dotted_key.find('.');
   const std::string_view key = dotted_key.substr(0, dot);
   Item* item = find(key);

@@ -1,0 +1,197 @@
+// SPDX-License-Identifier: Apache-2.0
+// Nodes by name, handles, drains, lifetime.
+#include "block/graph/graph.h"
+
+#include <unistd.h>
+
+#include <atomic>
+#include <fstream>
+
+#include <gtest/gtest.h>
+
+#include "base/io.h"
+#include "base/sync.h"
+#include "tests/unit/block/graph_fixture.h"
+
+namespace minivmm::block {
+namespace {
+
+using base::SingleBuffer;
+using std::chrono::milliseconds;
+
+TEST_F(GraphTest, NodesAreFoundByNameAndNamesAreUnique) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=null,node-name=a,size=1M"));
+    EXPECT_EQ(graph_.find("a")->size(), 1U << 20);
+    EXPECT_EQ(error_number([&] { graph_.add(Options::from_keys("driver=null,node-name=a")); }),
+              EEXIST);
+    EXPECT_NE(error_text([&] { graph_.find("b"); }).find("there are: a"), std::string::npos);
+    EXPECT_NE(error_text([&] { graph_.add(Options::from_keys("driver=nosuch")); }).find("raw"),
+              std::string::npos);
+  });
+}
+
+TEST_F(GraphTest, AFailedAddLeavesNothingBehind) {
+  on_fiber([&] {
+    // The child opens, then the parent's unknown option is found.
+    EXPECT_NE(error_text([&] {
+                graph_.add(Options::from_keys(
+                    "driver=raw,node-name=top,bogus=1,file.driver=memory,file.size=1M,"
+                    "file.node-name=below"));
+              }).find("unknown option 'bogus'"),
+              std::string::npos);
+    EXPECT_EQ(error_number([&] { graph_.find("top"); }), ENOENT);
+    EXPECT_EQ(error_number([&] { graph_.find("below"); }), ENOENT);
+  });
+}
+
+TEST_F(GraphTest, RemoveRefusesWhatIsInUseAndTakesInlineChildrenAlong) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys(
+        "driver=raw,node-name=top,file.driver=memory,file.size=1M,file.node-name=below"));
+    Handle handle = graph_.attach("top", "tester", Permissions::front_end(true));
+    EXPECT_NE(error_text([&] { graph_.remove("top"); }).find("tester"), std::string::npos);
+    handle.close();
+    graph_.remove("top");
+    EXPECT_EQ(error_number([&] { graph_.find("below"); }), ENOENT);
+  });
+}
+
+TEST_F(GraphTest, ManyFrontEndsShareOneNodeButNotWithABackingUser) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=memory,size=1M,node-name=m"));
+    Handle a = graph_.attach("m", "guest", Permissions::front_end(true));
+    Handle b = graph_.attach("m", "NBD", Permissions::front_end(true));
+    char text[] = "seen by both";
+    a.write(1000, SingleBuffer(text, sizeof text));
+    char got[sizeof text];
+    b.read(1000, SingleBuffer(got, sizeof got));
+    EXPECT_STREQ(got, text);
+    EXPECT_EQ(
+        error_number([&] { graph_.add(Options::from_keys("driver=raw,file=m,read-only=on")); }),
+        EBUSY);
+    a.close();
+    b.close();
+  });
+}
+
+TEST_F(GraphTest, ADrainWaitsForRequestsAndHoldsNewOnesBack) {
+  std::atomic<int> done{0};
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=null,size=1M,latency-ns=20000000,node-name=slow"));
+    Handle handle = graph_.attach("slow", "tester", Permissions::front_end(true));
+    base::WaitGroup group;
+    const auto start_read = [&] {
+      group.add();
+      loops_.loop(1).post("reader", [&] {
+        std::byte buffer[512];
+        handle.read(0, SingleBuffer(buffer, sizeof buffer));
+        ++done;
+        group.done();
+      });
+    };
+    start_read();
+    base::io::sleep_for(milliseconds(5));
+    {
+      const Graph::Drain drain(graph_, milliseconds(1000));
+      EXPECT_EQ(done, 1);  // the one in flight was waited for
+      start_read();
+      base::io::sleep_for(milliseconds(50));
+      EXPECT_EQ(done, 1);  // the new one waits
+    }
+    group.wait();
+    EXPECT_EQ(done, 2);
+    handle.close();
+  });
+}
+
+TEST_F(GraphTest, ADrainThatCannotEndNamesWhatIsStuckAndLetsGo) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=null,size=1M,latency-ns=200000000,node-name=slow"));
+    Handle handle = graph_.attach("slow", "sleepy client", Permissions::front_end(true));
+    base::WaitGroup group;
+    group.add();
+    loops_.loop(1).post("reader", [&] {
+      std::byte buffer[512];
+      handle.read(0, SingleBuffer(buffer, sizeof buffer));
+      group.done();
+    });
+    base::io::sleep_for(milliseconds(10));
+    const std::string text =
+        error_text([&] { const Graph::Drain drain(graph_, milliseconds(20)); });
+    EXPECT_NE(text.find("sleepy client has 1 requests"), std::string::npos) << text;
+    group.wait();
+    handle.flush();
+    handle.close();
+  });
+}
+
+TEST_F(GraphTest, AHandleCanBePointedElsewhereUnderADrain) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=memory,size=4K,node-name=a"));
+    graph_.add(Options::from_keys("driver=memory,size=8K,node-name=b"));
+    Handle handle = graph_.attach("a", "tester", Permissions::front_end(true));
+    {
+      const Graph::Drain drain(graph_, milliseconds(100));
+      graph_.replace_node(handle, "b");
+    }
+    EXPECT_EQ(handle.size(), 8192U);
+    graph_.remove("a");
+    handle.close();
+  });
+}
+
+TEST_F(GraphTest, AHandleDestroyedUnclosedIsReaped) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=memory,size=4K,node-name=m"));
+    {
+      Handle handle = graph_.attach("m", "careless", Permissions::front_end(true));
+      char c = 1;
+      handle.write(0, SingleBuffer(&c, 1));
+    }
+    graph_.close();  // waits for the reaper; would throw EBUSY if the user were still there
+  });
+}
+
+TEST_F(GraphTest, RequestsGoThroughHundredsOfLayersOnAFreshStackWhereOneIsUsedUp) {
+  on_fiber([&] {
+    // raw on raw on ... on memory, each by reference to the one before.
+    graph_.add(Options::from_keys("driver=memory,size=64K,node-name=n0"));
+    for (size_t i = 1; i < 300; ++i) {
+      graph_.add(Options::from_keys("driver=raw,node-name=n" + std::to_string(i) + ",file=n" +
+                                    std::to_string(i - 1)));
+    }
+    Handle handle = graph_.attach("n299", "tester", Permissions::front_end(true));
+    char text[] = "down and up again";
+    handle.write(5, SingleBuffer(text, sizeof text));
+    char got[sizeof text];
+    handle.read(5, SingleBuffer(got, sizeof got));
+    EXPECT_STREQ(got, text);
+    EXPECT_TRUE(handle.block_status(0, 100).data);
+    handle.close();
+  });
+}
+
+TEST_F(GraphTest, WriteThroughMakesEveryFrontEndWriteDurable) {
+  on_fiber([&] {
+    class FuaNode final : public Node {
+     public:
+      FuaNode() : Node("f", "test", false) { set_size(4096); }
+      int fua = 0;
+      void driver_read(uint64_t, IoSpan) override {}
+      void driver_write(uint64_t, IoSpan, WriteFlags flags) override { fua += flags.fua; }
+      void driver_flush() override {}
+    };
+    auto node = std::make_shared<FuaNode>();
+    char c = 0;
+    Edge root(node, "r", Permissions::front_end(true), EdgeKind::kRoot);
+    root.write(0, SingleBuffer(&c, 1));
+    EXPECT_EQ(node->fua, 0);
+    node->set_write_through(true);
+    root.write(0, SingleBuffer(&c, 1));
+    EXPECT_EQ(node->fua, 1);
+  });
+}
+
+}  // namespace
+}  // namespace minivmm::block
