@@ -2,7 +2,9 @@
 #include "base/event_loop.h"
 
 #include <pthread.h>
+#include <sched.h>
 
+#include <algorithm>
 #include <array>
 #include <cerrno>
 
@@ -50,7 +52,7 @@ constexpr size_t kIdleStacks = 64;
 }  // namespace
 
 EventLoop::EventLoop(EventLoopOptions options)
-    : options_(std::move(options)), index_(indices().take()) {}
+    : options_(std::move(options)), index_(indices().take()), idle_spin_(options_.spin_limit) {}
 
 EventLoop::~EventLoop() {
   // Bodies posted after run() returned never run.
@@ -90,17 +92,42 @@ void EventLoop::run() {
         !remote_pending()) {
       break;
     }
-    // From here on a poster must wake us; one that came before this is seen by remote_pending.
-    sleeping_.store(true, std::memory_order_seq_cst);
-    auto timeout = poll_timeout();
-    const bool idle = timeout != std::chrono::nanoseconds(0);
-    if (idle && stacks_.idle() > kIdleStacks) stacks_.trim(kIdleStacks);
-    backend_->poll(timeout, *this);
-    sleeping_.store(false, std::memory_order_relaxed);
+    if (poll_timeout() == std::chrono::nanoseconds(0)) {
+      backend_->poll(std::chrono::nanoseconds(0), *this);
+    } else if (!spin()) {
+      sleep();
+    }
     if (timers_.next_deadline()) timers_.fire_due(Clock::now());
   }
   t_loop = nullptr;
   wake_target_.store(nullptr, std::memory_order_release);
+}
+
+// Looks for work for a moment; true if there is some.
+bool EventLoop::spin() {
+  if (!idle_spin_.begin()) return false;
+  auto until = Clock::now() + idle_spin_.limit();
+  if (const auto deadline = timers_.next_deadline()) until = std::min(until, *deadline);
+  bool found = false;
+  do {
+    backend_->poll(std::chrono::nanoseconds(0), *this);
+    found = ready_head_ != nullptr || remote_pending();
+    // Whoever else wants this CPU goes first: it may be the client that we wait for.
+    if (!found) ::sched_yield();
+  } while (!found && Clock::now() < until);
+  idle_spin_.spun(found);
+  return found;
+}
+
+void EventLoop::sleep() {
+  if (stacks_.idle() > kIdleStacks) stacks_.trim(kIdleStacks);
+  // From here on a poster must wake us; one that came before this is seen by poll_timeout.
+  sleeping_.store(true, std::memory_order_seq_cst);
+  const auto timeout = poll_timeout();
+  const auto begin = Clock::now();
+  backend_->poll(timeout, *this);
+  sleeping_.store(false, std::memory_order_relaxed);
+  idle_spin_.slept(Clock::now() - begin);
 }
 
 std::optional<std::chrono::nanoseconds> EventLoop::poll_timeout() const noexcept {

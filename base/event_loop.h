@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "base/fiber.h"
+#include "base/idle_spin.h"
 #include "base/io_backend.h"
 #include "base/stack_pool.h"
 #include "base/timer_queue.h"
@@ -34,6 +35,8 @@ struct EventLoopOptions {
   std::string name = "loop";                     // thread name, at most 15 characters
   BackendChoice backend = BackendChoice::kAuto;  // kAuto: io_uring, or epoll where it is refused
   unsigned ring_entries = 512;
+  // How long the loop may look for work before it sleeps; see idle_spin.h. Zero: never.
+  std::chrono::nanoseconds spin_limit = std::chrono::microseconds(50);
 };
 
 class EventLoop final : private CompletionSink {
@@ -110,6 +113,8 @@ class EventLoop final : private CompletionSink {
   void on_complete(IoOp& op) noexcept override;
   void start_backend();
   void run_ready() noexcept;
+  bool spin();
+  void sleep();
   void push_ready(Fiber& fiber) noexcept;
   void take_remote();
   bool remote_pending() const noexcept;
@@ -137,6 +142,7 @@ class EventLoop final : private CompletionSink {
   std::unique_ptr<IoBackend> backend_;
   StackPool stacks_;
   TimerQueue timers_;
+  IdleSpin idle_spin_;
   Fiber* ready_head_ = nullptr;
   Fiber* ready_tail_ = nullptr;
   Fiber* live_head_ = nullptr;

@@ -51,7 +51,7 @@ Options backing_options(const OpenPolicy& policy, const std::string& image,
   const auto refuse = [&](int err, const std::string& why) {
     return Error(err, fmt::format("{}: backing file '{}' {}", image, reference, why));
   };
-  constexpr const char* kNameIt = "name it with --backing (or backing=... of the node)";
+  constexpr const char* kNameIt = "name it yourself (backing=FILE,backing_fmt=FORMAT)";
   if (!policy.follow_references) {
     throw refuse(EACCES, "is not opened: references inside images are not followed here");
   }
