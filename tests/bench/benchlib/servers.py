@@ -1,0 +1,199 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The servers that are measured: each starts on an image and says where its data can be loaded.
+
+A server lives for one measurement, so that none is disturbed by another's threads or image locks,
+and a crash costs one point. Start-up is not part of what is measured.
+"""
+
+import os
+import shutil
+import socket
+
+from . import processes
+
+
+def _accepts(path):
+    s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        s.connect(path)
+        return True
+    except OSError:
+        return False
+    finally:
+        s.close()
+
+
+class Server:
+    """A kind of server. `missing()` says what it lacks on this machine, or None."""
+
+    name = ""
+    peer = True  # someone else's program
+
+    def __init__(self, tools):
+        self.tools = tools
+
+    def missing(self):
+        return None
+
+    def start(self, workplace, image, image_format):
+        """Returns a Running."""
+        raise NotImplementedError
+
+
+class Running:
+    """A started server: `where` is a URI or a path for the load generator."""
+
+    def __init__(self, child, where, workplace, mount=None, log=None):
+        self.child = child
+        self.where = where
+        self._workplace = workplace
+        self._mount = mount
+        self._log = log
+
+    def stop(self):
+        if self.child is not None:
+            self.child.stop()
+        if self._mount is not None:
+            self._workplace.release(self._mount)
+        if self._log is not None and os.path.exists(self._log):
+            os.unlink(self._log)
+
+
+class NbdServer(Server):
+    export = ""
+
+    def command(self, sock, image, image_format):
+        raise NotImplementedError
+
+    def start(self, workplace, image, image_format):
+        sock = workplace.new("nbd.sock")
+        log = workplace.new("log")
+        child = processes.Child(self.command(sock, image, image_format), log)
+        try:
+            child.wait_until(lambda: os.path.exists(sock) and _accepts(sock))
+        except processes.Failed:
+            child.stop()
+            raise
+        return Running(child, f"nbd+unix:///{self.export}?socket={sock}", workplace, log=log)
+
+
+class OurNbd(NbdServer):
+    name = "minivmm"
+    peer = False
+    export = "disk0"
+
+    def missing(self):
+        return self.tools.lacks_minivmm()
+
+    def command(self, sock, image, image_format):
+        return [self.tools.minivmm, "serve", "--disk", f"{image},id=disk0,format={image_format}",
+                "--nbd", f"nbd+unix:///?socket={sock}", "--export", "disk0,writable"]
+
+
+class QemuNbd(NbdServer):
+    def __init__(self, tools, aio):
+        super().__init__(tools)
+        self.aio = aio
+        self.name = f"qemu-nbd/{aio}"
+
+    def missing(self):
+        return None if shutil.which("qemu-nbd") else "qemu-nbd is not installed"
+
+    def command(self, sock, image, image_format):
+        return ["qemu-nbd", "-t", "-f", image_format, "-k", sock, "-e", "16",
+                "--cache=writeback", f"--aio={self.aio}", image]
+
+
+class Nbdkit(NbdServer):
+    name = "nbdkit"
+
+    def missing(self):
+        return None if shutil.which("nbdkit") else "nbdkit is not installed"
+
+    def command(self, sock, image, image_format):
+        return ["nbdkit", "-f", "-U", sock, "file", image]
+
+
+class Bare(NbdServer):
+    peer = False
+
+    def __init__(self, tools, spin):
+        super().__init__(tools)
+        self.spin = spin
+        self.name = "bare/spin" if spin else "bare"
+
+    def missing(self):
+        return self.tools.lacks("bare_server")
+
+    def command(self, sock, image, image_format):
+        spin = ["--spin-us=50"] if self.spin else []
+        return [self.tools.tool("bare_server"), f"--file={image}",
+                f"--listen=nbd+unix:///?socket={sock}"] + spin
+
+
+class OurFuse(Server):
+    name = "minivmm"
+    peer = False
+
+    def missing(self):
+        return self.tools.lacks_minivmm() or self.tools.lacks_fuse()
+
+    def start(self, workplace, image, image_format):
+        mount = workplace.mount_point("fuse", is_file=False)
+        log = workplace.new("log")
+        child = processes.Child(
+            [self.tools.minivmm, "serve", "--disk", f"{image},id=disk0,format={image_format}",
+             "--fuse", mount, "--export", "disk0,writable"], log)
+        path = os.path.join(mount, "disk0")
+        return _mounted(child, path, lambda: os.path.exists(path), workplace, mount, log)
+
+
+class QemuStorageDaemonFuse(Server):
+    def __init__(self, tools, aio):
+        super().__init__(tools)
+        self.aio = aio
+        self.name = f"qsd/{aio}"
+
+    def missing(self):
+        if not shutil.which("qemu-storage-daemon"):
+            return "qemu-storage-daemon is not installed"
+        return self.tools.lacks_fuse()
+
+    def start(self, workplace, image, image_format):
+        mount = workplace.mount_point("fuse", is_file=True)
+        log = workplace.new("log")
+        child = processes.Child(
+            ["qemu-storage-daemon",
+             "--blockdev", f"driver=file,filename={image},node-name=f,aio={self.aio}",
+             "--blockdev", f"driver={image_format},file=f,node-name=d",
+             "--export", f"type=fuse,id=e,node-name=d,mountpoint={mount},writable=on"], log)
+        return _mounted(child, mount, lambda: os.path.getsize(mount) > 0, workplace, mount, log)
+
+
+def _mounted(child, path, ready, workplace, mount, log):
+    try:
+        child.wait_until(ready)
+    except (processes.Failed, OSError) as e:
+        child.stop()
+        workplace.release(mount)
+        raise processes.Failed(str(e)) from None
+    return Running(child, path, workplace, mount, log)
+
+
+class TheFile(Server):
+    """No server at all: the floor. Loaded by our generator or by fio."""
+
+    peer = False
+
+    def __init__(self, tools, by_fio):
+        super().__init__(tools)
+        self.by_fio = by_fio
+        self.name = "fio on the file" if by_fio else "the file"
+
+    def missing(self):
+        if self.by_fio and not shutil.which("fio"):
+            return "fio is not installed"
+        return None
+
+    def start(self, workplace, image, image_format):
+        return Running(None, image, workplace)
