@@ -5,6 +5,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/raw.h"
 #include "block/graph/driver.h"
 #include "block/protocols/file.h"
@@ -16,8 +17,9 @@ namespace minivmm::block {
 namespace {
 
 constexpr Driver kDrivers[] = {
-    {"file", &open_file},     {"host_device", &open_file}, {"raw", &open_raw},
-    {"memory", &open_memory}, {"null", &open_null},        {"null-co", &open_null},
+    {"file", &open_file},    {"host_device", &open_file}, {"raw", &open_raw},
+    {"qcow2", &open_qcow2},  {"memory", &open_memory},    {"null", &open_null},
+    {"null-co", &open_null},
 };
 
 }  // namespace

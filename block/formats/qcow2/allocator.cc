@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block/formats/qcow2/allocator.h"
+
+#include <algorithm>
+#include <cerrno>
+
+#include <fmt/core.h>
+
+#include "base/log.h"
+
+namespace minivmm::block::qcow2 {
+
+using base::Error;
+
+Allocator::Allocator(ImageFile& image, Refcounts& refcounts, MetadataMap& map)
+    : image_(image), refcounts_(refcounts), map_(map) {}
+
+Allocator::Run Allocator::take_listed(uint64_t max) {
+  const unsigned bits = image_.geometry().cluster_bits;
+  const std::lock_guard lock(mutex_);
+  const auto run = runs_.take(max, high_water_);
+  if (!run) return {};
+  Run out{run->first << bits, run->count, false};
+  out.fresh = run->first >= high_water_ && out.offset >= image_.size();
+  high_water_ = std::max(high_water_, run->first + run->count);
+  return out;
+}
+
+Allocator::Run Allocator::allocate(uint64_t max) {
+  const unsigned bits = image_.geometry().cluster_bits;
+  for (;;) {
+    Run run = take_listed(max);
+    if (run.clusters == 0) {
+      refill();
+      continue;
+    }
+    const uint64_t first = run.offset >> bits;
+    // A cluster of metadata with refcount 0 means that the refcounts are wrong.
+    if (const char* what = map_.find(first, run.clusters)) {
+      throw image_.corruption(
+          fmt::format("a cluster at or after {:#x} has refcount 0 and is part "
+                      "of the {}",
+                      run.offset, what));
+    }
+    uint64_t taken = 0;
+    try {
+      taken = refcounts_.take_free(first, run.clusters);
+    } catch (...) {
+      add_free(first, run.clusters);
+      throw;
+    }
+    if (taken + 1 < run.clusters) add_free(first + taken + 1, run.clusters - taken - 1);
+    if (taken == 0) continue;
+    run.clusters = taken;
+    return run;
+  }
+}
+
+void Allocator::refill() {
+  const std::lock_guard refilling(refilling_);
+  uint64_t index = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!runs_.empty()) return;  // somebody refilled while this fiber waited
+    index = next_block_;
+  }
+  FreeRuns found;
+  if (index < refcounts_.table_entries()) {
+    {
+      // Before the search: what is freed from now on is added by add_free, at worst twice.
+      const std::lock_guard lock(mutex_);
+      next_block_ = index + 1;
+    }
+    try {
+      refcounts_.find_free(index, found);
+    } catch (...) {
+      const std::lock_guard lock(mutex_);
+      next_block_ = index;
+      throw;
+    }
+  } else {
+    const uint64_t next = refcounts_.grow_table(found);
+    const std::lock_guard lock(mutex_);
+    next_block_ = next;
+  }
+  const std::lock_guard lock(mutex_);
+  while (const auto run = found.take(~uint64_t{0}, 0)) runs_.add(run->first, run->count);
+}
+
+void Allocator::give_back(uint64_t offset, uint64_t clusters) noexcept {
+  const uint64_t first = offset >> image_.geometry().cluster_bits;
+  try {
+    refcounts_.free_run(first, clusters);
+    add_free(first, clusters);
+  } catch (const std::exception& e) {
+    base::log_warning("{}: {} clusters at {:#x} are lost until the image is repaired: {}",
+                      image_.name(), clusters, offset, e.what());
+  }
+}
+
+void Allocator::add_free(uint64_t first, uint64_t count) {
+  const unsigned block_bits = image_.geometry().block_bits();
+  const std::lock_guard lock(mutex_);
+  // What lies in blocks that have not been searched will be found there.
+  const uint64_t end = std::min(first + count, next_block_ << block_bits);
+  if (first < end) runs_.add(first, end - first);
+}
+
+}  // namespace minivmm::block::qcow2

@@ -1,0 +1,244 @@
+// SPDX-License-Identifier: Apache-2.0
+// A new image, in this order: header, refcount table, refcount blocks, L1 table; with preallocated
+// metadata also all L2 tables and room for all data. Every cluster has refcount 1. The header is
+// written last.
+#include "block/formats/qcow2/create.h"
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+
+#include <fmt/core.h>
+
+#include "base/buffer.h"
+#include "base/bytes.h"
+#include "base/checked.h"
+#include "base/error.h"
+#include "block/formats/qcow2/header.h"
+#include "block/formats/qcow2/refcount_codec.h"
+
+namespace minivmm::block::qcow2 {
+namespace {
+
+using base::Error;
+
+// Where everything lies, in clusters.
+struct Layout {
+  Geometry geometry;
+  uint64_t table_clusters = 1;
+  uint64_t blocks = 1;
+  uint64_t l1_entries = 1;
+  uint64_t l1_clusters = 1;
+  uint64_t l2_tables = 0;
+  uint64_t data = 0;
+
+  uint64_t table() const noexcept { return 1; }
+  uint64_t first_block() const noexcept { return table() + table_clusters; }
+  uint64_t l1() const noexcept { return first_block() + blocks; }
+  uint64_t first_l2() const noexcept { return l1() + l1_clusters; }
+  uint64_t first_data() const noexcept { return first_l2() + l2_tables; }
+  uint64_t total() const noexcept { return first_data() + data; }
+};
+
+Layout lay_out(const CreateOptions& options) {
+  Layout out;
+  out.geometry = {options.cluster_bits, options.refcount_order, options.version};
+  const Geometry& g = out.geometry;
+  const uint64_t clusters = g.clusters(options.size);
+  out.l1_entries = std::max<uint64_t>(1, base::div_ceil(clusters, g.l2_entries()));
+  out.l1_clusters = g.clusters(out.l1_entries * 8);
+  if (options.preallocation == Preallocation::kMetadata) {
+    out.l2_tables = base::div_ceil(clusters, g.l2_entries());
+    out.data = clusters;
+  }
+  // More blocks need more blocks; this settles after a few rounds.
+  for (uint64_t before = 0; before != out.total();) {
+    before = out.total();
+    out.blocks = base::div_ceil(out.total(), g.block_entries());
+    out.table_clusters = g.clusters(out.blocks * 8);
+  }
+  return out;
+}
+
+Header make_header(const CreateOptions& options, const Layout& layout) {
+  const unsigned bits = options.cluster_bits;
+  Header h;
+  h.version = options.version;
+  h.cluster_bits = bits;
+  h.size = options.size;
+  h.l1_size = static_cast<uint32_t>(layout.l1_entries);
+  h.l1_offset = layout.l1() << bits;
+  h.refcount_table_offset = layout.table() << bits;
+  h.refcount_table_clusters = static_cast<uint32_t>(layout.table_clusters);
+  h.refcount_order = options.refcount_order;
+  h.has_backing = !options.backing_file.empty();
+  h.backing_file = options.backing_file;
+  h.backing_format = options.backing_format;
+  if (options.version < 3) {
+    h.header_length = 72;
+    return h;
+  }
+  h.compression = options.compression;
+  if (options.compression != Compression::kZlib) h.incompatible |= kIncompatCompression;
+  if (options.lazy_refcounts) h.compatible |= kCompatLazyRefcounts;
+  h.feature_names = {
+      {0, 0, "dirty bit"},        {0, 1, "corrupt bit"},         {0, 2, "external data file"},
+      {0, 3, "compression type"}, {0, 4, "extended L2 entries"}, {1, 0, "lazy refcounts"},
+      {2, 0, "bitmaps"},          {2, 1, "raw external data"}};
+  return h;
+}
+
+void write_at(Edge& file, uint64_t offset, base::Buffer& bytes) { file.write(offset, bytes.io()); }
+
+void write_refcounts(Edge& file, const Layout& layout) {
+  const Geometry& g = layout.geometry;
+  base::Buffer table = base::Buffer::zeroed(layout.table_clusters << g.cluster_bits);
+  base::Buffer block(g.cluster_size());
+  for (uint64_t i = 0; i < layout.blocks; ++i) {
+    const uint64_t offset = (layout.first_block() + i) << g.cluster_bits;
+    base::store_be(table.data() + i * 8, offset);
+    std::fill_n(block.data(), block.size(), std::byte{0});
+    const uint64_t used = std::min(g.block_entries(), layout.total() - i * g.block_entries());
+    for (uint64_t k = 0; k < used; ++k) set_refcount(block.data(), k, g.refcount_order, 1);
+    write_at(file, offset, block);
+  }
+  write_at(file, layout.table() << g.cluster_bits, table);
+}
+
+void write_tables(Edge& file, const Layout& layout) {
+  const Geometry& g = layout.geometry;
+  base::Buffer l1 = base::Buffer::zeroed(layout.l1_clusters << g.cluster_bits);
+  base::Buffer l2(g.cluster_size());
+  for (uint64_t i = 0; i < layout.l2_tables; ++i) {
+    const uint64_t offset = (layout.first_l2() + i) << g.cluster_bits;
+    base::store_be(l1.data() + i * 8, offset | kFlagCopied);
+    std::fill_n(l2.data(), l2.size(), std::byte{0});
+    const uint64_t used = std::min(g.l2_entries(), layout.data - i * g.l2_entries());
+    for (uint64_t k = 0; k < used; ++k) {
+      const uint64_t data = (layout.first_data() + i * g.l2_entries() + k) << g.cluster_bits;
+      base::store_be(l2.data() + k * 8, data | kFlagCopied);
+    }
+    write_at(file, offset, l2);
+  }
+  write_at(file, layout.l1() << g.cluster_bits, l1);
+}
+
+// What was in the file is gone; where the size is fixed (a device), its old content stays, except
+// for the header.
+void empty_file(Edge& file) {
+  try {
+    file.truncate(0);
+  } catch (const Error& e) {
+    if (e.err() != ENOTSUP && e.err() != EINVAL) throw;
+    base::Buffer zeroes = base::Buffer::zeroed(4096);
+    file.write(0, zeroes.io());
+  }
+}
+
+void reserve_data(Edge& file, const Layout& layout) {
+  if (layout.data == 0) return;
+  const unsigned bits = layout.geometry.cluster_bits;
+  const uint64_t start = layout.first_data() << bits;
+  const uint64_t end = layout.total() << bits;
+  if (file.size() > start) {
+    file.write_zeroes(start, std::min(end, file.size()) - start, {.may_unmap = true});
+  }
+  if (file.size() < end) file.truncate(end);
+}
+
+unsigned bits_of(uint64_t value, const char* message) {
+  if (!std::has_single_bit(value)) throw Error(EINVAL, message);
+  return static_cast<unsigned>(std::countr_zero(value));
+}
+
+constexpr const char* kClusterSizeText =
+    "Cluster size must be a power of two between 512 and 2048k";
+constexpr const char* kRefcountText =
+    "Refcount width must be a power of two and may not exceed 64 bits";
+
+}  // namespace
+
+CreateOptions take_create_options(Options& options) {
+  CreateOptions out;
+  out.size = options.take_size("size").value_or(0);
+  out.version = options.take_choice("compat", {"0.10", "v2", "1.1", "v3"}, 2) < 2 ? 2 : 3;
+  if (const auto size = options.take_size("cluster_size")) {
+    out.cluster_bits = bits_of(*size, kClusterSizeText);
+  }
+  if (const auto bits = options.take_size("refcount_bits")) {
+    out.refcount_order = bits_of(*bits, kRefcountText);
+  }
+  out.compression =
+      static_cast<Compression>(options.take_choice("compression_type", {"zlib", "zstd"}, 0));
+  out.lazy_refcounts = options.take_bool("lazy_refcounts", false);
+  out.preallocation =
+      static_cast<Preallocation>(options.take_choice("preallocation", {"off", "metadata"}, 0));
+  out.backing_file = options.take_string("backing_file").value_or("");
+  out.backing_format = options.take_string("backing_fmt").value_or("");
+  check_create_options(out);
+  return out;
+}
+
+void check_create_options(const CreateOptions& o) {
+  if (o.cluster_bits < kMinClusterBits || o.cluster_bits > kMaxClusterBits) {
+    throw Error(EINVAL, kClusterSizeText);
+  }
+  if (o.refcount_order > kMaxRefcountOrder) throw Error(EINVAL, kRefcountText);
+  if (o.version < 3 && o.refcount_order != 4) {
+    throw Error(EINVAL,
+                "Different refcount widths than 16 bits require compatibility level 1.1 "
+                "or above (use compat=1.1 or greater)");
+  }
+  if (o.version < 3 && o.lazy_refcounts) {
+    throw Error(EINVAL,
+                "Lazy refcounts only supported with compatibility level 1.1 and above "
+                "(use compat=1.1 or greater)");
+  }
+  if (o.version < 3 && o.compression != Compression::kZlib) {
+    throw Error(EINVAL,
+                "Non-zlib compression type is only supported with compatibility level 1.1 "
+                "and above (use compat=1.1 or greater)");
+  }
+  if (o.preallocation != Preallocation::kOff && !o.backing_file.empty()) {
+    throw Error(EINVAL,
+                "Backing file and preallocation can only be used at the same time if "
+                "extended_l2 is enabled");
+  }
+  if (o.backing_file.size() > kMaxBackingNameBytes) {
+    throw Error(EINVAL, fmt::format("The backing file's name is longer than {} bytes",
+                                    kMaxBackingNameBytes));
+  }
+  if (o.backing_file.empty() && !o.backing_format.empty()) {
+    throw Error(EINVAL, "Backing format cannot be used without backing file");
+  }
+  const Geometry g{o.cluster_bits, o.refcount_order, o.version};
+  if (o.size > kMaxDiskSize || g.clusters(o.size) / g.l2_entries() >= kMaxL1Bytes / 8) {
+    throw Error(EFBIG,
+                "The image size is too large for file format 'qcow2' (try using a larger "
+                "cluster size)");
+  }
+}
+
+void create_image(Edge& file, const CreateOptions& options) {
+  CreateOptions o = options;
+  check_create_options(o);
+  o.size = base::align_up<uint64_t>(o.size, 512);
+  const Layout layout = lay_out(o);
+  if (layout.table_clusters << o.cluster_bits > kMaxRefcountTableBytes) {
+    throw Error(EFBIG,
+                "The image needs a refcount table above 8 MiB (try using a larger cluster "
+                "size, or smaller refcount_bits)");
+  }
+  const std::vector<std::byte> header = serialise_header(make_header(o, layout));
+  empty_file(file);
+  write_refcounts(file, layout);
+  write_tables(file, layout);
+  reserve_data(file, layout);
+  file.flush();
+  base::Buffer first = base::Buffer::zeroed(o.cluster_size());
+  std::copy(header.begin(), header.end(), first.data());
+  write_at(file, 0, first);
+  file.flush();
+}
+
+}  // namespace minivmm::block::qcow2

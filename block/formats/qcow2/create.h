@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// Making a new qcow2 image in an empty file.
+#pragma once
+
+#include <string>
+
+#include <cstdint>
+#include <optional>
+
+#include "block/formats/qcow2/layout.h"
+#include "block/graph/edge.h"
+#include "block/graph/options.h"
+
+namespace minivmm::block::qcow2 {
+
+enum class Preallocation : uint8_t { kOff, kMetadata };
+
+struct CreateOptions {
+  uint64_t size = 0;  // of the disk, bytes; rounded up to 512
+  unsigned version = 3;
+  unsigned cluster_bits = 16;
+  unsigned refcount_order = 4;
+  Compression compression = Compression::kZlib;
+  bool lazy_refcounts = false;
+  Preallocation preallocation = Preallocation::kOff;
+  std::string backing_file = {};  // as it is to be recorded; empty: none
+  std::string backing_format = {};
+
+  uint64_t cluster_size() const noexcept { return 1ULL << cluster_bits; }
+};
+
+// Takes qemu-img's -o options: size, compat, cluster_size, refcount_bits, compression_type,
+// lazy_refcounts, preallocation, backing_file, backing_fmt. Throws EINVAL. `size` stays 0 where it
+// is not given (the caller may know the backing file's).
+CreateOptions take_create_options(Options& options);
+
+// Throws EINVAL, in qemu-img's words where it has some.
+void check_create_options(const CreateOptions& options);
+
+// Makes the file hold an empty image; what it held is lost. The edge may write and resize. Durable
+// on return. After an error the file holds no image. Fiber.
+void create_image(Edge& file, const CreateOptions& options);
+
+}  // namespace minivmm::block::qcow2

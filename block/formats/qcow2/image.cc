@@ -1,0 +1,169 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block/formats/qcow2/image.h"
+
+#include <algorithm>
+#include <bit>
+#include <cerrno>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "base/log.h"
+
+namespace minivmm::block::qcow2 {
+namespace {
+
+constexpr uint64_t kDefaultL2Cache = 32ULL << 20;
+constexpr uint64_t kMinRefcountCache = 256ULL << 10;
+constexpr uint64_t kDefaultSlice = 4096;
+// This much may wait for a commit before writers do one: enough to make it worth its flushes,
+// little enough that an image which is discarded and rewritten for ever does not grow by much.
+constexpr uint64_t kMaxQuarantineBytes = 64ULL << 20;
+constexpr uint64_t kMaxQuarantineClusters = 4096;
+
+// What the L2 tables of the whole disk take.
+uint64_t all_l2_bytes(const Header& h) {
+  const Geometry g = h.geometry();
+  const uint64_t tables = g.l1_shift() >= 64 ? 1 : (h.size >> g.l1_shift()) + 1;
+  return tables << g.cluster_bits;
+}
+
+}  // namespace
+
+CacheSizes choose_cache_sizes(const Header& h, std::optional<uint64_t> total,
+                              std::optional<uint64_t> l2, std::optional<uint64_t> refcount,
+                              std::optional<uint64_t> l2_entry) {
+  const uint64_t cluster = h.geometry().cluster_size();
+  const uint64_t slice = l2_entry.value_or(std::min(kDefaultSlice, cluster));
+  if (!std::has_single_bit(slice) || slice < 512 || slice > cluster) {
+    throw base::Error(EINVAL, fmt::format("l2-cache-entry-size {} is not a power of two from 512 "
+                                          "to the cluster size ({})",
+                                          slice, cluster));
+  }
+  if (total && l2 && refcount) {
+    throw base::Error(EINVAL,
+                      "of cache-size, l2-cache-size and refcount-cache-size at most two "
+                      "may be given");
+  }
+  if (total && (l2.value_or(0) > *total || refcount.value_or(0) > *total)) {
+    throw base::Error(EINVAL, "l2-cache-size and refcount-cache-size may not exceed cache-size");
+  }
+  const uint64_t min_refcount = std::max(kMinRefcountCache, 4 * cluster);
+  CacheSizes out;
+  out.l2_entry = static_cast<uint32_t>(slice);
+  if (total) {
+    out.refcount = refcount.value_or(l2 ? *total - *l2 : std::min(min_refcount, *total / 2));
+    out.l2 = l2.value_or(*total - out.refcount);
+  } else {
+    out.l2 = l2.value_or(std::min(kDefaultL2Cache, all_l2_bytes(h)));
+    out.refcount = refcount.value_or(min_refcount);
+  }
+  return out;
+}
+
+Image::Image(std::unique_ptr<Edge> file, Header header, bool writable, std::string name,
+             const CacheSizes& sizes)
+    : file_(std::move(file), std::move(header), writable, std::move(name)),
+      metadata_(file_.header()),
+      l2_(file_, "the L2 table", sizes.l2_entry, sizes.l2),
+      blocks_(file_, "the refcount block",
+              static_cast<uint32_t>(std::min(kDefaultSlice, file_.geometry().cluster_size())),
+              sizes.refcount),
+      l1_(file_),
+      refcounts_(file_, blocks_, metadata_),
+      allocator_(file_, refcounts_, metadata_),
+      map_(file_, l1_, l2_, allocator_, metadata_, quarantine_),
+      committer_(file_, l1_, l2_, blocks_, refcounts_, quarantine_) {}
+
+void Image::prepare_first_write() {
+  const std::lock_guard lock(preparing_);
+  if (ready_to_write_.load(std::memory_order_relaxed)) return;
+  file_.require_intact();
+  refcounts_.load_table();
+  const Geometry& g = file_.geometry();
+  for (uint32_t i = 0; i < l1_.size(); ++i) {
+    const uint64_t entry = l1_.get(i);
+    // Invalid entries are reported by whoever follows them.
+    if (entry == 0 || l1_problem(entry, g) != nullptr) continue;
+    const uint64_t table = entry & kOffsetMask;
+    if (table < file_.size()) metadata_.add(table >> g.cluster_bits, kL2Table);
+  }
+  file_.clear_autoclear();
+  ready_to_write_.store(true, std::memory_order_release);
+}
+
+void Image::require_data(uint64_t host_offset, uint64_t length) {
+  const Geometry& g = file_.geometry();
+  const uint64_t first = host_offset >> g.cluster_bits;
+  const uint64_t last = (host_offset + length - 1) >> g.cluster_bits;
+  if (const char* what = metadata_.find(first, last - first + 1)) {
+    throw file_.corruption(
+        fmt::format("guest data at {:#x} (or in the {} bytes after it) lies in "
+                    "the {}",
+                    host_offset, length, what));
+  }
+}
+
+bool Image::under_pressure() const noexcept {
+  const uint64_t waiting = quarantine_.waiting();
+  return l2_.under_pressure() || blocks_.under_pressure() || waiting > kMaxQuarantineClusters ||
+         waiting << file_.geometry().cluster_bits > kMaxQuarantineBytes;
+}
+
+void Image::reclaim(base::Epoch& epoch) {
+  for (;;) {
+    Quarantine::Runs runs = quarantine_.take_matured();
+    if (runs.empty()) return;
+    epoch.synchronize();
+    std::sort(runs.begin(), runs.end(),
+              [](const ClusterRun& a, const ClusterRun& b) { return a.first < b.first; });
+    release(runs);
+  }
+}
+
+// Each run stands for one reference of each of its clusters; compressed clusters share host
+// clusters, so runs may overlap.
+void Image::release(const Quarantine::Runs& runs) {
+  uint64_t first = 0;  // of the free run that is being put together
+  uint64_t end = 0;
+  for (const ClusterRun& run : runs) {
+    for (uint64_t cluster = run.first; cluster < run.first + run.count; ++cluster) {
+      if (cluster < end && end != first) {
+        throw file_.corruption(fmt::format("cluster {:#x} is used twice and has refcount 1",
+                                           cluster << file_.geometry().cluster_bits));
+      }
+      if (refcounts_.get(cluster) != 1) {
+        refcounts_.lower(cluster);
+        continue;
+      }
+      if (cluster != end || first == end) {
+        release_free(first, end - first);
+        first = cluster;
+      }
+      end = cluster + 1;
+    }
+  }
+  release_free(first, end - first);
+}
+
+void Image::release_free(uint64_t first, uint64_t count) {
+  if (count == 0) return;
+  const unsigned bits = file_.geometry().cluster_bits;
+  // The hole is punched before the clusters can be given out again: a punch that comes late would
+  // take new data with it.
+  try {
+    file_.file().discard(first << bits, count << bits);
+  } catch (const base::Error& e) {
+    base::log_debug("{}: {} free clusters at {:#x} keep their space: {}", file_.name(), count,
+                    first << bits, e.what());
+  }
+  for (uint64_t i = 0; i < count; ++i) {
+    if (metadata_.remove(first + i)) {
+      l2_.drop((first + i) << bits, file_.geometry().cluster_size());
+    }
+  }
+  refcounts_.free_run(first, count);
+  allocator_.add_free(first, count);
+}
+
+}  // namespace minivmm::block::qcow2

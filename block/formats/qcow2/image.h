@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// One open qcow2 image: its parts, put together, and the steps of its life (first write, commit,
+// reclaim, close). What guests see is qcow2_node.h's; this knows only host clusters.
+//
+// Owned by Qcow2Node. Any loop, on fibers.
+#pragma once
+
+#include <string>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "base/epoch.h"
+#include "base/sync.h"
+#include "block/formats/qcow2/allocator.h"
+#include "block/formats/qcow2/commit.h"
+#include "block/formats/qcow2/guest_map.h"
+#include "block/formats/qcow2/image_file.h"
+#include "block/formats/qcow2/l1_table.h"
+#include "block/formats/qcow2/metadata_cache.h"
+#include "block/formats/qcow2/overlap.h"
+#include "block/formats/qcow2/quarantine.h"
+#include "block/formats/qcow2/refcounts.h"
+
+namespace minivmm::block::qcow2 {
+
+// Bytes. QEMU's options of the same names.
+struct CacheSizes {
+  uint64_t l2 = 0;
+  uint64_t refcount = 0;
+  uint32_t l2_entry = 0;  // the size of an L2 slice
+};
+// Fills in what was not given and checks the rest against the image. `total` is cache-size.
+// Throws EINVAL naming the option.
+CacheSizes choose_cache_sizes(const Header& header, std::optional<uint64_t> total,
+                              std::optional<uint64_t> l2, std::optional<uint64_t> refcount,
+                              std::optional<uint64_t> l2_entry);
+
+class Image {
+ public:
+  // Reads the L1 table. `name` begins every message.
+  Image(std::unique_ptr<Edge> file, Header header, bool writable, std::string name,
+        const CacheSizes& sizes);
+
+  ImageFile& file() noexcept { return file_; }
+  const ImageFile& file() const noexcept { return file_; }
+  GuestMap& map() noexcept { return map_; }
+  MetadataCache& l2() noexcept { return l2_; }
+  const MetadataCache& l2() const noexcept { return l2_; }
+  const MetadataCache& refcount_blocks() const noexcept { return blocks_; }
+  Allocator& allocator() noexcept { return allocator_; }
+  Quarantine& quarantine() noexcept { return quarantine_; }
+  uint64_t commits() const { return committer_.commits(); }
+
+  // Before each change. The first one clears autoclear bits and loads what writing needs; all
+  // throw EIO once corruption was found.
+  void prepare_write() {
+    if (!ready_to_write_.load(std::memory_order_acquire)) prepare_first_write();
+    if (file_.broken()) file_.require_intact();
+  }
+  // Before data is written to host clusters that exist. Throws EIO if metadata lies there.
+  void require_data(uint64_t host_offset, uint64_t length);
+
+  // See Committer. With nothing changed it is one flush of the file.
+  void commit() { committer_.commit(); }
+  // Writers should commit: much is waiting for it.
+  bool under_pressure() const noexcept;
+  // Frees what a commit made free: waits for the requests that could know it (of `epoch`, which
+  // the caller does not pin), punches holes, lowers refcounts. One at a time.
+  void reclaim(base::Epoch& epoch);
+
+ private:
+  void prepare_first_write();
+  void release(const Quarantine::Runs& runs);
+  void release_free(uint64_t first, uint64_t count);
+
+  ImageFile file_;
+  MetadataMap metadata_;
+  MetadataCache l2_;
+  MetadataCache blocks_;
+  L1Table l1_;
+  Refcounts refcounts_;
+  Allocator allocator_;
+  Quarantine quarantine_;
+  GuestMap map_;
+  Committer committer_;
+  std::atomic<bool> ready_to_write_{false};
+  base::FiberMutex preparing_;
+};
+
+}  // namespace minivmm::block::qcow2

@@ -1,0 +1,61 @@
+// SPDX-License-Identifier: Apache-2.0
+// Where the image's metadata lies, so that no data is ever written over it: the last defence
+// against a damaged or hostile image (an L2 entry that points at the L1 table, a refcount of 0 for
+// a cluster in use).
+//
+// Owned by Image. Any loop. The question "may data go here?" is a few comparisons and one bit test
+// in the common case.
+#pragma once
+
+#include <array>
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <mutex>
+#include <unordered_map>
+
+#include "block/formats/qcow2/header.h"
+
+namespace minivmm::block::qcow2 {
+
+// What the map calls an L2 table: compared by address.
+inline constexpr char kL2Table[] = "L2 table";
+
+class MetadataMap {
+ public:
+  explicit MetadataMap(const Header& header);
+
+  // `what` is a literal: "refcount block", "L2 table".
+  void add(uint64_t cluster, const char* what);
+  // Returns whether it was there.
+  bool remove(uint64_t cluster);
+  void move_refcount_table(uint64_t first_cluster, uint64_t clusters);
+
+  // What metadata lies in [first, first + count), or nullptr. Clusters, not bytes.
+  const char* find(uint64_t first, uint64_t count) const;
+
+ private:
+  struct Range {
+    uint64_t first = 0;
+    uint64_t end = 0;
+    const char* what = nullptr;
+  };
+  static constexpr size_t kFilterBits = 1 << 16;
+  static size_t filter_bit(uint64_t cluster) noexcept {
+    return static_cast<size_t>((cluster * 0x9e3779b97f4a7c15ULL) >> 48);
+  }
+  bool may_contain(uint64_t cluster) const noexcept {
+    const size_t bit = filter_bit(cluster);
+    return ((filter_[bit / 64].load(std::memory_order_relaxed) >> (bit % 64)) & 1) != 0;
+  }
+
+  std::array<Range, 3> fixed_;  // header, L1 table, snapshot table
+  std::atomic<uint64_t> table_first_;
+  std::atomic<uint64_t> table_end_;
+  // A Bloom filter in front of the exact set: most questions end here, without a lock.
+  std::unique_ptr<std::atomic<uint64_t>[]> filter_;
+  mutable std::mutex mutex_;
+  std::unordered_map<uint64_t, const char*> clusters_;  // guarded by mutex_
+};
+
+}  // namespace minivmm::block::qcow2

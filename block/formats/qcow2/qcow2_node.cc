@@ -1,0 +1,101 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block/formats/qcow2/qcow2_node.h"
+
+#include <utility>
+
+#include "base/event_loop.h"
+#include "base/event_loop_inl.h"
+#include "base/log.h"
+
+namespace minivmm::block {
+
+using qcow2::Extent;
+
+std::unique_ptr<Edge> Qcow2Node::file_edge(const NodeConfig& config, std::shared_ptr<Node> file) {
+  return std::make_unique<Edge>(std::move(file), "qcow2 node '" + config.node_name + "'",
+                                Permissions::format_file(!config.read_only));
+}
+
+Qcow2Node::Qcow2Node(const NodeConfig& config, std::shared_ptr<Node> file,
+                     std::shared_ptr<Node> backing, qcow2::Header header,
+                     const qcow2::CacheSizes& sizes)
+    : Node(config.node_name, "qcow2", config.read_only),
+      image_(file_edge(config, file), std::move(header), !config.read_only,
+             file->filename().empty() ? "'" + config.node_name + "'" : file->filename(), sizes) {
+  if (backing) {
+    backing_ = std::make_unique<Edge>(std::move(backing),
+                                      "the overlay '" + config.node_name + "' (backing file)",
+                                      Permissions::backing());
+  }
+  set_size(image_.file().header().size);
+  Limits limits;
+  const uint64_t cluster = geometry().cluster_size();
+  limits.optimal_io = static_cast<uint32_t>(cluster);
+  limits.discard_granularity = static_cast<uint32_t>(cluster);
+  limits.can_discard = can_zero_by_entry();
+  limits.can_write_zeroes = can_zero_by_entry();
+  set_limits(limits);
+}
+
+Qcow2Node::~Qcow2Node() = default;
+
+std::string Qcow2Node::filename() const { return image_.file().file().node().filename(); }
+
+Facts Qcow2Node::facts() const {
+  const qcow2::Header& h = header();
+  Facts out;
+  out.emplace_back("compat", std::string(h.version >= 3 ? "1.1" : "0.10"));
+  out.emplace_back("compression-type",
+                   std::string(h.compression == qcow2::Compression::kZstd ? "zstd" : "zlib"));
+  if (h.version >= 3) {
+    out.emplace_back("lazy-refcounts", (h.compatible & qcow2::kCompatLazyRefcounts) != 0);
+  }
+  out.emplace_back("refcount-bits", uint64_t{1} << h.refcount_order);
+  if (h.version >= 3) {
+    out.emplace_back("corrupt", (image_.file().incompatible() & qcow2::kIncompatCorrupt) != 0);
+    out.emplace_back("extended-l2", (h.incompatible & qcow2::kIncompatExtendedL2) != 0);
+  }
+  return out;
+}
+
+std::vector<Edge*> Qcow2Node::children() {
+  std::vector<Edge*> out{&file()};
+  if (backing_) out.push_back(backing_.get());
+  return out;
+}
+
+void Qcow2Node::driver_flush() { commit(); }
+
+void Qcow2Node::after_change(bool durable) {
+  if (durable || image_.under_pressure()) commit();
+}
+
+void Qcow2Node::commit() {
+  image_.commit();
+  if (!image_.quarantine().has_matured() || reclaiming_.exchange(true)) return;
+  // In the background: it waits for requests that have nothing to do with this flush.
+  background_.add();
+  base::EventLoop::current()->spawn("qcow2 reclaim", [this, self = shared_from_this()] {
+    try {
+      image_.reclaim(epoch_);
+    } catch (const std::exception& e) {
+      base::log_warning("{}: freed clusters are lost until the image is repaired: {}", describe(),
+                        e.what());
+    }
+    reclaiming_.store(false);
+    background_.done();
+  });
+}
+
+void Qcow2Node::close() {
+  if (read_only()) return;
+  background_.wait();
+  // A reclaim lowers refcounts, which the next commit writes: in the end nothing has leaked.
+  do {
+    image_.commit();
+    image_.reclaim(epoch_);
+  } while (!image_.quarantine().empty());
+  image_.commit();
+}
+
+}  // namespace minivmm::block

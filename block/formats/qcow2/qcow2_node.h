@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// The qcow2 driver: versions 2 and 3, every cluster size and refcount width, backing files,
+// compressed clusters (read), internal snapshots in the image (kept, written around).
+//
+// Reads and writes of clusters that exist look up the L2 entry under a short lock and go straight
+// to the file. A write to a cluster of which nothing exists claims it, takes a host cluster,
+// writes old and new content to it in one go, and then sets the L2 entry; so do zeroing and
+// discarding. Every request pins the node's epoch: a host cluster that has been dropped is not used
+// again before all requests that could know it have ended.
+//
+// After a discard the whole clusters of the range read as zeroes; the rest of it is unchanged.
+// (A version 2 image with a backing file cannot say so: there a discard does nothing.)
+//
+// Durability and the order of metadata on disk: commit.cc.
+#pragma once
+
+#include <string>
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "base/epoch.h"
+#include "base/sync.h"
+#include "block/formats/qcow2/image.h"
+#include "block/graph/driver.h"
+#include "block/graph/edge.h"
+#include "block/graph/node.h"
+
+namespace minivmm::block {
+
+class Qcow2Node final : public Node {
+ public:
+  // `backing` may be empty. See open_qcow2 for the checks that come before.
+  Qcow2Node(const NodeConfig& config, std::shared_ptr<Node> file, std::shared_ptr<Node> backing,
+            qcow2::Header header, const qcow2::CacheSizes& sizes);
+  ~Qcow2Node() override;
+
+  std::string filename() const override;
+  // qemu-img's format-specific information, in its order and with its names.
+  Facts facts() const override;
+  std::vector<Edge*> children() override;
+  void close() override;
+
+  const qcow2::Header& header() const noexcept { return image_.file().header(); }
+  // For tests and state dumps.
+  const qcow2::Image& image() const noexcept { return image_; }
+
+ protected:
+  void driver_read(uint64_t offset, IoSpan to) override;
+  void driver_write(uint64_t offset, IoSpan from, WriteFlags flags) override;
+  void driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) override;
+  void driver_discard(uint64_t offset, uint64_t length) override;
+  void driver_flush() override;
+  BlockStatus driver_block_status(uint64_t offset, uint64_t length) override;
+
+ private:
+  struct Plan;
+  struct Surroundings;
+  struct WholeClusters;
+  static std::unique_ptr<Edge> file_edge(const NodeConfig& config, std::shared_ptr<Node> file);
+  Edge& file() noexcept { return image_.file().file(); }
+  const qcow2::Geometry& geometry() const noexcept { return image_.file().geometry(); }
+
+  // qcow2_read.cc
+  void read_extent(const qcow2::Extent& extent, uint64_t offset, IoSpan to);
+  void read_backing(uint64_t offset, IoSpan to);
+  void read_compressed(uint64_t raw, uint64_t guest_offset, IoSpan to);
+
+  // qcow2_write.cc
+  void write_range(uint64_t offset, IoSpan from);
+  uint64_t write_new(uint64_t offset, IoSpan from);
+  Plan plan_write(uint64_t cluster, uint64_t count);
+  uint64_t write_plan(const Plan& plan, uint64_t offset, IoSpan from);
+  void write_clusters(const Plan& plan, uint64_t offset, IoSpan from);
+  void read_surroundings(const Plan& plan, uint64_t begin, uint64_t end, Surroundings& out);
+  void read_old(uint64_t raw, uint64_t offset, std::span<std::byte> to);
+  bool old_is_zero(uint64_t raw, uint64_t offset) const;
+  void link(const Plan& plan);
+  void drop_entries(const std::vector<uint64_t>& raw_entries, uint64_t cluster);
+  // At the end of every change, without a pin.
+  void after_change(bool durable);
+  void commit();
+
+  // qcow2_zero.cc
+  WholeClusters whole_clusters(uint64_t offset, uint64_t length) const;
+  void zero_range(uint64_t offset, uint64_t length, ZeroFlags flags);
+  void zero_part(uint64_t offset, uint64_t length, ZeroFlags flags);
+  void zero_data(const qcow2::Extent& extent, uint64_t offset, ZeroFlags flags);
+  void change_clusters(uint64_t first, uint64_t count, bool unmap);
+  void change_in_slice(uint64_t first, uint64_t count, bool unmap);
+  uint64_t zero_entry(uint64_t raw, bool unmap) const;
+  bool can_zero_by_entry() const noexcept;
+
+  qcow2::Image image_;
+  std::unique_ptr<Edge> backing_;
+  base::Epoch epoch_;
+  qcow2::Claims claims_;
+  std::atomic<bool> reclaiming_{false};
+  base::WaitGroup background_;
+};
+
+// Fiber. Takes: file, backing, cache-size, l2-cache-size, refcount-cache-size,
+// l2-cache-entry-size.
+std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options);
+
+}  // namespace minivmm::block

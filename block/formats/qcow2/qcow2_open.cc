@@ -1,0 +1,90 @@
+// SPDX-License-Identifier: Apache-2.0
+// Opening: the header, what it may ask for, the backing file.
+#include <cerrno>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "base/pool.h"
+#include "block/formats/qcow2/qcow2_node.h"
+#include "block/graph/graph.h"
+#include "block/graph/open_policy.h"
+
+namespace minivmm::block {
+namespace {
+
+using base::Error;
+using qcow2::Header;
+
+std::string name_of(const NodeConfig& config, const Node& file) {
+  return file.filename().empty() ? fmt::format("'{}'", config.node_name) : file.filename();
+}
+
+Header read_supported_header(const NodeConfig& config, const std::shared_ptr<Node>& file) {
+  const std::string name = name_of(config, *file);
+  try {
+    Edge edge(file, fmt::format("opening qcow2 node '{}'", config.node_name),
+              {.uses = 0, .shares = Permissions::kWrite | Permissions::kResize});
+    Header header = qcow2::read_header(edge);
+    qcow2::require_supported(header);
+    return header;
+  } catch (Error& e) {
+    e.prepend(name);
+    throw;
+  }
+}
+
+// Refcounts of a dirty image may be wrong, and anything of a corrupt one: new clusters could be
+// ones that are in use.
+void require_clean(const NodeConfig& config, const Header& header, const std::string& name) {
+  if (config.read_only) return;
+  const char* state = nullptr;
+  if ((header.incompatible & qcow2::kIncompatDirty) != 0) {
+    state = "was not closed properly (its dirty bit is set)";
+  }
+  if ((header.incompatible & qcow2::kIncompatCorrupt) != 0) {
+    state = "is marked as corrupt";
+  }
+  if (state != nullptr) {
+    throw Error(EROFS, fmt::format("{}: the image {} and cannot be written to: repair it with "
+                                   "`qemu-img check -r all`, or open it with read-only=on",
+                                   name, state));
+  }
+}
+
+std::shared_ptr<Node> open_backing(Graph& graph, const NodeConfig& config, Options& options,
+                                   const Header& header, const Node& file) {
+  if (options.take_null("backing")) return nullptr;
+  if (options.has("backing")) return graph.open_child(options, "backing", true);
+  if (!header.has_backing) return nullptr;
+  if (file.filename().empty()) {
+    throw Error(EINVAL, fmt::format("{}: the image records the backing file '{}', relative to "
+                                    "nothing: give the option 'backing'",
+                                    name_of(config, file), header.backing_file));
+  }
+  Options found = base::Pool::syscalls().run([&] {
+    return backing_options(graph.policy(), file.filename(), header.backing_file,
+                           header.backing_format);
+  });
+  if (!found.has("read-only")) found.set("read-only", "on");
+  return graph.open_inline(std::move(found));
+}
+
+}  // namespace
+
+std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options) {
+  std::shared_ptr<Node> file = graph.open_child(options, "file", config.read_only);
+  const Header header = read_supported_header(config, file);
+  const std::string name = name_of(config, *file);
+  require_clean(config, header, name);
+  const auto total = options.take_size("cache-size");
+  const auto l2 = options.take_size("l2-cache-size");
+  const auto refcount = options.take_size("refcount-cache-size");
+  const auto l2_entry = options.take_size("l2-cache-entry-size");
+  const qcow2::CacheSizes sizes = qcow2::choose_cache_sizes(header, total, l2, refcount, l2_entry);
+  std::shared_ptr<Node> backing = open_backing(graph, config, options, header, *file);
+  return std::make_shared<Qcow2Node>(config, std::move(file), std::move(backing), header, sizes);
+}
+
+}  // namespace minivmm::block

@@ -1,0 +1,105 @@
+// SPDX-License-Identifier: Apache-2.0
+// Reading. The path through a chain of backing files recurses on the fiber's stack, a few frames a
+// layer; what only some extents need (compressed data) is kept out of those frames.
+#include <cerrno>
+
+#include <fmt/core.h>
+
+#include "base/buffer.h"
+#include "base/pool.h"
+#include "block/formats/qcow2/decompress.h"
+#include "block/formats/qcow2/qcow2_node.h"
+
+namespace minivmm::block {
+
+using qcow2::ClusterKind;
+using qcow2::Extent;
+
+void Qcow2Node::driver_read(uint64_t offset, IoSpan to) {
+  const base::Epoch::Pin pin(epoch_);
+  for (uint64_t done = 0; done < to.bytes();) {
+    const Extent extent = image_.map().lookup_long(offset + done, to.bytes() - done);
+    base::IoList list;
+    read_extent(extent, offset + done, base::slice(to, done, extent.length, list));
+    done += extent.length;
+  }
+}
+
+void Qcow2Node::read_extent(const Extent& extent, uint64_t offset, IoSpan to) {
+  switch (extent.kind) {
+    case ClusterKind::kData:
+      file().read(extent.host_offset, to);
+      return;
+    case ClusterKind::kUnallocated:
+      read_backing(offset, to);
+      return;
+    case ClusterKind::kCompressed:
+      read_compressed(extent.raw, offset, to);
+      return;
+    default:
+      base::fill_zero(to, 0, to.bytes());
+  }
+}
+
+void Qcow2Node::read_backing(uint64_t offset, IoSpan to) {
+  if (backing_) {
+    backing_->read(offset, to);  // past its end: zeroes
+  } else {
+    base::fill_zero(to, 0, to.bytes());
+  }
+}
+
+void Qcow2Node::read_compressed(uint64_t raw, uint64_t guest_offset, IoSpan to) {
+  const uint64_t cluster_size = geometry().cluster_size();
+  const qcow2::L2Entry entry = qcow2::decode_l2(raw, geometry());
+  base::Buffer packed(entry.compressed_bytes);
+  base::Buffer plain(cluster_size);
+  file().read(entry.host_offset, packed.io());
+  const char* problem = base::Pool::work().run(
+      [&] { return qcow2::decompress(header().compression, packed.span(), plain.span()); });
+  if (problem != nullptr) {
+    throw base::Error(
+        EIO, fmt::format("{}: the compressed cluster at guest offset {:#x} (host {:#x}) cannot be "
+                         "read: {}",
+                         describe(), guest_offset - geometry().offset_in_cluster(guest_offset),
+                         entry.host_offset, problem));
+  }
+  base::copy_to(to, 0,
+                plain.span().subspan(geometry().offset_in_cluster(guest_offset), to.bytes()));
+}
+
+BlockStatus Qcow2Node::driver_block_status(uint64_t offset, uint64_t length) {
+  const base::Epoch::Pin pin(epoch_);
+  const Extent extent = image_.map().lookup_long(offset, length);
+  BlockStatus out;
+  out.length = extent.length;
+  switch (extent.kind) {
+    case ClusterKind::kUnallocated:
+      if (!backing_) {
+        out.zero = true;
+        return out;
+      }
+      out = backing_->block_status(offset, extent.length);
+      out.allocated = false;
+      ++out.depth;
+      return out;
+    case ClusterKind::kData:
+      out.data = true;
+      out.host_offset = extent.host_offset;
+      break;
+    case ClusterKind::kCompressed:
+      out.data = true;
+      out.compressed = true;
+      break;
+    case ClusterKind::kZeroAllocated:
+      out.host_offset = extent.host_offset;
+      out.zero = true;
+      break;
+    default:
+      out.zero = true;
+  }
+  out.allocated = true;
+  return out;
+}
+
+}  // namespace minivmm::block

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// The qcow2 driver on whole images: what is written is read, by us and by QEMU.
+#include "qcow2_fixture.h"
+
+namespace minivmm::block {
+namespace {
+
+TEST_F(Qcow2Test, WhatIsWrittenIsReadAfterReopening) {
+  create("a.qcow2", {.size = 64 << 20});
+  const auto data = pattern_bytes(300'000, 1);
+  on_fiber([&] {
+    Handle disk = open("a.qcow2");
+    write_bytes(disk, 12345, data);
+    EXPECT_EQ(read_bytes(disk, 12345, data.size()), data);
+    close(disk);
+    disk = open("a.qcow2");
+    EXPECT_EQ(read_bytes(disk, 12345, data.size()), data);
+    EXPECT_EQ(read_bytes(disk, 0, 12345), std::vector<std::byte>(12345));
+    close(disk);
+  });
+  expect_clean("a.qcow2");
+}
+
+TEST_F(Qcow2Test, TheCreatedImageIsCleanForQemu) {
+  for (unsigned bits = qcow2::kMinClusterBits; bits <= qcow2::kMaxClusterBits; ++bits) {
+    for (const auto preallocation : {qcow2::Preallocation::kOff, qcow2::Preallocation::kMetadata}) {
+      create("a.qcow2", {.size = 5'000'000,
+                         .cluster_bits = bits,
+                         .refcount_order = bits % 7,
+                         .preallocation = preallocation});
+      expect_clean("a.qcow2");
+    }
+  }
+}
+
+TEST_F(Qcow2Test, AnImageOfQemuIsReadAndWritten) {
+  if (!have_qemu()) GTEST_SKIP() << "qemu-img is missing";
+  ASSERT_EQ(run("qemu-img create -f qcow2 " + path("q.qcow2") + " 10M"), 0) << last_output_;
+  ASSERT_EQ(run("qemu-io -c 'write -P 7 100000 200000' " + path("q.qcow2")), 0) << last_output_;
+  on_fiber([&] {
+    Handle disk = open("q.qcow2");
+    EXPECT_EQ(read_bytes(disk, 100000, 200000), std::vector<std::byte>(200000, std::byte{7}));
+    write_bytes(disk, 90000, std::vector<std::byte>(20000, std::byte{9}));
+    close(disk);
+  });
+  expect_clean("q.qcow2");
+  EXPECT_EQ(
+      run("qemu-io -c 'read -P 9 90000 20000' -c 'read -P 7 110000 190000' " + path("q.qcow2")), 0)
+      << last_output_;
+}
+
+}  // namespace
+}  // namespace minivmm::block
