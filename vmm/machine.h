@@ -21,6 +21,7 @@
 #include "virtio/guest_memory.h"
 #include "vmm/bus.h"
 #include "vmm/exit_reason.h"
+#include "vmm/loader.h"
 
 namespace minivmm::vmm {
 
@@ -45,8 +46,10 @@ struct MachineConfig {
   bool huge_pages = true;
   unsigned vcpus = 1;
   KernelSource kernel;
-  std::string initrd_path;   // optional; Linux and PVH kernels
-  std::string command_line;  // device entries are added behind it
+  BootProtocol protocol = BootProtocol::kAuto;
+  std::string initrd_path;             // optional; Linux and PVH kernels
+  std::string command_line;            // device entries are added behind it
+  bool triple_fault_is_reset = false;  // for a guest that reboots that way; else it is a crash
   SerialConfig serial;
 };
 

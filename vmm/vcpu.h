@@ -1,0 +1,79 @@
+// SPDX-License-Identifier: Apache-2.0
+// One virtual CPU and the thread that runs it. Owned by the machine. The thread only runs the guest
+// and answers its port and memory-mapped accesses; whatever ends it is told to the host object.
+#pragma once
+
+#include <linux/kvm.h>
+#include <string>
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <thread>
+
+#include "base/unique_fd.h"
+#include "vmm/bus.h"
+#include "vmm/cpu_setup.h"
+#include "vmm/exit_reason.h"
+#include "vmm/kvm_api.h"
+
+namespace minivmm::vmm {
+
+// What a vCPU thread needs of its machine. All of it may be called from several vCPU threads.
+class VcpuHost {
+ public:
+  virtual ~VcpuHost() = default;
+  virtual const Bus& ports() const = 0;
+  virtual const Bus& mmio() const = 0;
+  virtual bool ending() const noexcept = 0;
+  virtual void vcpu_ended(ExitReason reason) noexcept = 0;
+  virtual bool triple_fault_is_reset() const noexcept = 0;
+};
+
+class Vcpu {
+ public:
+  struct Counters {
+    std::atomic<uint64_t> exits{0};
+    std::atomic<uint64_t> port_accesses{0};
+    std::atomic<uint64_t> mmio_accesses{0};
+    std::atomic<uint64_t> unclaimed{0};
+  };
+
+  // Makes the vCPU with CPUID, MSRs, FPU and LAPIC set. Throws base::Error.
+  Vcpu(const Kvm& kvm, int vm_fd, unsigned index, unsigned count, VcpuHost& host);
+  // The thread has been joined.
+  ~Vcpu();
+  Vcpu(const Vcpu&) = delete;
+  Vcpu& operator=(const Vcpu&) = delete;
+
+  // Only for the first vCPU; KVM keeps the others waiting for the guest's start-up IPI.
+  void set_boot_state(const BootState& boot);
+  // Throws std::system_error where no thread can be made.
+  void start(const std::string& thread_name);
+  bool started() const noexcept { return thread_.joinable(); }
+  // Makes the thread leave the guest and look at VcpuHost::ending(). After start(), before join().
+  void kick() noexcept;
+  void join();
+
+  const Counters& counters() const noexcept { return counters_; }
+
+ private:
+  void configure(const Kvm& kvm, unsigned index, unsigned count);
+  void loop();
+  bool handle_exit();
+  void handle_io();
+  void handle_mmio();
+  void end(ExitKind kind, std::string text);
+  std::string describe_internal_error() const;
+  std::string registers() const;
+
+  VcpuHost& host_;
+  base::UniqueFd fd_;
+  kvm_run* run_ = nullptr;
+  size_t run_size_ = 0;
+  unsigned index_;
+  Counters counters_;
+  std::thread thread_;
+};
+
+}  // namespace minivmm::vmm
