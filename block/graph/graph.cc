@@ -45,6 +45,23 @@ std::shared_ptr<Node> Graph::add(Options options) {
   }
 }
 
+void Graph::check_name_free(const std::string& name) const {
+  const std::lock_guard lock(mutex_);
+  for (const Entry& entry : nodes_) {
+    if (entry.node->name() == name) {
+      throw Error(EEXIST,
+                  fmt::format("node-name '{}' is taken by {}", name, entry.node->describe()));
+    }
+  }
+}
+
+void Graph::adopt(std::shared_ptr<Node> node) {
+  const std::lock_guard editing(editing_);
+  check_name_free(node->name());
+  const std::lock_guard lock(mutex_);
+  nodes_.push_back({std::move(node), true});
+}
+
 // Under editing_.
 std::shared_ptr<Node> Graph::open(Options options, bool named) {
   const std::string driver_name = options.take_string("driver").value_or("");
@@ -57,15 +74,7 @@ std::shared_ptr<Node> Graph::open(Options options, bool named) {
   if (config.node_name.empty()) config.node_name = make_name();
   config.read_only = options.take_bool("read-only", false);
   const bool write_through = !options.take_bool("cache.writeback", true);
-  {
-    const std::lock_guard lock(mutex_);
-    for (const Entry& entry : nodes_) {
-      if (entry.node->name() == config.node_name) {
-        throw Error(EEXIST, fmt::format("node-name '{}' is taken by {}", config.node_name,
-                                        entry.node->describe()));
-      }
-    }
-  }
+  check_name_free(config.node_name);
   opening_.push_back(options.peek("filename").value_or(config.node_name));
   if (opening_.size() > kMaxGraphDepth) {
     throw Error(ELOOP, fmt::format("more than {} layers (a loop of backing files?): {} -> ...",

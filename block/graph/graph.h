@@ -38,6 +38,9 @@ class Graph {
   // Opens the node that `options` describe, with its children, and keeps it under its node-name
   // (one is made up where none is given: "#block0"). Throws; then nothing is kept.
   std::shared_ptr<Node> add(Options options);
+  // Keeps a node that was made elsewhere (a job's filter, a test's) under its name, as if added.
+  // EEXIST if the name is taken.
+  void adopt(std::shared_ptr<Node> node);
   // The node, or ENOENT naming the nodes that there are. Any thread.
   std::shared_ptr<Node> find(const std::string& node_name) const;
   // Closes and forgets a node without users. EBUSY names them.
@@ -86,6 +89,7 @@ class Graph {
   };
   std::shared_ptr<Node> open(Options options, bool named);
   std::string make_name();
+  void check_name_free(const std::string& name) const;
   void unregister_root(Handle::Root& root);
   void reap(std::unique_ptr<Handle::Root> root) noexcept;
   void close_unused(bool named_too, std::exception_ptr& first_error);
