@@ -86,6 +86,7 @@ class MmioBlock {
   std::unique_ptr<BlockDevice> device_;
   std::unique_ptr<MmioTransport> transport_;
   bool stopped_ = false;
+  bool idle_ = false;  // as stop() reported
 };
 
 }  // namespace minivmm::virtio
