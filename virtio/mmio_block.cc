@@ -56,9 +56,10 @@ void MmioBlock::write(uint64_t offset, std::span<const std::byte> data) {
 void MmioBlock::resize() { device_->resize(); }
 
 StopReport MmioBlock::stop(std::chrono::milliseconds timeout) {
-  if (stopped_) return {.idle = idle_};
-  stopped_ = true;
-  StopReport report = device_->stop(timeout);
+  StopReport report;
+  report.idle = idle_;
+  if (std::exchange(stopped_, true)) return report;
+  report = device_->stop(timeout);
   idle_ = report.idle;
   return report;
 }
