@@ -77,7 +77,8 @@ def fuse_group(tools):
     fio = servers.TheFile(tools, by_fio=True)
     entries = _entries(loads.file, servers.OurFuse(tools),
                        servers.QemuStorageDaemonFuse(tools, "threads"),
-                       servers.QemuStorageDaemonFuse(tools, "io_uring"), floor)
+                       servers.QemuStorageDaemonFuse(tools, "io_uring"),
+                       servers.BareFuse(tools), floor)
     return Group(cases, entries + _entries(loads.fio, fio))
 
 

@@ -5,9 +5,9 @@ from xml.sax.saxutils import escape
 
 COLOURS = ["#2a6fbb", "#d1702c", "#c9a227", "#5b9a50", "#8a8a8a", "#b0b0b0", "#8d5fa8"]
 COLUMNS = 3
-PANEL_WIDTH = 380
+PANEL_WIDTH = 410
 BAR = 18
-LABEL = 130
+LABEL = 160
 MARGIN = 20
 HEAD = 34
 

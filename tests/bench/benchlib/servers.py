@@ -170,6 +170,25 @@ class QemuStorageDaemonFuse(Server):
         return _mounted(child, mount, lambda: os.path.getsize(mount) > 0, workplace, mount, log)
 
 
+class BareFuse(Server):
+    """The limit: threads that read a request, pread, and write the answer."""
+
+    name = "bare"
+    peer = False
+
+    def missing(self):
+        if os.geteuid() != 0:
+            return "bare_fuse needs root to mount"
+        return self.tools.lacks("bare_fuse") or self.tools.lacks_fuse()
+
+    def start(self, workplace, image, image_format):
+        mount = workplace.mount_point("fuse", is_file=True)
+        log = workplace.new("log")
+        child = processes.Child([self.tools.tool("bare_fuse"), f"--file={image}",
+                                 f"--mount={mount}", "--threads=4"], log)
+        return _mounted(child, mount, lambda: os.path.getsize(mount) > 0, workplace, mount, log)
+
+
 def _mounted(child, path, ready, workplace, mount, log):
     try:
         child.wait_until(ready)
