@@ -1,0 +1,213 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "fuse/mountpoint.h"
+
+#include <fcntl.h>
+#include <sys/mount.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+
+#include <fmt/core.h>
+#include <spawn.h>
+
+#include "base/error.h"
+#include "base/log.h"
+#include "base/unique_fd.h"
+
+namespace minivmm::fuse {
+namespace {
+
+using base::errno_error;
+using base::Error;
+
+// mountinfo writes blank, tab, newline and backslash as three octal digits.
+std::string unescape(std::string_view text) {
+  std::string out;
+  for (size_t i = 0; i < text.size(); ++i) {
+    const auto digit = [&](size_t n) {
+      return i + n < text.size() && text[i + n] >= '0' && text[i + n] <= '7';
+    };
+    if (text[i] == '\\' && digit(1) && digit(2) && digit(3)) {
+      out.push_back(static_cast<char>((text[i + 1] - '0') * 64 + (text[i + 2] - '0') * 8 +
+                                      (text[i + 3] - '0')));
+      i += 3;
+    } else {
+      out.push_back(text[i]);
+    }
+  }
+  return out;
+}
+
+// "36 35 98:0 /root /point options optional... - type source options"
+std::optional<MountEntry> parse_line(const std::string& line) {
+  std::istringstream words(line);
+  std::string skip;
+  std::string point;
+  for (int i = 0; i < 4; ++i) words >> skip;
+  words >> point;
+  while (words >> skip && skip != "-") {
+  }
+  MountEntry entry;
+  std::string source;
+  if (!(words >> entry.type >> source)) return std::nullopt;
+  entry.point = unescape(point);
+  entry.source = unescape(source);
+  return entry;
+}
+
+std::string read_mountinfo() {
+  std::ifstream file("/proc/self/mountinfo");
+  std::ostringstream text;
+  text << file.rdbuf();
+  if (!file) throw Error(EIO, "cannot read /proc/self/mountinfo");
+  return text.str();
+}
+
+// Resolves all but the last component: that one may be a dead mount, which nothing can look into.
+std::string resolve(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  fs::path given = fs::absolute(path, error).lexically_normal();
+  if (error) throw Error(error.value(), path + ": not a usable path");
+  if (!given.has_filename()) given = given.parent_path();  // a trailing slash
+  constexpr int kMostLinks = 40;
+  for (int i = 0; i < kMostLinks && fs::is_symlink(given, error); ++i) {
+    given = (given.parent_path() / fs::read_symlink(given, error)).lexically_normal();
+    if (error) throw errno_error(error.value(), "FUSE mountpoint " + given.string());
+  }
+  const fs::path parent = fs::canonical(given.parent_path(), error);
+  if (error) {
+    throw errno_error(error.value(), "FUSE mountpoint " + path + ": its parent directory " +
+                                         given.parent_path().string());
+  }
+  return (parent / given.filename()).string();
+}
+
+bool is_dead(const std::string& path) {
+  struct stat info {};
+  return ::stat(path.c_str(), &info) != 0 && (errno == ENOTCONN || errno == ECONNABORTED);
+}
+
+// Detaches the dead mounts of ours that lie at `path`, one over the other.
+void clean_dead_mounts(const std::string& path) {
+  constexpr int kMostCrashes = 64;
+  for (int i = 0; i < kMostCrashes; ++i) {
+    const std::vector<MountEntry> mounts = mounts_at(read_mountinfo(), path);
+    if (mounts.empty()) return;
+    const MountEntry& top = mounts.back();
+    if (!is_dead(path)) {
+      throw Error(EBUSY,
+                  fmt::format("FUSE mountpoint {}: {} ({}) is mounted there and alive; unmount "
+                              "it or choose another directory",
+                              path, top.source, top.type));
+    }
+    if (top.type != kMountType) {
+      throw Error(EBUSY,
+                  fmt::format("FUSE mountpoint {}: a dead mount of {} ({}) is there, which is "
+                              "not ours; detach it with `umount -l {}`",
+                              path, top.source, top.type, path));
+    }
+    base::log_info("{}: detaching the dead mount that {} left", path, top.source);
+    detach(path);
+  }
+  throw Error(EBUSY, fmt::format("FUSE mountpoint {}: too many dead mounts", path));
+}
+
+// fusermount3 is what may unmount for those who are not root. 0 or an errno.
+int run_fusermount(const std::string& path, bool lazy) {
+  std::string program = "fusermount3";
+  std::string flags = lazy ? "-uqz" : "-uq";
+  std::string end = "--";
+  std::string point = path;
+  char* arguments[] = {program.data(), flags.data(), end.data(), point.data(), nullptr};
+  pid_t child = 0;
+  const int error = ::posix_spawnp(&child, program.c_str(), nullptr, nullptr, arguments, environ);
+  if (error != 0) return error;
+  int status = 0;
+  while (::waitpid(child, &status, 0) < 0) {
+    if (errno != EINTR) return errno;
+  }
+  if (WIFEXITED(status) && WEXITSTATUS(status) == 0) return 0;
+  return EBUSY;  // it says no more
+}
+
+}  // namespace
+
+std::vector<MountEntry> mounts_at(std::string_view mountinfo, std::string_view point) {
+  std::vector<MountEntry> out;
+  std::istringstream lines{std::string(mountinfo)};
+  for (std::string line; std::getline(lines, line);) {
+    const std::optional<MountEntry> entry = parse_line(line);
+    if (entry && entry->point == point) out.push_back(*entry);
+  }
+  return out;
+}
+
+std::string mount_source() { return fmt::format("minivmm:{}", ::getpid()); }
+
+bool is_mount_of_this_process(const std::string& path) {
+  const std::vector<MountEntry> mounts = mounts_at(read_mountinfo(), path);
+  return !mounts.empty() && mounts.back().type == kMountType &&
+         mounts.back().source == mount_source();
+}
+
+Mountpoint prepare_mountpoint(const std::string& path) {
+  Mountpoint out{.path = resolve(path)};
+  clean_dead_mounts(out.path);
+  struct stat info {};
+  if (::stat(out.path.c_str(), &info) != 0) {
+    if (errno != ENOENT) throw errno_error(errno, "FUSE mountpoint " + out.path);
+    if (::mkdir(out.path.c_str(), 0755) != 0) {
+      throw errno_error(errno, "FUSE mountpoint " + out.path + ": cannot make it");
+    }
+    out.created = true;
+    return out;
+  }
+  if (!S_ISDIR(info.st_mode)) {
+    throw Error(ENOTDIR, "FUSE mountpoint " + out.path + " is not a directory");
+  }
+  std::error_code error;
+  const bool empty = std::filesystem::is_empty(out.path, error);
+  if (error) throw errno_error(error.value(), "FUSE mountpoint " + out.path);
+  if (!empty) {
+    throw Error(ENOTEMPTY, "FUSE mountpoint " + out.path +
+                               ": the directory is not empty, and a mount would hide its files");
+  }
+  return out;
+}
+
+bool unmount(const std::string& path) {
+  if (::umount2(path.c_str(), UMOUNT_NOFOLLOW) == 0) return true;
+  int error = errno;
+  if (error == EPERM) error = run_fusermount(path, false);
+  if (error == EBUSY) return false;
+  if (error == 0) return true;
+  throw errno_error(error, path + ": cannot unmount");
+}
+
+void detach(const std::string& path) {
+  if (::umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) == 0) return;
+  int error = errno;
+  if (error == EPERM) error = run_fusermount(path, true);
+  if (error != 0) throw errno_error(error, path + ": cannot detach the mount");
+}
+
+void sync_mount(const std::string& path) noexcept {
+  const base::UniqueFd root(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC));
+  if (root) (void)::syncfs(root.get());
+}
+
+void restore_mountpoint(const Mountpoint& mountpoint) noexcept {
+  if (!mountpoint.created) return;
+  if (::rmdir(mountpoint.path.c_str()) != 0) {
+    base::log_warning("{}: cannot remove the mountpoint: {}", mountpoint.path,
+                      base::errno_text(errno));
+  }
+}
+
+}  // namespace minivmm::fuse
