@@ -5,6 +5,8 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/filters/fault.h"
+#include "block/filters/log_writes.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/raw.h"
 #include "block/graph/driver.h"
@@ -19,7 +21,7 @@ namespace {
 constexpr Driver kDrivers[] = {
     {"file", &open_file},    {"host_device", &open_file}, {"raw", &open_raw},
     {"qcow2", &open_qcow2},  {"memory", &open_memory},    {"null", &open_null},
-    {"null-co", &open_null},
+    {"null-co", &open_null}, {"fault", &open_fault},      {"log-writes", &open_log_writes},
 };
 
 }  // namespace
