@@ -66,7 +66,7 @@ auto Pool::run(Work&& work) -> std::invoke_result_t<Work> {
   using Result = std::invoke_result_t<Work>;
   if (!on_fiber()) return work();
   struct Job : Task {
-    Work* work;
+    std::remove_reference_t<Work>* work;
     Fiber* fiber;
     std::exception_ptr error;
     std::conditional_t<std::is_void_v<Result>, char, std::optional<Result>> result{};

@@ -243,6 +243,8 @@ TEST_P(LoopTest, PoolRunsClosuresAndCarriesErrorsBack) {
     EXPECT_NE(pool.run([] { return std::this_thread::get_id(); }), here);
     EXPECT_EQ(std::this_thread::get_id(), here);
     EXPECT_THROW(pool.run([] { throw Error(EPERM, "no"); }), Error);
+    const auto named = [] { return 7; };
+    EXPECT_EQ(pool.run(named), 7);
   });
 }
 
