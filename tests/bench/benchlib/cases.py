@@ -46,15 +46,17 @@ class Goal:
     ratio: float
 
 
+def _name(text, connections, choices):
+    return f"{text} c{connections}" if len(choices) > 1 else text
+
+
 def _random(prefix, depths, connections=(1,)):
-    return [Case(f"{prefix}/{rw} 4k d{d} c{c}" if len(connections) > 1 else f"{prefix}/{rw} 4k d{d}",
-                 rw, 4096, d, c)
+    return [Case(_name(f"{prefix}/{rw} 4k d{d}", c, connections), rw, 4096, d, c)
             for rw in ("randread", "randwrite") for d in depths for c in connections]
 
 
 def _sequential(prefix, connections=(1,)):
-    return [Case(f"{prefix}/{rw} 256k c{c}" if len(connections) > 1 else f"{prefix}/{rw} 256k",
-                 rw, 256 << 10, 8, c, "large")
+    return [Case(_name(f"{prefix}/{rw} 256k", c, connections), rw, 256 << 10, 8, c, "large")
             for rw in ("read", "write") for c in connections]
 
 
