@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/budget.h"
+
+#include <algorithm>
+
+#include "base/event_loop.h"
+#include "base/fiber.h"
+
+namespace minivmm::nbd {
+
+// On the waiting fiber's stack. Linked until it is granted or cancelled; both are decided under
+// the mutex, and whoever unlinks it wakes its fiber.
+struct Budget::Waiter {
+  Budget* budget = nullptr;
+  base::Fiber* fiber = nullptr;
+  uint64_t bytes = 0;
+  bool linked = false;
+  bool granted = false;
+  Waiter* prev = nullptr;
+  Waiter* next = nullptr;
+};
+
+uint64_t Budget::used() const noexcept {
+  const std::lock_guard lock(mutex_);
+  return total_ - free_;
+}
+
+bool Budget::try_acquire(uint64_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  if (head_ != nullptr || free_ < bytes) return false;
+  free_ -= bytes;
+  return true;
+}
+
+bool Budget::try_acquire_spare(uint64_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  if (head_ != nullptr || free_ < total_ / 2 + bytes) return false;
+  free_ -= bytes;
+  return true;
+}
+
+void Budget::unlink(Waiter& waiter) noexcept {
+  (waiter.prev != nullptr ? waiter.prev->next : head_) = waiter.next;
+  (waiter.next != nullptr ? waiter.next->prev : tail_) = waiter.prev;
+  waiter.linked = false;
+  waiting_.fetch_sub(1, std::memory_order_relaxed);
+}
+
+bool Budget::acquire(uint64_t bytes, base::CancelSource& cancel) {
+  if (cancel.cancelled()) return false;
+  Waiter waiter;
+  waiter.budget = this;
+  waiter.fiber = base::Fiber::current();
+  waiter.bytes = bytes;
+  {
+    const std::lock_guard lock(mutex_);
+    if (head_ == nullptr && free_ >= bytes) {
+      free_ -= bytes;
+      return true;
+    }
+    waiter.prev = tail_;
+    (tail_ != nullptr ? tail_->next : head_) = &waiter;
+    tail_ = &waiter;
+    waiter.linked = true;
+    waiting_.fetch_add(1, std::memory_order_relaxed);
+  }
+  const base::CancelSource::Registration registration(
+      &cancel,
+      [](void* argument) noexcept {
+        auto& self = *static_cast<Waiter*>(argument);
+        const std::lock_guard lock(self.budget->mutex_);
+        if (!self.linked) return;
+        self.budget->unlink(self);
+        self.fiber->loop().wake(*self.fiber);
+      },
+      &waiter);
+  waiter.fiber->waiting_for = "memory for a request";
+  waiter.fiber->suspend();
+  if (!waiter.granted) release(0);  // those behind a large request that gave up may fit now
+  return waiter.granted;
+}
+
+void Budget::release(uint64_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  free_ += bytes;
+  while (head_ != nullptr && free_ >= head_->bytes) {
+    Waiter& waiter = *head_;
+    free_ -= waiter.bytes;
+    unlink(waiter);
+    waiter.granted = true;
+    waiter.fiber->loop().wake(*waiter.fiber);
+  }
+}
+
+bool Account::try_take(uint64_t bytes) noexcept {
+  if (used_ + bytes > limit_) return false;
+  if (used_ + bytes > leased_) {
+    const uint64_t missing = used_ + bytes - leased_;
+    const uint64_t step = std::min(std::max(missing, kStep), limit_ - leased_);
+    if (budget_.try_acquire(step)) {
+      leased_ += step;
+    } else if (budget_.try_acquire(missing)) {
+      leased_ += missing;
+    } else {
+      return false;
+    }
+  }
+  used_ += bytes;
+  return true;
+}
+
+bool Account::wait(uint64_t bytes, base::CancelSource& cancel) {
+  settle();
+  if (!budget_.acquire(bytes, cancel)) return false;
+  leased_ += bytes;
+  used_ += bytes;
+  return true;
+}
+
+void Account::settle() noexcept {
+  if (leased_ == used_) return;
+  budget_.release(leased_ - used_);
+  leased_ = used_;
+}
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,93 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bytes of payload that may be held for clients: a Budget for all of them, an Account for each.
+//
+// Memory for a request is admitted before it is spent; a request that is not admitted stays in the
+// client's socket. Waiting is first come, first served, so that a large request is not starved.
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <mutex>
+
+#include "base/cancel.h"
+
+namespace minivmm::base {
+class Fiber;
+}
+
+namespace minivmm::nbd {
+
+// Any loop.
+class Budget {
+ public:
+  explicit Budget(uint64_t bytes) noexcept : total_(bytes), free_(bytes) {}
+  Budget(const Budget&) = delete;
+  Budget& operator=(const Budget&) = delete;
+
+  uint64_t total() const noexcept { return total_; }
+  uint64_t used() const noexcept;
+  bool try_acquire(uint64_t bytes) noexcept;
+  // Only while half of everything stays free: for what is pleasant to have. It may be kept over
+  // waits, because what requests need can still come free.
+  bool try_acquire_spare(uint64_t bytes) noexcept;
+  // Fiber. `bytes` must not exceed total(). False: cancelled, and nothing was acquired.
+  bool acquire(uint64_t bytes, base::CancelSource& cancel);
+  void release(uint64_t bytes) noexcept;
+  // True while somebody waits.
+  bool contended() const noexcept { return waiting_.load(std::memory_order_relaxed) != 0; }
+
+ private:
+  struct Waiter;
+  void unlink(Waiter& waiter) noexcept;
+
+  const uint64_t total_;
+  mutable std::mutex mutex_;
+  uint64_t free_;           // guarded by mutex_
+  Waiter* head_ = nullptr;  // guarded by mutex_, oldest first
+  Waiter* tail_ = nullptr;  // guarded by mutex_
+  std::atomic<unsigned> waiting_{0};
+};
+
+// One client's part, on the client's loop. Takes from the budget in larger steps than a request
+// and gives back when nothing is in use, so that small requests rarely touch what loops share.
+class Account {
+ public:
+  Account(Budget& budget, uint64_t limit) noexcept : budget_(budget), limit_(limit) {}
+  Account(const Account&) = delete;
+  Account& operator=(const Account&) = delete;
+  ~Account() { settle(); }
+
+  // True if `bytes` are this client's now; `bytes` must not exceed the limit.
+  bool try_take(uint64_t bytes) noexcept;
+  // True if only the shared budget stands in the way: then wait() for it rather than for one's
+  // own requests to end.
+  bool within_limit(uint64_t bytes) const noexcept { return used_ + bytes <= limit_; }
+  // Fiber. Takes `bytes`, within the limit, when the shared budget has them. False: cancelled.
+  bool wait(uint64_t bytes, base::CancelSource& cancel);
+  void give_back(uint64_t bytes) noexcept {
+    used_ -= bytes;
+    if (eager_) settle();
+  }
+  // Returns what is not in use to the budget.
+  void settle() noexcept;
+  // While the client's fiber waits for whatever reason, nothing that is not in use may be kept:
+  // others may wait for it.
+  void set_eager(bool eager) noexcept {
+    eager_ = eager;
+    if (eager) settle();
+  }
+
+  uint64_t used() const noexcept { return used_; }
+  Budget& budget() noexcept { return budget_; }
+
+ private:
+  static constexpr uint64_t kStep = uint64_t{256} << 10;
+
+  Budget& budget_;
+  const uint64_t limit_;
+  uint64_t used_ = 0;
+  uint64_t leased_ = 0;  // taken from the budget; at least used_
+  bool eager_ = false;
+};
+
+}  // namespace minivmm::nbd

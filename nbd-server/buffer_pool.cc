@@ -1,0 +1,38 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/buffer_pool.h"
+
+#include <algorithm>
+#include <bit>
+
+namespace minivmm::nbd {
+
+size_t BufferPool::class_of(size_t size) noexcept {
+  const size_t rounded = std::max(size, kSmallest);
+  return static_cast<size_t>(std::bit_width((rounded - 1) / kSmallest));
+}
+
+base::Buffer BufferPool::take(size_t size) {
+  const size_t c = class_of(size);
+  if (c >= kClasses) return base::Buffer(size);
+  auto& list = free_[c];
+  if (list.empty()) return base::Buffer(kSmallest << c);
+  base::Buffer out = std::move(list.back());
+  list.pop_back();
+  kept_ -= out.size();
+  return out;
+}
+
+void BufferPool::give_back(base::Buffer buffer) noexcept {
+  if (buffer.data() == nullptr || kept_ + buffer.size() > kMaxKept) return;
+  const size_t c = class_of(buffer.size());
+  if (c >= kClasses || buffer.size() != kSmallest << c) return;
+  try {
+    const size_t size = buffer.size();
+    free_[c].push_back(std::move(buffer));
+    kept_ += size;
+  } catch (const std::bad_alloc&) {
+    // No room in the list: the buffer is simply freed.
+  }
+}
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,300 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/commands.h"
+
+#include <algorithm>
+#include <cstring>
+#include <exception>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "base/log.h"
+
+namespace minivmm::nbd {
+namespace {
+
+using wire::Command;
+using wire::ErrorCode;
+
+// Below this a READ is not asked for holes: the question costs as much as the data.
+constexpr uint32_t kHoleThreshold = 64 << 10;
+// Bounds for one reply, however fragmented the node is.
+constexpr size_t kMaxReadPieces = 64;
+constexpr size_t kMaxExtents = 2048;
+constexpr unsigned kMaxStatusCalls = 4096;
+
+void log_failure(const Request& request, const Export& target, const std::string& why) {
+  static base::RateLimit limit;
+  uint64_t suppressed = 0;
+  if (!limit.allow(&suppressed)) return;
+  base::log_warning("NBD export '{}': {} of {} bytes at {} failed: {}{}", target.name(),
+                    wire::command_name(request.command()), request.head.length, request.head.offset,
+                    why, suppressed > 0 ? fmt::format(" ({} similar not shown)", suppressed) : "");
+}
+
+}  // namespace
+
+unsigned Commands::run(Request& first) noexcept {
+  if (first.next != nullptr) {
+    try {
+      run_group(first);
+      return 0;
+    } catch (...) {
+      // Which of them it was is found out one by one.
+    }
+  }
+  unsigned failed = 0;
+  for (Request* r = &first; r != nullptr; r = r->next) failed += run_one(*r) ? 0 : 1;
+  return failed;
+}
+
+void Commands::run_group(Request& first) {
+  iovec parts[kMaxGroup];
+  size_t count = 0;
+  uint64_t bytes = 0;
+  const bool reads = first.command() == Command::kRead;
+  for (Request* r = &first; r != nullptr; r = r->next) {
+    if (reads && r->buffer.data() == nullptr) r->buffer = resources_.buffers().take(r->head.length);
+    parts[count++] = {reads ? r->buffer.data() : r->payload, r->head.length};
+    bytes += r->head.length;
+  }
+  const base::IoSpan span(parts, count, bytes);
+  if (reads) {
+    node().read(first.head.offset, span);
+  } else {
+    node().write(first.head.offset, span, {.fua = first.has(wire::kFua)});
+  }
+  for (Request* r = &first; r != nullptr; r = r->next) {
+    if (reads) {
+      reply_data(*r);
+    } else {
+      reply_done(*r);
+    }
+  }
+}
+
+bool Commands::run_one(Request& request) noexcept {
+  try {
+    dispatch(request);
+    return true;
+  } catch (...) {
+    const auto error = std::current_exception();
+    const int err = base::errno_of(error);
+    try {
+      log_failure(request, *agreed_.target, base::text_of(error));
+      // The full text names files of this host: it is for the log.
+      fail(request, wire::error_code(err),
+           fmt::format("{} of {} bytes at {}: {}", wire::command_name(request.command()),
+                       request.head.length, request.head.offset, base::errno_text(err)));
+    } catch (const std::exception&) {
+      fail(request, wire::error_code(err), {});
+    }
+    return false;
+  }
+}
+
+void Commands::dispatch(Request& request) {
+  const wire::Request& head = request.head;
+  const bool fua = request.has(wire::kFua);
+  // Ranges of no bytes are valid and do nothing; a node is never asked for them.
+  if (head.length == 0 && request.command() != Command::kFlush) {
+    if (request.command() == Command::kRead) return reply_data(request);
+    return reply_done(request);
+  }
+  switch (request.command()) {
+    case Command::kRead:
+      if (agreed_.structured && head.length >= kHoleThreshold && !request.has(wire::kDf) &&
+          read_with_holes(request)) {
+        return;
+      }
+      return read(request);
+    case Command::kWrite:
+      node().write(head.offset, base::SingleBuffer(request.payload, head.length), {.fua = fua});
+      break;
+    case Command::kFlush:
+      node().flush();
+      break;
+    case Command::kTrim:
+      node().discard(head.offset, head.length);
+      if (fua) node().flush();
+      break;
+    case Command::kCache:
+      node().prefetch(head.offset, head.length);
+      break;
+    case Command::kWriteZeroes:
+      node().write_zeroes(head.offset, head.length,
+                          {.fua = fua,
+                           .may_unmap = !request.has(wire::kNoHole),
+                           .no_fallback = request.has(wire::kFastZero)});
+      break;
+    case Command::kBlockStatus:
+      return block_status(request);
+    case Command::kDisc:
+      break;
+  }
+  reply_done(request);
+}
+
+void Commands::read(Request& request) {
+  if (request.buffer.data() == nullptr) {
+    request.buffer = resources_.buffers().take(request.head.length);
+  }
+  node().read(request.head.offset, base::SingleBuffer(request.buffer.data(), request.head.length));
+  reply_data(request);
+}
+
+void Commands::reply_data(Request& request) noexcept {
+  const wire::Request& head = request.head;
+  Request::Piece& piece = request.reply;
+  if (!agreed_.structured) {
+    wire::encode_simple_reply(piece.header.data(), ErrorCode::kNone, head.cookie);
+    piece.header_size = wire::kSimpleReplySize;
+  } else if (head.length == 0) {
+    wire::encode_chunk(piece.header.data(), wire::kChunkDone, wire::ChunkType::kNone, head.cookie,
+                       0);
+    piece.header_size = wire::kChunkHeaderSize;
+  } else {
+    // The data is here already, so no error can follow it.
+    wire::encode_data_chunk(piece.header.data(), wire::kChunkDone, head.cookie, head.offset,
+                            head.length);
+    piece.header_size = wire::kDataChunkSize;
+  }
+  piece.data = request.buffer.data();
+  piece.data_size = head.length;
+}
+
+void Commands::reply_done(Request& request) noexcept {
+  wire::encode_simple_reply(request.reply.header.data(), ErrorCode::kNone, request.head.cookie);
+  request.reply.header_size = wire::kSimpleReplySize;
+  request.reply.data_size = 0;
+}
+
+void Commands::fail(Request& request, ErrorCode error, std::string_view reason) noexcept {
+  const wire::Request& head = request.head;
+  Request::Piece& piece = request.reply;
+  request.more.clear();
+  piece.data_size = 0;
+  if (!agreed_.structured) {
+    wire::encode_simple_reply(piece.header.data(), error, head.cookie);
+    piece.header_size = wire::kSimpleReplySize;
+    return;
+  }
+  const auto length = static_cast<uint16_t>(std::min<size_t>(reason.size(), 1024));
+  try {
+    if (request.buffer.size() < length) request.buffer = resources_.buffers().take(length);
+    if (length > 0) std::memcpy(request.buffer.data(), reason.data(), length);
+    piece.data = request.buffer.data();
+    piece.data_size = length;
+  } catch (const std::bad_alloc&) {
+    // The code has to do.
+  }
+  wire::encode_error_chunk(piece.header.data(), wire::kChunkDone, head.cookie, error,
+                           static_cast<uint16_t>(piece.data_size));
+  piece.header_size = wire::kErrorChunkSize;
+}
+
+// Data and holes as separate chunks; holes are neither read nor sent. False: there are none, or
+// it cannot be known, and the request is to be read plainly.
+bool Commands::read_with_holes(Request& request) {
+  const wire::Request& head = request.head;
+  struct Part {
+    uint64_t offset;
+    uint32_t length;
+    bool zero;
+  };
+  std::vector<Part> parts;
+  for (uint64_t at = head.offset; at < request.end();) {
+    block::BlockStatus status;
+    if (parts.size() < kMaxReadPieces) {
+      status = node().block_status(at, request.end() - at);
+    } else {
+      status.length = request.end() - at;  // too fragmented to be worth it: the rest is data
+    }
+    const auto length = static_cast<uint32_t>(std::min(status.length, request.end() - at));
+    if (parts.empty() && !status.zero && length == head.length) return false;
+    if (!parts.empty() && parts.back().zero == status.zero) {
+      parts.back().length += length;
+    } else {
+      parts.push_back({at, length, status.zero});
+    }
+    at += length;
+  }
+  if (parts.size() == 1 && !parts.front().zero) return false;
+
+  request.more.resize(parts.size() - 1);
+  for (size_t i = 0; i < parts.size(); ++i) {
+    const Part& part = parts[i];
+    Request::Piece& piece = i == 0 ? request.reply : request.more[i - 1];
+    const uint16_t done = i + 1 == parts.size() ? wire::kChunkDone : 0;
+    if (part.zero) {
+      wire::encode_hole_chunk(piece.header.data(), done, head.cookie, part.offset, part.length);
+      piece.header_size = wire::kHoleChunkSize;
+      piece.data_size = 0;
+      continue;
+    }
+    if (request.buffer.size() < head.length) {
+      request.buffer = resources_.buffers().take(head.length);
+    }
+    std::byte* const data = request.buffer.data() + (part.offset - head.offset);
+    node().read(part.offset, base::SingleBuffer(data, part.length));
+    wire::encode_data_chunk(piece.header.data(), done, head.cookie, part.offset, part.length);
+    piece.header_size = wire::kDataChunkSize;
+    piece.data = data;
+    piece.data_size = part.length;
+  }
+  return true;
+}
+
+void Commands::block_status(Request& request) {
+  const wire::Request& head = request.head;
+  const auto table = meta_contexts();
+  // One table of extents a context, one behind the other. Contexts may disagree on where an
+  // extent ends, so each merges on its own, and all stop where the first one is full.
+  const size_t wanted = request.has(wire::kReqOne) ? 1 : kMaxExtents;
+  struct Extents {
+    size_t context;
+    std::vector<std::pair<uint32_t, uint32_t>> list;  // length, status
+  };
+  std::vector<Extents> all;
+  for (size_t i = 0; i < table.size(); ++i) {
+    if ((agreed_.contexts & (ContextMask{1} << i)) != 0) all.push_back({i, {}});
+  }
+  bool full = false;
+  unsigned calls = 0;
+  for (uint64_t at = head.offset; at < request.end() && !full && calls < kMaxStatusCalls; ++calls) {
+    const block::BlockStatus status = node().block_status(at, request.end() - at);
+    const auto length = static_cast<uint32_t>(std::min(status.length, request.end() - at));
+    for (Extents& each : all) {
+      const uint32_t value = table[each.context].status(status);
+      if (!each.list.empty() && each.list.back().second == value) {
+        each.list.back().first += length;
+      } else if (each.list.size() < wanted) {
+        each.list.emplace_back(length, value);
+      } else {
+        full = true;
+      }
+    }
+    at += length;
+  }
+
+  size_t bytes = 0;
+  for (const Extents& each : all) bytes += each.list.size() * wire::kExtentSize;
+  if (request.buffer.size() < bytes) request.buffer = resources_.buffers().take(bytes);
+  std::byte* out = request.buffer.data();
+  request.more.resize(all.size() - 1);
+  for (size_t i = 0; i < all.size(); ++i) {
+    Request::Piece& piece = i == 0 ? request.reply : request.more[i - 1];
+    const uint16_t done = i + 1 == all.size() ? wire::kChunkDone : 0;
+    wire::encode_status_chunk(piece.header.data(), done, head.cookie, context_id(all[i].context),
+                              static_cast<uint32_t>(all[i].list.size()));
+    piece.header_size = wire::kStatusChunkSize;
+    piece.data = out;
+    piece.data_size = static_cast<uint32_t>(all[i].list.size() * wire::kExtentSize);
+    for (const auto& [length, value] : all[i].list) {
+      wire::encode_extent(out, length, value);
+      out += wire::kExtentSize;
+    }
+  }
+}
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// Runs requests that were found valid and puts their replies together. On the request's fiber;
+// everything it waits for is the node. Replies are complete when these return: an error is a reply
+// too.
+#pragma once
+
+#include <string_view>
+
+#include "nbd-server/negotiation.h"
+#include "nbd-server/request.h"
+#include "nbd-server/resources.h"
+
+namespace minivmm::nbd {
+
+// At most so many requests are merged into one.
+inline constexpr size_t kMaxGroup = 64;
+
+class Commands {
+ public:
+  Commands(const Agreement& agreed, Resources& resources) noexcept
+      : agreed_(agreed), resources_(resources) {}
+
+  // One request, or a group of READs or WRITEs that follow each other without a gap, linked by
+  // `next`: those reach the node as one. Returns how many failed.
+  unsigned run(Request& first) noexcept;
+
+  // An error reply. `reason` is for the client's user; only structured replies carry it.
+  void fail(Request& request, wire::ErrorCode error, std::string_view reason) noexcept;
+
+ private:
+  void run_group(Request& first);
+  bool run_one(Request& request) noexcept;
+  void dispatch(Request& request);
+  void read(Request& request);
+  bool read_with_holes(Request& request);
+  void block_status(Request& request);
+  void reply_data(Request& request) noexcept;
+  void reply_done(Request& request) noexcept;
+  block::Handle& node() const noexcept { return agreed_.target->handle(); }
+
+  const Agreement& agreed_;
+  Resources& resources_;
+};
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,80 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/connection.h"
+
+#include <algorithm>
+
+#include <fmt/core.h>
+
+#include "base/log.h"
+
+namespace minivmm::nbd {
+Connection::Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket)
+    : id_(id), loop_(loop), stream_(std::move(socket)), peer_(stream_.peer()) {}
+
+void Connection::run(const Environment& environment) {
+  const char* why = "an internal error";
+  try {
+    why = serve(environment);
+  } catch (const std::exception& e) {
+    base::log_warning("NBD client {} ({}): {}", id_, peer_, e.what());
+  }
+  stream_.shutdown();
+  base::log_debug("NBD client {} ({}) is gone: {}", id_, peer_, why);
+}
+
+const char* Connection::serve(const Environment& environment) {
+  const ServerOptions& options = environment.options;
+  std::optional<Agreement> agreed;
+  {
+    Negotiation negotiation(stream_, environment.exports, cancel_,
+                            base::Clock::now() + options.handshake_limit);
+    agreed = negotiation.run();
+    if (!agreed) return negotiation.outcome();
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    export_ = agreed->target.shared();
+  }
+  // Looked at after export_ can be seen: whoever withdraws the export either finds this client
+  // there or is found here.
+  if (agreed->target->withdrawn()) return "the export was withdrawn";
+  base::log_debug("NBD client {} ({}) uses '{}'", id_, peer_, agreed->target->name());
+
+  const SessionOptions session_options{.idle_limit = options.idle_limit,
+                                       .stall_limit = options.stall_limit,
+                                       .memory = options.connection_memory};
+  Session session(loop_, stream_, environment.resources, environment.budget, *agreed, cancel_,
+                  session_options, counters_);
+  session_ = &session;
+  const char* const why = session.run();
+  session_ = nullptr;
+  return why;
+}
+
+void Connection::end_soon() {
+  loop_.post("nbd cancel", [self = shared_from_this()] {
+    self->cancel_.cancel();
+    if (self->session_ != nullptr) self->session_->on_cancel();
+  });
+}
+
+bool Connection::uses(const Export& target) const {
+  const std::lock_guard lock(mutex_);
+  return export_.get() == &target;
+}
+
+std::string Connection::describe() const {
+  std::string name;
+  {
+    const std::lock_guard lock(mutex_);
+    if (!export_) return fmt::format("client {} ({}): in the handshake", id_, peer_);
+    name = export_->name();
+  }
+  const uint64_t requests = counters_.requests.load(std::memory_order_relaxed);
+  const uint64_t running = in_flight();
+  return fmt::format("client {} ({}) of '{}': {} requests in flight, {} done, {} errors", id_,
+                     peer_, name, running, requests - std::min(requests, running),
+                     counters_.errors.load(std::memory_order_relaxed));
+}
+
+}  // namespace minivmm::nbd

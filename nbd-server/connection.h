@@ -1,0 +1,65 @@
+// SPDX-License-Identifier: Apache-2.0
+// One client from accept to close: the handshake, then the session. Shared by the server's table
+// of clients and by the fiber that runs it; lives on one loop.
+#pragma once
+
+#include <string>
+
+#include <memory>
+#include <mutex>
+
+#include "base/event_loop.h"
+#include "base/unique_fd.h"
+#include "nbd-server/budget.h"
+#include "nbd-server/export.h"
+#include "nbd-server/resources.h"
+#include "nbd-server/session.h"
+#include "nbd-server/stream.h"
+
+namespace minivmm::nbd {
+
+class Connection : public std::enable_shared_from_this<Connection> {
+ public:
+  struct Environment {
+    const ServerOptions& options;
+    const ExportTable& exports;
+    Resources& resources;  // of the connection's loop
+    Budget& budget;
+  };
+
+  Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket);
+
+  // The connection's fiber, on its loop. Returns when everything of this client has ended.
+  void run(const Environment& environment);
+
+  // Any thread. end_soon: no further requests are taken, those in flight are finished and
+  // answered. cut: the socket is broken, so that nobody waits for the client.
+  void end_soon();
+  void cut() noexcept { stream_.shutdown(); }
+
+  uint64_t id() const noexcept { return id_; }
+  uint32_t in_flight() const noexcept {
+    return counters_.in_flight.load(std::memory_order_relaxed);
+  }
+  bool uses(const Export& target) const;
+  // "client 3 (process 4711) of 'disk0': 2 requests in flight, 1234 done, 0 errors".
+  std::string describe() const;
+
+ private:
+  const char* serve(const Environment& environment);
+
+  const uint64_t id_;
+  base::EventLoop& loop_;
+  Stream stream_;
+  const std::string peer_;
+  SessionCounters counters_;
+
+  mutable std::mutex mutex_;
+  std::shared_ptr<Export> export_;  // guarded by mutex_; set once chosen
+
+  // The loop's thread only.
+  base::CancelSource cancel_;
+  Session* session_ = nullptr;
+};
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,279 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/core.h"
+
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "base/io.h"
+#include "base/log.h"
+#include "nbd-server/wire.h"
+
+namespace minivmm::nbd {
+namespace {
+
+// The largest request must fit, beside what others may keep (see Budget::try_acquire_spare).
+constexpr uint64_t kMinClientMemory = uint64_t{wire::kMaxPayload} + (1 << 20);
+constexpr uint64_t kMinMemory = 2 * kMinClientMemory;
+// What clients that were cut off get to notice it.
+constexpr auto kAfterCut = std::chrono::milliseconds(200);
+
+ServerOptions sane(ServerOptions options) noexcept {
+  options.connection_memory = std::max(options.connection_memory, kMinClientMemory);
+  options.memory = std::max(options.memory, kMinMemory);
+  options.max_connections = std::max(options.max_connections, 1u);
+  return options;
+}
+
+}  // namespace
+
+Server::Core::Core(base::LoopGroup& loops, ServerOptions options)
+    : loops_(loops), options_(sane(options)), budget_(options_.memory) {
+  for (size_t i = 0; i < loops.size(); ++i) {
+    resources_[loops.loop(i).index()] = std::make_unique<Resources>();
+  }
+}
+
+// --- exports ---
+
+void Server::Core::add_export(std::shared_ptr<Export> added) {
+  exports_.add(std::move(added));
+  warn_if_open_to_writers();
+}
+
+void Server::Core::remove_export(const std::string& name) {
+  const std::shared_ptr<Export> target = exports_.remove(name);
+  if (!target) throw base::Error(ENOENT, fmt::format("there is no NBD export '{}'", name));
+  target->withdraw();
+  for (const auto& client : clients()) {
+    if (client->uses(*target)) client->end_soon();
+  }
+  target->close();
+}
+
+void Server::Core::warn_if_open_to_writers() const {
+  std::string addresses;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& each : listeners_) {
+      if (each->socket.tcp) addresses += " " + each->socket.address.text();
+    }
+  }
+  if (addresses.empty()) return;
+  for (const auto& each : exports_.all()) {
+    if (!each->writable()) continue;
+    base::log_warning(
+        "NBD export '{}' can be written by everybody who reaches{}: NBD over TCP asks "
+        "for no password",
+        each->name(), addresses);
+  }
+}
+
+// --- listeners ---
+
+std::string Server::Core::listen(ListenOptions options) {
+  auto listener = std::make_shared<Listener>();
+  if (options.fd) {
+    listener->socket = adopt(std::move(options.fd));
+  } else {
+    const Uri uri = parse_uri(options.uri);
+    if (!uri.export_name.empty()) {
+      throw base::Error(EINVAL, fmt::format("{}: an address to listen on has no export name; "
+                                            "exports bring their own",
+                                            options.uri));
+    }
+    listener->socket =
+        uri.is_unix() ? bind_unix(uri.socket_path) : bind_tcp(uri, options.allow_remote);
+  }
+  listener->loop = &loops_.next();
+  const std::string address = listener->socket.address.text();
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_ || !listeners_inside_.enter()) {
+      throw base::Error(ESHUTDOWN, "the NBD server is shutting down");
+    }
+    listeners_.push_back(listener);
+  }
+  listener->loop->post("nbd listener", [self = shared_from_this(), listener] {
+    self->accept_clients(*listener);
+    self->listeners_inside_.leave();
+  });
+  warn_if_open_to_writers();
+  return address;
+}
+
+void Server::Core::accept_clients(Listener& listener) {
+  constexpr auto kWhenFull = std::chrono::milliseconds(50);
+  const int fd = listener.socket.fd.get();
+  while (!listener.cancel.cancelled()) {
+    if (full()) {
+      (void)base::io::sleep_for(kWhenFull, &listener.cancel);
+      continue;
+    }
+    if (base::io::poll(fd, POLLIN, &listener.cancel) < 0) continue;
+    accept_ready(listener);
+  }
+}
+
+void Server::Core::accept_ready(Listener& listener) {
+  while (!full() && !listener.cancel.cancelled()) {
+    const int fd =
+        ::accept4(listener.socket.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
+    if (fd >= 0) {
+      serve(base::UniqueFd(fd));
+      continue;
+    }
+    const int err = errno;
+    if (err == EINTR || err == ECONNABORTED) continue;
+    if (err == EAGAIN) return;
+    // Out of descriptors or memory: those who wait stay in the backlog.
+    static base::RateLimit limit(1);
+    uint64_t suppressed = 0;
+    if (limit.allow(&suppressed)) {
+      base::log_warning("{}: cannot accept a client: {}", listener.socket.address.text(),
+                        base::errno_text(err));
+    }
+    (void)base::io::sleep_for(std::chrono::milliseconds(100), &listener.cancel);
+    return;
+  }
+}
+
+void Server::Core::close_listeners() {
+  std::vector<std::shared_ptr<Listener>> closing;
+  {
+    const std::lock_guard lock(mutex_);
+    closed_ = true;
+    closing.swap(listeners_);
+  }
+  for (const auto& each : closing) {
+    each->loop->post("nbd cancel", [each] {
+      // The socket's file goes first, so that nobody finds a socket that does not answer.
+      each->socket.file.remove();
+      each->cancel.cancel();
+    });
+  }
+}
+
+std::vector<std::string> Server::Core::uris() const {
+  std::vector<std::string> out;
+  const auto exports = exports_.all();
+  const std::lock_guard lock(mutex_);
+  for (const auto& listener : listeners_) {
+    for (const auto& each : exports) {
+      Uri uri = listener->socket.address;
+      uri.export_name = each->name();
+      out.push_back(uri.text());
+    }
+  }
+  return out;
+}
+
+// --- clients ---
+
+void Server::Core::serve(base::UniqueFd connected) {
+  base::EventLoop& loop = loops_.next();
+  std::shared_ptr<Connection> client;
+  {
+    const std::lock_guard lock(mutex_);
+    if (closed_ || !clients_inside_.enter()) return;
+    try {
+      client = std::make_shared<Connection>(next_id_, loop, std::move(connected));
+      clients_.emplace(next_id_++, client);
+    } catch (...) {
+      clients_inside_.leave();
+      throw;
+    }
+  }
+  loop.post("nbd client", [self = shared_from_this(), client, &loop]() mutable {
+    self->run_client(*client, loop);
+    // The socket is closed before whoever waits for the clients' end goes on.
+    client.reset();
+    self->clients_inside_.leave();
+  });
+}
+
+void Server::Core::run_client(Connection& client, base::EventLoop& loop) {
+  client.run({options_, exports_, *resources_[loop.index()], budget_});
+  const std::lock_guard lock(mutex_);
+  clients_.erase(client.id());
+}
+
+bool Server::Core::full() const {
+  const std::lock_guard lock(mutex_);
+  return clients_.size() >= options_.max_connections;
+}
+
+Server::Core::Clients Server::Core::clients() const {
+  const std::lock_guard lock(mutex_);
+  Clients out;
+  for (const auto& entry : clients_) out.push_back(entry.second);
+  return out;
+}
+
+// --- the end ---
+
+std::vector<std::string> Server::Core::stop(base::Clock::time_point deadline) {
+  close_listeners();
+  for (const auto& client : clients()) client->end_soon();
+  std::vector<std::string> unfinished;
+  if (!clients_inside_.close_until(deadline)) {
+    for (const auto& client : clients()) client->cut();
+    if (!clients_inside_.close_until(base::Clock::now() + kAfterCut)) {
+      for (const auto& client : clients()) {
+        unfinished.push_back("NBD " + client->describe() + ", cut off");
+      }
+    }
+  }
+  listeners_inside_.close();
+  for (const auto& each : exports_.close()) {
+    each->withdraw();
+    const std::string failed = close_export(*each);
+    if (!failed.empty()) unfinished.push_back(failed);
+  }
+  return unfinished;
+}
+
+// Returns what went wrong.
+std::string Server::Core::close_export(Export& target) {
+  try {
+    // Where somebody is stuck inside, the handle goes with the last request.
+    (void)target.try_close(base::Clock::now() + kAfterCut);
+    return {};
+  } catch (const base::Error& e) {
+    return fmt::format("NBD export '{}' was not closed cleanly: {}", target.name(), e.what());
+  }
+}
+
+void Server::Core::abandon() noexcept {
+  try {
+    close_listeners();
+    for (const auto& client : clients()) {
+      client->end_soon();
+      client->cut();
+    }
+    for (const auto& each : exports_.close()) each->withdraw();
+  } catch (const std::exception& e) {
+    base::log_error("NBD server: {}", e.what());
+  }
+}
+
+std::vector<std::string> Server::Core::describe() const {
+  std::vector<std::string> out;
+  {
+    const std::lock_guard lock(mutex_);
+    for (const auto& each : listeners_) {
+      out.push_back(fmt::format("NBD listens on {}", each->socket.address.text()));
+    }
+  }
+  for (const auto& each : exports_.all()) out.push_back(each->describe());
+  for (const auto& client : clients()) out.push_back("NBD " + client->describe());
+  out.push_back(fmt::format("NBD payload memory: {} of {} bytes", budget_.used(), budget_.total()));
+  return out;
+}
+
+}  // namespace minivmm::nbd

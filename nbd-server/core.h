@@ -1,0 +1,73 @@
+// SPDX-License-Identifier: Apache-2.0
+// The server behind nbd::Server. Shared with the fibers of listeners and clients, which may end
+// after the Server does. Any thread, but what server.h says runs on a fiber.
+#pragma once
+
+#include <string>
+
+#include <array>
+#include <atomic>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/cancel.h"
+#include "base/loop_group.h"
+#include "base/sync.h"
+#include "nbd-server/bind.h"
+#include "nbd-server/budget.h"
+#include "nbd-server/connection.h"
+#include "nbd-server/export.h"
+#include "nbd-server/resources.h"
+#include "nbd-server/server.h"
+
+namespace minivmm::nbd {
+
+class Server::Core : public std::enable_shared_from_this<Server::Core> {
+ public:
+  Core(base::LoopGroup& loops, ServerOptions options);
+
+  void add_export(std::shared_ptr<Export> added);
+  void remove_export(const std::string& name);
+  std::string listen(ListenOptions options);
+  void serve(base::UniqueFd connected);
+  std::vector<std::string> uris() const;
+  std::vector<std::string> stop(base::Clock::time_point deadline);
+  std::vector<std::string> describe() const;
+  // Ends everything without waiting.
+  void abandon() noexcept;
+
+ private:
+  struct Listener {
+    BoundSocket socket;
+    base::EventLoop* loop = nullptr;
+    base::CancelSource cancel;  // loop's thread only
+  };
+  using Clients = std::vector<std::shared_ptr<Connection>>;
+
+  void accept_clients(Listener& listener);
+  void accept_ready(Listener& listener);
+  void run_client(Connection& client, base::EventLoop& loop);
+  bool full() const;
+  Clients clients() const;
+  void close_listeners();
+  void warn_if_open_to_writers() const;
+  std::string close_export(Export& target);
+
+  base::LoopGroup& loops_;
+  const ServerOptions options_;
+  ExportTable exports_;
+  Budget budget_;
+  std::array<std::unique_ptr<Resources>, base::EventLoop::kMaxLoops> resources_;
+
+  mutable std::mutex mutex_;
+  bool closed_ = false;                                      // guarded by mutex_
+  uint64_t next_id_ = 1;                                     // guarded by mutex_
+  std::vector<std::shared_ptr<Listener>> listeners_;         // guarded by mutex_
+  std::map<uint64_t, std::shared_ptr<Connection>> clients_;  // guarded by mutex_
+  base::Gate clients_inside_;
+  base::Gate listeners_inside_;
+};
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,98 @@
+// SPDX-License-Identifier: Apache-2.0
+// What clients can open: a node under a name, and the table of them. Shared by the connections
+// that use it; any thread.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/sync.h"
+#include "block/graph/handle.h"
+#include "nbd-server/server.h"
+
+namespace minivmm::nbd {
+
+class Export {
+ public:
+  // Throws EROFS where `options.writable` is asked of a handle that may not write.
+  Export(std::string name, block::Handle handle, ExportOptions options);
+
+  const std::string& name() const noexcept { return name_; }
+  const std::string& description() const noexcept { return options_.description; }
+  bool writable() const noexcept { return options_.writable; }
+  block::Handle& handle() noexcept { return handle_; }
+  uint64_t size() const noexcept { return handle_.size(); }
+
+  // What the client may do, as the handshake tells it.
+  uint16_t transmission_flags(bool structured) const noexcept;
+  // The size and alignment of requests that works best: a power of two from 4096 to the maximum.
+  uint32_t preferred_block() const noexcept;
+
+  // "NBD export 'd': 'disk0' (qcow2, /srv/o.qcow2), 1048576 bytes, writable, 2 clients". Any time.
+  std::string describe() const;
+  // Fiber. Waits until nobody uses it and closes the handle; throws what that throws. The other
+  // returns false if somebody uses it still at the deadline.
+  void close();
+  bool try_close(base::Clock::time_point deadline);
+
+  // From then on requests are refused.
+  void withdraw() noexcept { withdrawn_.store(true, std::memory_order_release); }
+  bool withdrawn() const noexcept { return withdrawn_.load(std::memory_order_acquire); }
+
+ private:
+  friend class ExportUse;
+
+  const std::string name_;
+  const ExportOptions options_;
+  block::Handle handle_;  // stays while somebody is inside users_
+  mutable base::Gate users_;
+  std::atomic<bool> withdrawn_{false};
+};
+
+// A client's hold on an export: its handle stays open for so long. Move-only; may be empty.
+class ExportUse {
+ public:
+  ExportUse() = default;
+  // Empty if the export is being closed.
+  explicit ExportUse(std::shared_ptr<Export> target);
+  ExportUse(ExportUse&& other) noexcept : target_(std::move(other.target_)) {}
+  ExportUse& operator=(ExportUse&& other) noexcept;
+  ~ExportUse() { leave(); }
+
+  explicit operator bool() const noexcept { return target_ != nullptr; }
+  Export* operator->() const noexcept { return target_.get(); }
+  Export& operator*() const noexcept { return *target_; }
+  const std::shared_ptr<Export>& shared() const noexcept { return target_; }
+
+ private:
+  void leave() noexcept;
+  std::shared_ptr<Export> target_;
+};
+
+class ExportTable {
+ public:
+  // Throws EEXIST, EINVAL for a name or description that the protocol cannot carry, ESHUTDOWN.
+  void add(std::shared_ptr<Export> added);
+  // The export, or an empty use. The empty name is the export of that name, or the only one there
+  // is.
+  ExportUse find(std::string_view name) const;
+  std::vector<std::shared_ptr<Export>> all() const;
+  // Takes it out. Nullptr if there is none.
+  std::shared_ptr<Export> remove(const std::string& name);
+  // Takes all out; add() fails from then on.
+  std::vector<std::shared_ptr<Export>> close();
+
+ private:
+  mutable std::mutex mutex_;
+  std::map<std::string, std::shared_ptr<Export>, std::less<>> exports_;
+  bool closed_ = false;
+};
+
+}  // namespace minivmm::nbd

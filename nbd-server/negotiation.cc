@@ -1,0 +1,265 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/negotiation.h"
+
+#include <algorithm>
+#include <array>
+
+#include <fmt/core.h>
+
+#include "base/bytes.h"
+#include "base/error.h"
+#include "nbd-server/option_data.h"
+
+namespace minivmm::nbd {
+
+using wire::Option;
+using wire::OptionReply;
+
+const Negotiation::Row Negotiation::kTable[] = {
+    {Option::kExportName, &Negotiation::export_name},
+    {Option::kAbort, &Negotiation::abort},
+    {Option::kList, &Negotiation::list},
+    {Option::kInfo, &Negotiation::info},
+    {Option::kGo, &Negotiation::go},
+    {Option::kStructuredReply, &Negotiation::structured_reply},
+    {Option::kListMetaContext, &Negotiation::list_meta_context},
+    {Option::kSetMetaContext, &Negotiation::set_meta_context},
+};
+
+std::optional<Agreement> Negotiation::run() {
+  if (!greet()) return std::nullopt;
+  for (;;) {
+    switch (take_option()) {
+      case Next::kOption:
+        break;
+      case Next::kTransmission:
+        return std::move(agreed_);
+      case Next::kEnd:
+        return std::nullopt;
+    }
+  }
+}
+
+bool Negotiation::greet() {
+  const auto hello = wire::encode_hello();
+  std::array<std::byte, 4> answer;
+  if (!stream_.send_all(hello, cancel_, deadline_) ||
+      !stream_.receive_all(answer, cancel_, deadline_)) {
+    return false;
+  }
+  const auto flags = base::load_be<uint32_t>(answer.data());
+  if ((flags & ~wire::kKnownClientFlags) != 0) {
+    outcome_ = "it set handshake flags that do not exist";
+    return false;
+  }
+  no_zeroes_ = (flags & wire::kNoZeroes) != 0;
+  return true;
+}
+
+Negotiation::Next Negotiation::end(const char* why) noexcept {
+  outcome_ = why;
+  return Next::kEnd;
+}
+
+Negotiation::Next Negotiation::take_option() {
+  std::array<std::byte, wire::kOptionHeaderSize> bytes;
+  if (!stream_.receive_all(bytes, cancel_, deadline_)) return Next::kEnd;
+  const auto header = wire::decode_option_header(bytes);
+  if (!header) return end("it sent an option without its magic");
+  option_ = header->option;
+  if (header->length > kMaxSkipped) return end("it announced far too much data for an option");
+  if (header->length > kMaxOptionData) {
+    if (!skip(header->length)) return Next::kEnd;
+    if (option_ == static_cast<uint32_t>(Option::kExportName)) return end("it sent a bad name");
+    reply_text(OptionReply::kErrTooBig, "more data than any option needs");
+    return send() ? Next::kOption : Next::kEnd;
+  }
+  in_.resize(header->length);
+  if (!stream_.receive_all(in_, cancel_, deadline_)) return Next::kEnd;
+  const Next next = dispatch(in_);
+  if (!send()) return Next::kEnd;
+  return next;
+}
+
+Negotiation::Next Negotiation::dispatch(Data data) {
+  for (const Row& row : kTable) {
+    if (static_cast<uint32_t>(row.option) != option_) continue;
+    try {
+      return (this->*row.handle)(data);
+    } catch (const base::Error& e) {
+      reply_text(OptionReply::kErrInvalid, e.what());
+      return Next::kOption;
+    }
+  }
+  reply_text(OptionReply::kErrUnsup, option_ == static_cast<uint32_t>(Option::kStartTls)
+                                         ? "this server offers no TLS"
+                                         : "this server does not know the option");
+  return Next::kOption;
+}
+
+bool Negotiation::skip(uint32_t length) {
+  std::array<std::byte, 1024> sink;
+  while (length > 0) {
+    const auto part = std::min<size_t>(length, sink.size());
+    if (!stream_.receive_all(std::span(sink).first(part), cancel_, deadline_)) return false;
+    length -= static_cast<uint32_t>(part);
+  }
+  return true;
+}
+
+void Negotiation::reply(OptionReply type, Data data) {
+  const auto header = wire::encode_option_reply(option_, type, static_cast<uint32_t>(data.size()));
+  out_.insert(out_.end(), header.begin(), header.end());
+  out_.insert(out_.end(), data.begin(), data.end());
+}
+
+void Negotiation::reply_text(OptionReply type, std::string_view text) {
+  reply(type, std::as_bytes(std::span(text.substr(0, wire::kMaxString))));
+}
+
+bool Negotiation::send() {
+  const bool sent = stream_.send_all(out_, cancel_, deadline_);
+  out_.clear();
+  return sent;
+}
+
+// The one option whose refusal cannot be told: the session ends instead.
+Negotiation::Next Negotiation::export_name(Data data) {
+  std::string_view name;
+  try {
+    name = wire::check_string(data, "the export name");
+  } catch (const base::Error&) {
+    return end("it sent a bad name");
+  }
+  auto found = exports_.find(name);
+  if (!found) return end("it asked for an export that does not exist");
+  choose(std::move(found));
+  const auto answer = wire::encode_export_name_reply(
+      agreed_.target->size(), agreed_.target->transmission_flags(agreed_.structured));
+  const size_t length = no_zeroes_ ? wire::kExportNameReplyShort : answer.size();
+  out_.insert(out_.end(), answer.begin(), answer.begin() + static_cast<ptrdiff_t>(length));
+  return Next::kTransmission;
+}
+
+Negotiation::Next Negotiation::abort(Data) {
+  reply(OptionReply::kAck);
+  return end("it ended the handshake");
+}
+
+Negotiation::Next Negotiation::list(Data data) {
+  if (!data.empty()) throw base::Error(EINVAL, "LIST takes no data");
+  for (const auto& each : exports_.all()) {
+    std::vector<std::byte> entry(4);
+    base::store_be(entry.data(), static_cast<uint32_t>(each->name().size()));
+    for (const std::string& text : {each->name(), each->description()}) {
+      const auto bytes = std::as_bytes(std::span(text));
+      entry.insert(entry.end(), bytes.begin(), bytes.end());
+    }
+    reply(OptionReply::kServer, entry);
+  }
+  reply(OptionReply::kAck);
+  return Next::kOption;
+}
+
+// Empty: there is no such export, and the client has been told.
+ExportUse Negotiation::describe_export(Data data) {
+  const wire::InfoRequest request = wire::decode_info_request(data);
+  ExportUse found = exports_.find(request.name);
+  if (!found) {
+    reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", request.name));
+    return {};
+  }
+  reply(OptionReply::kInfo,
+        wire::encode_info_export(found->size(), found->transmission_flags(agreed_.structured)));
+  const auto text_info = [this](wire::Info type, const std::string& text) {
+    std::vector<std::byte> out(2);
+    base::store_be(out.data(), static_cast<uint16_t>(type));
+    const auto bytes = std::as_bytes(std::span(text));
+    out.insert(out.end(), bytes.begin(), bytes.end());
+    reply(OptionReply::kInfo, out);
+  };
+  const auto wants = [&request](wire::Info type) {
+    return request.wants(static_cast<uint16_t>(type));
+  };
+  if (wants(wire::Info::kName)) text_info(wire::Info::kName, found->name());
+  if (wants(wire::Info::kDescription) && !found->description().empty()) {
+    text_info(wire::Info::kDescription, found->description());
+  }
+  if (wants(wire::Info::kBlockSize)) {
+    // Any alignment is served: the graph pads what a node cannot take as it is.
+    reply(OptionReply::kInfo,
+          wire::encode_info_block_size(1, found->preferred_block(), wire::kMaxPayload));
+  }
+  reply(OptionReply::kAck);
+  return found;
+}
+
+Negotiation::Next Negotiation::info(Data data) {
+  (void)describe_export(data);
+  return Next::kOption;
+}
+
+Negotiation::Next Negotiation::go(Data data) {
+  ExportUse found = describe_export(data);
+  if (!found) return Next::kOption;
+  choose(std::move(found));
+  return Next::kTransmission;
+}
+
+void Negotiation::choose(ExportUse chosen) {
+  // Contexts are selected for one export; for another they mean nothing.
+  if (contexts_for_.lock() != chosen.shared()) agreed_.contexts = 0;
+  agreed_.target = std::move(chosen);
+}
+
+Negotiation::Next Negotiation::structured_reply(Data data) {
+  if (!data.empty()) throw base::Error(EINVAL, "STRUCTURED_REPLY takes no data");
+  agreed_.structured = true;
+  reply(OptionReply::kAck);
+  return Next::kOption;
+}
+
+void Negotiation::describe_contexts(ContextMask mask, bool with_ids) {
+  const auto table = meta_contexts();
+  for (size_t i = 0; i < table.size(); ++i) {
+    if ((mask & (ContextMask{1} << i)) == 0) continue;
+    std::vector<std::byte> entry(4);
+    base::store_be(entry.data(), with_ids ? context_id(i) : uint32_t{0});
+    const auto name = std::as_bytes(std::span(table[i].name));
+    entry.insert(entry.end(), name.begin(), name.end());
+    reply(OptionReply::kMetaContext, entry);
+  }
+  reply(OptionReply::kAck);
+}
+
+Negotiation::Next Negotiation::list_meta_context(Data data) {
+  if (!agreed_.structured) throw base::Error(EINVAL, "negotiate structured replies first");
+  const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
+  if (!exports_.find(request.name)) {
+    reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", request.name));
+    return Next::kOption;
+  }
+  ContextMask mask = request.queries.empty() ? all_contexts() : 0;
+  for (const std::string_view query : request.queries) mask |= match_list_query(query);
+  describe_contexts(mask, false);
+  return Next::kOption;
+}
+
+Negotiation::Next Negotiation::set_meta_context(Data data) {
+  // Whatever was selected before is gone, also when this fails.
+  agreed_.contexts = 0;
+  contexts_for_.reset();
+  if (!agreed_.structured) throw base::Error(EINVAL, "negotiate structured replies first");
+  const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
+  const auto found = exports_.find(request.name);
+  if (!found) {
+    reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", request.name));
+    return Next::kOption;
+  }
+  for (const std::string_view query : request.queries) agreed_.contexts |= match_set_query(query);
+  contexts_for_ = found.shared();
+  describe_contexts(agreed_.contexts, true);
+  return Next::kOption;
+}
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,92 @@
+// SPDX-License-Identifier: Apache-2.0
+// The handshake with one client: fixed newstyle, option by option, until it has chosen an export
+// or left. Lives on the connection's fiber for that long. Everything a client sends is bounded
+// before memory is spent on it, and the whole handshake in time.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "nbd-server/export.h"
+#include "nbd-server/meta_context.h"
+#include "nbd-server/stream.h"
+#include "nbd-server/wire.h"
+
+namespace minivmm::nbd {
+
+// What was agreed on.
+struct Agreement {
+  ExportUse target;
+  bool structured = false;
+  ContextMask contexts = 0;
+};
+
+class Negotiation {
+ public:
+  // Option data beyond this is skipped and refused; beyond kMaxSkipped the client is cut off.
+  static constexpr uint32_t kMaxOptionData = 32 << 10;
+  static constexpr uint32_t kMaxSkipped = 1 << 20;
+
+  Negotiation(Stream& stream, const ExportTable& exports, base::CancelSource& cancel,
+              base::Clock::time_point deadline)
+      : stream_(stream), exports_(exports), cancel_(cancel), deadline_(deadline) {}
+
+  // Nullopt: the client left, was too slow, or broke the protocol; outcome() says which.
+  std::optional<Agreement> run();
+  const char* outcome() const noexcept { return outcome_; }
+
+ private:
+  enum class Next { kOption, kTransmission, kEnd };
+  using Data = std::span<const std::byte>;
+  struct Row {
+    wire::Option option;
+    Next (Negotiation::*handle)(Data data);
+  };
+  static const Row kTable[];
+
+  bool greet();
+  Next take_option();
+  Next dispatch(Data data);
+  Next export_name(Data data);
+  Next abort(Data data);
+  Next list(Data data);
+  Next info(Data data);
+  Next go(Data data);
+  Next structured_reply(Data data);
+  Next list_meta_context(Data data);
+  Next set_meta_context(Data data);
+
+  ExportUse describe_export(Data data);
+  void describe_contexts(ContextMask mask, bool with_ids);
+  void choose(ExportUse chosen);
+  bool skip(uint32_t length);
+  // Replies gather in out_ until the option has been dealt with.
+  void reply(wire::OptionReply type, Data data = {});
+  void reply_text(wire::OptionReply type, std::string_view text);
+  bool send();
+  Next end(const char* why) noexcept;
+
+  Stream& stream_;
+  const ExportTable& exports_;
+  base::CancelSource& cancel_;
+  const base::Clock::time_point deadline_;
+  const char* outcome_ = "it left during the handshake";
+
+  uint32_t option_ = 0;  // the one being dealt with
+  std::vector<std::byte> in_;
+  std::vector<std::byte> out_;
+
+  bool no_zeroes_ = false;
+  Agreement agreed_;
+  // The export that the selected contexts are for.
+  std::weak_ptr<Export> contexts_for_;
+};
+
+}  // namespace minivmm::nbd

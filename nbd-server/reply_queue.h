@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// Replies of one client on their way out. They gather until flush(), which sends as many as the
+// socket takes in one call; what it does not take is sent by a fiber that waits for room. The
+// connection's loop only.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+
+#include "base/event_loop.h"
+#include "nbd-server/local_wait.h"
+#include "nbd-server/request.h"
+#include "nbd-server/resources.h"
+#include "nbd-server/stream.h"
+
+namespace minivmm::nbd {
+
+class ReplyQueue {
+ public:
+  // Given each request whose reply has been sent, or will never be.
+  class Owner {
+   public:
+    virtual void on_sent(Request& request) noexcept = 0;
+    // Asked when nothing could be sent for about a second, with how long that is by now. True:
+    // give the client up.
+    virtual bool on_stall(std::chrono::nanoseconds stalled) noexcept = 0;
+
+   protected:
+    ~Owner() = default;
+  };
+
+  ReplyQueue(base::EventLoop& loop, Stream& stream, Resources& resources, Owner& owner)
+      : loop_(loop), stream_(stream), resources_(resources), owner_(owner) {}
+  ReplyQueue(const ReplyQueue&) = delete;
+  ReplyQueue& operator=(const ReplyQueue&) = delete;
+
+  // Takes over a request whose reply is complete. Nothing is sent yet.
+  void push(Request& request) noexcept;
+  // Sends what has gathered, without waiting.
+  void flush() noexcept;
+  // flush() at the end of this turn of the loop, so that requests that end in one turn go out
+  // together.
+  void flush_soon() noexcept;
+
+  size_t gathered_bytes() const noexcept { return bytes_; }
+  // The client is gone or was given up: replies are dropped.
+  bool broken() const noexcept { return broken_; }
+  // Fiber: waits until nothing is queued and none of the queue's fibers runs.
+  void wait_empty() noexcept;
+
+ private:
+  enum class Sent { kAll, kBlocked };
+  Sent send_some() noexcept;
+  size_t gather() noexcept;
+  void advance(size_t sent) noexcept;
+  void drop_all() noexcept;
+  void send_rest() noexcept;
+  void pop_front() noexcept;
+  void after() noexcept;
+
+  base::EventLoop& loop_;
+  Stream& stream_;
+  Resources& resources_;
+  Owner& owner_;
+
+  Request* head_ = nullptr;
+  Request* tail_ = nullptr;
+  size_t bytes_ = 0;       // queued
+  size_t front_sent_ = 0;  // bytes of head_ that are out
+  bool sending_ = false;   // a fiber waits for room: only it sends
+  bool flush_posted_ = false;
+  bool broken_ = false;
+  LocalWait empty_;
+};
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// One request of a client from its admission until its reply has been sent. Owned by the fiber
+// that runs it, then by the reply queue; recycled through the loop's pool.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+#include "base/buffer.h"
+#include "nbd-server/wire.h"
+
+namespace minivmm::nbd {
+
+struct InputBlock;
+
+struct Request {
+  // A part of the reply: a header and bytes that follow it.
+  struct Piece {
+    std::array<std::byte, wire::kHoleChunkSize> header;
+    uint32_t header_size = 0;
+    uint32_t data_size = 0;
+    const std::byte* data = nullptr;
+  };
+
+  wire::Request head;
+  uint64_t charge = 0;  // bytes taken from the client's account
+  // The next of a group of adjacent requests, of the reply queue, or of the pool's list.
+  Request* next = nullptr;
+
+  // What a READ fills, what a WRITE brought (unless it lies in `block`), and the texts and tables
+  // of replies.
+  base::Buffer buffer;
+  std::byte* payload = nullptr;  // of a WRITE
+  InputBlock* block = nullptr;   // where `payload` lies, if not in `buffer`; held until the end
+
+  Piece reply;
+  std::vector<Piece> more;  // further parts, in order
+
+  wire::Command command() const noexcept { return static_cast<wire::Command>(head.type); }
+  bool has(wire::CommandFlag flag) const noexcept { return (head.flags & flag) != 0; }
+  uint64_t end() const noexcept { return head.offset + head.length; }
+};
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,44 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the connections of one loop share: buffers, request objects and scratch space, so that a
+// request costs no allocation and an idle connection holds none. The loop's thread only.
+#pragma once
+
+#include <sys/uio.h>
+
+#include <array>
+#include <memory>
+#include <vector>
+
+#include "nbd-server/buffer_pool.h"
+#include "nbd-server/request.h"
+
+namespace minivmm::nbd {
+
+class Resources {
+ public:
+  Resources() = default;
+  Resources(const Resources&) = delete;
+  Resources& operator=(const Resources&) = delete;
+  ~Resources();
+
+  BufferPool& buffers() noexcept { return buffers_; }
+
+  // A blank request. Throws std::bad_alloc.
+  Request& take_request();
+  // Gives back the request and its buffer.
+  void give_back(Request& request) noexcept;
+
+  // For one system call that does not wait.
+  static constexpr size_t kIovecs = 1024;  // the kernel's bound for one call
+  std::array<iovec, kIovecs>& iovecs() noexcept { return iovecs_; }
+
+ private:
+  static constexpr size_t kMaxKept = 1024;
+
+  BufferPool buffers_;
+  Request* free_ = nullptr;
+  size_t kept_ = 0;
+  std::array<iovec, kIovecs> iovecs_;
+};
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,370 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/session.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+
+namespace minivmm::nbd {
+namespace {
+
+// How long a client that is being disconnected may take to read what is left for it.
+constexpr auto kFarewell = std::chrono::seconds(5);
+
+// Written by one thread only.
+template <typename T>
+void bump(std::atomic<T>& counter, T by) noexcept {
+  counter.store(counter.load(std::memory_order_relaxed) + by, std::memory_order_relaxed);
+}
+
+}  // namespace
+
+// The session's fiber waits: from here on replies go out without it, and memory that it does not
+// use is others'.
+class Session::Pause {
+ public:
+  explicit Pause(Session& session) noexcept : session_(session) {
+    session_.in_batch_ = false;
+    session_.replies_.flush();
+    session_.account_.set_eager(true);
+  }
+  ~Pause() {
+    session_.in_batch_ = true;
+    session_.account_.set_eager(false);
+  }
+  Pause(const Pause&) = delete;
+  Pause& operator=(const Pause&) = delete;
+
+ private:
+  Session& session_;
+};
+
+Session::Session(base::EventLoop& loop, Stream& stream, Resources& resources, Budget& budget,
+                 const Agreement& agreed, base::CancelSource& cancel, const SessionOptions& options,
+                 SessionCounters& counters)
+    : loop_(loop),
+      stream_(stream),
+      resources_(resources),
+      agreed_(agreed),
+      cancel_(cancel),
+      options_(options),
+      counters_(counters),
+      account_(budget, options.memory),
+      input_(resources, budget),
+      commands_(agreed_, resources),
+      replies_(loop, stream, resources, *this) {}
+
+const char* Session::run() {
+  try {
+    serve();
+  } catch (const std::bad_alloc&) {
+    outcome_ = "there is no memory for it";
+  }
+  finish();
+  return outcome_;
+}
+
+void Session::end(const char* why) noexcept {
+  ended_ = true;
+  outcome_ = why;
+}
+
+void Session::serve() {
+  in_batch_ = true;
+  while (!ended_) {
+    while (input_.size() >= wire::kRequestSize) {
+      if (!take_request()) return;
+      if (replies_.gathered_bytes() >= kSendBatch) replies_.flush();
+    }
+    if (!receive()) return;
+  }
+}
+
+void Session::finish() noexcept {
+  in_batch_ = false;
+  account_.set_eager(true);
+  replies_.flush();
+  while (in_flight_ > 0) drained_.wait("requests to end");
+  // A client that does not read its last replies is not waited for.
+  base::Timer timer([](void* stream) noexcept { static_cast<Stream*>(stream)->shutdown(); },
+                    &stream_);
+  loop_.timers().arm(timer, base::Clock::now() + kFarewell);
+  replies_.wait_empty();
+  loop_.timers().disarm(timer);
+}
+
+RequestRules Session::rules() const noexcept {
+  return {agreed_.target->size(), agreed_.target->writable(), agreed_.structured,
+          agreed_.contexts != 0};
+}
+
+// --- requests ---
+
+// Takes the request at the front of the input and starts it, with those that can be merged with
+// it. False: the session ends.
+bool Session::take_request() {
+  const auto head = wire::decode_request(
+      std::span<const std::byte, wire::kRequestSize>(input_.data(), wire::kRequestSize));
+  if (!head) {
+    end("it sent a request without its magic");
+    return false;
+  }
+  input_.consume(wire::kRequestSize);
+  if (head->type == static_cast<uint16_t>(wire::Command::kDisc)) {
+    end("it disconnected");
+    return false;
+  }
+  if (const auto refusal = refuse(*head, rules())) return take_refused(*head, *refusal);
+  if (agreed_.target->withdrawn()) {
+    return take_refused(*head, {wire::ErrorCode::kShutdown, "the export was withdrawn"});
+  }
+  const bool is_write = head->type == static_cast<uint16_t>(wire::Command::kWrite);
+  const bool is_read = head->type == static_cast<uint16_t>(wire::Command::kRead);
+  // A write that is here completely is written from where it lies.
+  const bool own_buffer = is_read || (is_write && input_.size() < head->length);
+  Admitted request = admit(*head, own_buffer ? head->length : 0);
+  if (!request || (is_write && !take_payload(*request))) return false;
+  if (is_read || is_write) extend_group(*request);
+  start(*request.release());
+  return true;
+}
+
+bool Session::take_refused(const wire::Request& head, const Refusal& refusal) {
+  if (head.type == static_cast<uint16_t>(wire::Command::kWrite)) {
+    if (head.length > 2 * uint64_t{wire::kMaxPayload}) {
+      end("it announced far too large a write");
+      return false;
+    }
+    if (!skip_payload(head.length)) return false;
+  }
+  Admitted request = admit(head, 0);
+  if (!request) return false;
+  bump(counters_.errors, uint64_t{1});
+  commands_.fail(*request, refusal.error, refusal.reason);
+  replies_.push(*request.release());
+  return true;
+}
+
+// A request object whose memory is accounted for. Null: the session ends.
+Session::Admitted Session::admit(const wire::Request& head, uint64_t payload) {
+  const uint64_t charge = payload + kOverhead;
+  if (!account_.try_take(charge) && !wait_for_memory(charge)) return {nullptr, Dropper{this}};
+  return make_request(head, charge);
+}
+
+// `charge` was taken from the account.
+Session::Admitted Session::make_request(const wire::Request& head, uint64_t charge) {
+  try {
+    Request& out = resources_.take_request();
+    out.head = head;
+    out.charge = charge;
+    bump(counters_.requests, uint64_t{1});
+    return {&out, Dropper{this}};
+  } catch (...) {
+    account_.give_back(charge);
+    throw;
+  }
+}
+
+bool Session::wait_for_memory(uint64_t bytes) {
+  const Pause pause(*this);
+  while (!cancel_.cancelled()) {
+    if (account_.try_take(bytes)) return true;
+    if (account_.within_limit(bytes)) return account_.wait(bytes, cancel_);
+    memory_.wait("the client to read its replies");
+  }
+  return false;
+}
+
+// --- payloads of writes ---
+
+bool Session::take_payload(Request& request) {
+  const size_t length = request.head.length;
+  if (length == 0) return true;
+  const size_t have = std::min(length, input_.size());
+  large_mode_ = length > kLargePayload;
+  if (have == length) {
+    // SAFETY: the block is received into only behind this payload.
+    request.payload = const_cast<std::byte*>(input_.data());
+    request.block = &input_.pin();
+    input_.consume(length);
+    return true;
+  }
+  request.buffer = resources_.buffers().take(length);
+  request.payload = request.buffer.data();
+  if (have > 0) std::memcpy(request.payload, input_.data(), have);
+  input_.consume(have);
+  return receive_payload(request, have);
+}
+
+// What comes behind the payload is received with it.
+bool Session::receive_payload(Request& request, size_t have) {
+  std::span<std::byte> rest(request.payload + have, request.head.length - have);
+  while (!rest.empty()) {
+    iovec parts[2] = {{rest.data(), rest.size()},
+                      input_.room(large_mode_ ? wire::kRequestSize : SIZE_MAX)};
+    size_t n = 0;
+    if (!receive_into({parts, parts[1].iov_len > 0 ? size_t{2} : size_t{1}}, n)) return false;
+    const size_t mine = std::min(n, rest.size());
+    rest = rest.subspan(mine);
+    if (n > mine) input_.received(n - mine);
+  }
+  return true;
+}
+
+bool Session::skip_payload(uint64_t length) {
+  const uint64_t have = std::min<uint64_t>(length, input_.size());
+  input_.consume(have);
+  length -= have;
+  while (length > 0) {
+    iovec room = input_.room(static_cast<size_t>(std::min<uint64_t>(length, SIZE_MAX)));
+    std::byte sink[512];
+    if (room.iov_len == 0) room = {sink, std::min<size_t>(sizeof sink, length)};
+    size_t n = 0;
+    if (!receive_into({&room, 1}, n)) return false;
+    length -= n;
+  }
+  return true;
+}
+
+// --- merging ---
+
+// Takes the requests behind `first` for as long as each continues where the last one ended.
+void Session::extend_group(Request& first) noexcept {
+  if (first.head.length == 0 || first.head.length > kMaxMerged) return;
+  Request* last = &first;
+  try {
+    for (size_t n = 1; n < kMaxGroup; ++n) {
+      Request* const next = take_adjacent(*last, first);
+      if (next == nullptr) return;
+      last->next = next;
+      last = next;
+    }
+  } catch (const std::bad_alloc&) {
+    // The request that was looked at is still in the input: its turn comes.
+  }
+}
+
+Request* Session::take_adjacent(const Request& last, const Request& first) {
+  if (input_.size() < wire::kRequestSize) return nullptr;
+  const auto head = wire::decode_request(
+      std::span<const std::byte, wire::kRequestSize>(input_.data(), wire::kRequestSize));
+  if (!head || head->type != first.head.type || head->flags != first.head.flags ||
+      head->offset != last.end() || head->length == 0 || head->length > kMaxMerged ||
+      refuse(*head, rules())) {
+    return nullptr;
+  }
+  const bool is_write = first.command() == wire::Command::kWrite;
+  if (is_write && input_.size() < wire::kRequestSize + head->length) return nullptr;
+  const uint64_t charge = kOverhead + (is_write ? 0 : head->length);
+  if (!account_.try_take(charge)) return nullptr;
+  Request* const out = make_request(*head, charge).release();
+  input_.consume(wire::kRequestSize);
+  if (is_write) (void)take_payload(*out);  // lies in the input: it neither waits nor allocates
+  return out;
+}
+
+// --- running ---
+
+void Session::start(Request& first) noexcept {
+  for (const Request* r = &first; r != nullptr; r = r->next) ++in_flight_;
+  counters_.in_flight.store(in_flight_, std::memory_order_relaxed);
+  try {
+    loop_.spawn_now("nbd request", [this, &first] { finish_group(first, commands_.run(first)); });
+  } catch (const std::bad_alloc&) {
+    for (Request* r = &first; r != nullptr; r = r->next) {
+      commands_.fail(*r, wire::ErrorCode::kNoMem, "no memory for a stack");
+    }
+    finish_group(first, 1);
+  }
+}
+
+void Session::finish_group(Request& first, unsigned failed) noexcept {
+  if (failed > 0) bump(counters_.errors, uint64_t{failed});
+  for (Request* r = &first; r != nullptr;) {
+    Request* const next = r->next;
+    --in_flight_;
+    if (r->block != nullptr) {
+      input_.release(*r->block);
+      r->block = nullptr;
+      memory_.notify();
+    }
+    replies_.push(*r);
+    r = next;
+  }
+  counters_.in_flight.store(in_flight_, std::memory_order_relaxed);
+  if (!in_batch_) {
+    replies_.flush_soon();
+    if (in_flight_ == 0) drained_.notify();
+  }
+}
+
+void Session::on_sent(Request& request) noexcept {
+  account_.give_back(request.charge);
+  resources_.give_back(request);
+  memory_.notify();
+}
+
+bool Session::on_stall(std::chrono::nanoseconds stalled) noexcept {
+  return stalled >= options_.stall_limit && account_.budget().contended();
+}
+
+// --- receiving ---
+
+bool Session::receive() {
+  replies_.flush();
+  for (;;) {
+    iovec room = input_.room(large_mode_ ? wire::kRequestSize - input_.size() : SIZE_MAX);
+    large_mode_ = false;
+    if (room.iov_len == 0) {
+      // Every block is held by writes that run.
+      const Pause pause(*this);
+      memory_.wait("writes to end");
+      if (cancel_.cancelled()) return false;
+      continue;
+    }
+    size_t n = 0;
+    const int64_t tried = stream_.try_receive({&room, 1});
+    if (tried == -EAGAIN) {
+      input_.idle();
+      if (!wait_readable()) return false;
+      continue;
+    }
+    if (tried <= 0) return false;
+    n = static_cast<size_t>(tried);
+    input_.received(n);
+    return true;
+  }
+}
+
+// Receives at least a byte into buffers that stay. False: the session ends.
+bool Session::receive_into(std::span<iovec> to, size_t& received) {
+  for (;;) {
+    const int64_t n = stream_.try_receive(to);
+    if (n > 0) {
+      received = static_cast<size_t>(n);
+      return true;
+    }
+    if (n != -EAGAIN || !wait_readable()) return false;
+  }
+}
+
+bool Session::wait_readable() {
+  const Pause pause(*this);
+  for (;;) {
+    std::optional<base::Clock::time_point> deadline;
+    if (options_.idle_limit.count() > 0) deadline = base::Clock::now() + options_.idle_limit;
+    const auto result = stream_.wait_readable(&cancel_, deadline);
+    if (result == Stream::Wait::kReady) return true;
+    if (result == Stream::Wait::kCancelled) {
+      end("the server ended the session");
+      return false;
+    }
+    if (in_flight_ == 0) {
+      end("it was silent for too long");
+      return false;
+    }
+  }
+}
+
+}  // namespace minivmm::nbd

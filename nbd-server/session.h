@@ -1,0 +1,122 @@
+// SPDX-License-Identifier: Apache-2.0
+// The transmission phase of one connection: receives requests, runs each as a fiber, sends the
+// replies. On the connection's loop; run() is the connection's own fiber.
+//
+// The path of a small request is short: one receive brings many; each is started at once, and one
+// whose data is in memory ends right there; adjacent ones become one; when what was received is
+// used up, all replies leave in one call.
+#pragma once
+
+#include <atomic>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+
+#include "base/cancel.h"
+#include "base/event_loop.h"
+#include "nbd-server/budget.h"
+#include "nbd-server/commands.h"
+#include "nbd-server/input.h"
+#include "nbd-server/local_wait.h"
+#include "nbd-server/negotiation.h"
+#include "nbd-server/reply_queue.h"
+#include "nbd-server/stream.h"
+#include "nbd-server/validation.h"
+
+namespace minivmm::nbd {
+
+// For state dumps; written by the session's loop, read by any thread.
+struct SessionCounters {
+  std::atomic<uint64_t> requests{0};
+  std::atomic<uint64_t> errors{0};
+  std::atomic<uint32_t> in_flight{0};
+};
+
+struct SessionOptions {
+  std::chrono::milliseconds idle_limit{0};
+  std::chrono::milliseconds stall_limit{0};
+  uint64_t memory = 0;
+};
+
+class Session final : private ReplyQueue::Owner {
+ public:
+  Session(base::EventLoop& loop, Stream& stream, Resources& resources, Budget& budget,
+          const Agreement& agreed, base::CancelSource& cancel, const SessionOptions& options,
+          SessionCounters& counters);
+  Session(const Session&) = delete;
+  Session& operator=(const Session&) = delete;
+
+  // Serves until the client leaves, breaks the protocol, or `cancel` fires. Every request has
+  // ended when this returns. The text says why, for the log.
+  const char* run();
+
+  // After `cancel` has fired: wakes what waits for the client to read.
+  void on_cancel() noexcept { memory_.notify(); }
+
+ private:
+  // What a request costs beside its payload: its objects, and a stack when it must wait.
+  static constexpr uint64_t kOverhead = 16 << 10;
+  // Replies are sent when so much has gathered, while it is still in the processor's cache.
+  static constexpr size_t kSendBatch = 256 << 10;
+  // Payloads up to this take part in merging.
+  static constexpr uint32_t kMaxMerged = 32 << 10;
+  // After a WRITE of more than this, only the next header is received with its payload: the data
+  // behind that goes straight to its own buffer.
+  static constexpr uint32_t kLargePayload = 64 << 10;
+
+  class Pause;
+
+  void serve();
+  bool take_request();
+  bool take_refused(const wire::Request& head, const Refusal& refusal);
+  // Gives a request up that was not started.
+  struct Dropper {
+    Session* session;
+    void operator()(Request* request) const noexcept { session->on_sent(*request); }
+  };
+  using Admitted = std::unique_ptr<Request, Dropper>;
+  Admitted admit(const wire::Request& head, uint64_t payload);
+  Admitted make_request(const wire::Request& head, uint64_t charge);
+  bool wait_for_memory(uint64_t bytes);
+  bool take_payload(Request& request);
+  bool receive_payload(Request& request, size_t have);
+  bool skip_payload(uint64_t length);
+  void extend_group(Request& first) noexcept;
+  Request* take_adjacent(const Request& last, const Request& first);
+  void start(Request& first) noexcept;
+  void finish_group(Request& first, unsigned failed) noexcept;
+
+  bool receive();
+  bool receive_into(std::span<iovec> to, size_t& received);
+  bool wait_readable();
+  void finish() noexcept;
+  RequestRules rules() const noexcept;
+  void end(const char* why) noexcept;
+
+  void on_sent(Request& request) noexcept override;
+  bool on_stall(std::chrono::nanoseconds stalled) noexcept override;
+
+  base::EventLoop& loop_;
+  Stream& stream_;
+  Resources& resources_;
+  const Agreement& agreed_;
+  base::CancelSource& cancel_;
+  const SessionOptions options_;
+  SessionCounters& counters_;
+
+  Account account_;
+  Input input_;
+  Commands commands_;
+  ReplyQueue replies_;
+  LocalWait memory_;   // the client's own replies have to be sent first
+  LocalWait drained_;  // in_flight_ is 0
+  uint32_t in_flight_ = 0;
+  bool in_batch_ = false;    // run() is working: it will flush
+  bool large_mode_ = false;  // see kLargePayload
+  bool ended_ = false;
+  const char* outcome_ = "it disconnected";
+};
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,132 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/stream.h"
+
+#include <netinet/in.h>
+#include <netinet/tcp.h>
+#include <poll.h>
+#include <sys/socket.h>
+
+#include <cerrno>
+
+#include "base/event_loop.h"
+#include "base/io.h"
+#include "nbd-server/address.h"
+
+namespace minivmm::nbd {
+namespace {
+
+// Large enough that a batch of replies leaves in one call. The kernel allows less where
+// net.core.wmem_max says so.
+constexpr int kUnixSendBuffer = 2 << 20;
+
+void tune(int fd) noexcept {
+  int domain = 0;
+  socklen_t length = sizeof domain;
+  if (::getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &length) != 0) return;
+  if (domain == AF_UNIX) {
+    ::setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &kUnixSendBuffer, sizeof kUnixSendBuffer);
+  } else if (domain == AF_INET || domain == AF_INET6) {
+    const int one = 1;
+    ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+    // A client whose host died is noticed in the end.
+    ::setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
+  }
+}
+
+}  // namespace
+
+Stream::Stream(base::UniqueFd socket) noexcept : socket_(std::move(socket)) { tune(socket_.get()); }
+
+int64_t Stream::try_receive(std::span<iovec> to) noexcept {
+  msghdr message{};
+  message.msg_iov = to.data();
+  message.msg_iovlen = to.size();
+  for (;;) {
+    const ssize_t n = to.size() == 1
+                          ? ::recv(socket_.get(), to[0].iov_base, to[0].iov_len, MSG_DONTWAIT)
+                          : ::recvmsg(socket_.get(), &message, MSG_DONTWAIT);
+    if (n >= 0) return n;
+    if (errno != EINTR) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+  }
+}
+
+int64_t Stream::try_send(std::span<iovec> from) noexcept {
+  msghdr message{};
+  message.msg_iov = from.data();
+  message.msg_iovlen = from.size();
+  for (;;) {
+    const ssize_t n = ::sendmsg(socket_.get(), &message, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n >= 0) return n;
+    if (errno != EINTR) return errno == EWOULDBLOCK ? -EAGAIN : -errno;
+  }
+}
+
+Stream::Wait Stream::wait_readable(base::CancelSource* cancel,
+                                   std::optional<base::Clock::time_point> deadline) {
+  return wait(POLLIN, cancel, deadline);
+}
+
+Stream::Wait Stream::wait_writable(base::CancelSource* cancel,
+                                   std::optional<base::Clock::time_point> deadline) {
+  return wait(POLLOUT, cancel, deadline);
+}
+
+Stream::Wait Stream::wait(uint32_t events, base::CancelSource* cancel,
+                          std::optional<base::Clock::time_point> deadline) {
+  if (!deadline) {
+    const int64_t result = base::io::poll(socket_.get(), events, cancel);
+    return result == -ECANCELED ? Wait::kCancelled : Wait::kReady;
+  }
+  // Either the caller's source or the time ends the wait; both by way of one inner source.
+  base::CancelSource either;
+  const auto fire = [](void* argument) noexcept {
+    static_cast<base::CancelSource*>(argument)->cancel();
+  };
+  if (cancel != nullptr && cancel->cancelled()) return Wait::kCancelled;
+  int64_t result = 0;
+  {
+    const base::CancelSource::Registration registration(cancel, fire, &either);
+    base::Timer timer(fire, &either);
+    base::TimerQueue& timers = base::EventLoop::current()->timers();
+    timers.arm(timer, *deadline);
+    result = base::io::poll(socket_.get(), events, &either);
+    timers.disarm(timer);
+  }
+  if (result != -ECANCELED) return Wait::kReady;
+  return cancel != nullptr && cancel->cancelled() ? Wait::kCancelled : Wait::kTimeout;
+}
+
+bool Stream::receive_all(std::span<std::byte> to, base::CancelSource& cancel,
+                         base::Clock::time_point deadline) {
+  while (!to.empty()) {
+    iovec iov{to.data(), to.size()};
+    const int64_t n = try_receive({&iov, 1});
+    if (n > 0) {
+      to = to.subspan(static_cast<size_t>(n));
+    } else if (n != -EAGAIN || wait_readable(&cancel, deadline) != Wait::kReady) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool Stream::send_all(std::span<const std::byte> from, base::CancelSource& cancel,
+                      base::Clock::time_point deadline) {
+  while (!from.empty()) {
+    // SAFETY: sending only reads.
+    iovec iov{const_cast<std::byte*>(from.data()), from.size()};
+    const int64_t n = try_send({&iov, 1});
+    if (n >= 0) {
+      from = from.subspan(static_cast<size_t>(n));
+    } else if (n != -EAGAIN || wait_writable(&cancel, deadline) != Wait::kReady) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void Stream::shutdown() noexcept { ::shutdown(socket_.get(), SHUT_RDWR); }
+
+std::string Stream::peer() const { return peer_text(socket_.get()); }
+
+}  // namespace minivmm::nbd

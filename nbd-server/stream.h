@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// A client's socket: tries that never wait, and waits on the loop. Owned by the connection. All on
+// the connection's loop, but shutdown(), which any thread may call while the Stream lives.
+#pragma once
+
+#include <string>
+#include <sys/uio.h>
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <span>
+
+#include "base/cancel.h"
+#include "base/timer_queue.h"
+#include "base/unique_fd.h"
+
+namespace minivmm::nbd {
+
+class Stream {
+ public:
+  explicit Stream(base::UniqueFd socket) noexcept;
+
+  // Bytes, 0 at the end of the stream, -EAGAIN where it would wait, or another -errno.
+  int64_t try_receive(std::span<iovec> to) noexcept;
+  // Bytes, -EAGAIN or another -errno. Never raises SIGPIPE.
+  int64_t try_send(std::span<iovec> from) noexcept;
+
+  enum class Wait { kReady, kTimeout, kCancelled };
+  // Fiber. A broken socket is ready: the next try says what is wrong with it.
+  Wait wait_readable(base::CancelSource* cancel,
+                     std::optional<base::Clock::time_point> deadline = {});
+  Wait wait_writable(base::CancelSource* cancel,
+                     std::optional<base::Clock::time_point> deadline = {});
+
+  // Fiber: all of `to` or `from`, by the deadline. False: the client left, was too slow, or the
+  // wait was cancelled.
+  bool receive_all(std::span<std::byte> to, base::CancelSource& cancel,
+                   base::Clock::time_point deadline);
+  bool send_all(std::span<const std::byte> from, base::CancelSource& cancel,
+                base::Clock::time_point deadline);
+
+  // Ends both directions: whoever waits is woken and finds the socket broken.
+  void shutdown() noexcept;
+
+  // "unix socket, process 4711", "[::1]:52011".
+  std::string peer() const;
+
+ private:
+  Wait wait(uint32_t events, base::CancelSource* cancel,
+            std::optional<base::Clock::time_point> deadline);
+
+  base::UniqueFd socket_;
+};
+
+}  // namespace minivmm::nbd
