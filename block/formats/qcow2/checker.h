@@ -1,0 +1,81 @@
+// SPDX-License-Identifier: Apache-2.0
+// The work behind check_image: counts references (checker.cc), then compares (checker_compare.cc).
+// One object a check; used by one fiber.
+#pragma once
+
+#include <string>
+
+#include <cstdint>
+#include <unordered_map>
+#include <vector>
+
+#include <fmt/core.h>
+
+#include "base/buffer.h"
+#include "base/error.h"
+#include "block/formats/qcow2/check.h"
+#include "block/formats/qcow2/cluster_counts.h"
+#include "block/formats/qcow2/header.h"
+
+namespace minivmm::block::qcow2 {
+
+class Checker {
+ public:
+  Checker(Edge& file, const Header& header, const CheckReport& report);
+  CheckResult run();
+
+ private:
+  using Table = std::vector<uint64_t>;  // host order
+  enum class Active { kYes, kNo };
+
+  // checker.cc
+  void count_l1(uint64_t offset, uint64_t entries, Active active);
+  void count_l2(uint64_t offset, Active active);
+  void count_entry(uint64_t raw, Active active);
+  void count_snapshots();
+  bool count_snapshot(uint64_t& offset);
+  void count_bitmaps();
+  void count_bitmap(uint64_t table_offset, uint64_t entries);
+  void count_refcount_table();
+  void follow_fragments(uint64_t offset);
+
+  // checker_compare.cc
+  void compare();
+  void compare_block(uint64_t index);
+  void compare_unblocked();
+  void compare_cluster(uint64_t cluster, uint64_t refcount);
+  void check_copied();
+  void check_copied_l2(uint64_t l1_index, uint64_t l1_entry);
+  uint64_t refcount_on_disk(uint64_t cluster) const;
+  uint64_t compared_clusters() const;
+
+  // Counts the clusters of a range; false: it lies past the end of the file (a corruption).
+  // `shared`: receives whether any of it had been counted before.
+  bool count_range(uint64_t offset, uint64_t bytes, bool* shared = nullptr);
+  // A table of big-endian numbers; empty (and a check error) if it cannot be read.
+  Table read_table(uint64_t offset, uint64_t entries, const char* what);
+  bool read(uint64_t offset, base::Buffer& to, const char* what);
+
+  template <typename... Args>
+  void corruption(fmt::format_string<Args...> format, Args&&... args) {
+    ++result_.corruptions;
+    say("ERROR " + fmt::format(format, std::forward<Args>(args)...));
+  }
+  void say(const std::string& line);
+
+  Edge& file_;
+  const Header& header_;
+  const CheckReport& report_;
+  const Geometry geometry_;
+  const uint64_t file_size_;
+  CheckResult result_;
+  ClusterCounts counts_;
+  Table l1_;
+  Table refcount_table_;
+  base::Buffer block_;
+  std::unordered_map<uint64_t, uint64_t> wrong_;  // refcounts of used clusters that are wrong
+  uint64_t next_fragment_ = 0;
+  uint64_t lines_ = 0;
+};
+
+}  // namespace minivmm::block::qcow2

@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block/formats/qcow2/cluster_counts.h"
+
+#include <algorithm>
+
+namespace minivmm::block::qcow2 {
+
+uint8_t* ClusterCounts::chunk(uint64_t number) {
+  if (number == last_number_) return last_;
+  Chunk& found = chunks_[number];
+  if (!found) found = std::make_unique<uint8_t[]>(kChunk);
+  last_number_ = number;
+  last_ = found.get();
+  return last_;
+}
+
+uint64_t ClusterCounts::add(uint64_t cluster) {
+  uint8_t& count = chunk(cluster / kChunk)[cluster % kChunk];
+  if (count < kElsewhere - 1) return count++;
+  if (count == kElsewhere - 1) {
+    count = kElsewhere;
+    large_[cluster] = kElsewhere;
+    return kElsewhere - 1;
+  }
+  return large_[cluster]++;
+}
+
+uint64_t ClusterCounts::get(uint64_t cluster) const {
+  const auto it = chunks_.find(cluster / kChunk);
+  if (it == chunks_.end()) return 0;
+  const uint8_t count = it->second[cluster % kChunk];
+  return count == kElsewhere ? large_.at(cluster) : count;
+}
+
+std::vector<uint64_t> ClusterCounts::chunks() const {
+  std::vector<uint64_t> out;
+  out.reserve(chunks_.size());
+  for (const auto& [number, chunk] : chunks_) out.push_back(number * kChunk);
+  std::sort(out.begin(), out.end());
+  return out;
+}
+
+}  // namespace minivmm::block::qcow2

@@ -1,0 +1,56 @@
+// SPDX-License-Identifier: Apache-2.0
+// Entries of the snapshot table and of the bitmap directory. Pure: bytes in, values out. Both are
+// sequences of entries of variable length; a decoder says how long its entry is.
+#pragma once
+
+#include <string>
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+
+namespace minivmm::block::qcow2 {
+
+inline constexpr size_t kSnapshotFixedBytes = 40;
+inline constexpr size_t kBitmapFixedBytes = 24;
+// What QEMU accepts.
+inline constexpr uint32_t kMaxSnapshotExtraBytes = 1024;
+inline constexpr uint32_t kMaxBitmapNameBytes = 1023;
+
+struct SnapshotEntry {
+  uint64_t l1_offset = 0;
+  uint32_t l1_size = 0;  // entries
+  uint16_t id_bytes = 0;
+  uint16_t name_bytes = 0;
+  uint32_t extra_bytes = 0;
+  uint64_t vm_state_bytes = 0;
+  uint64_t disk_size = 0;  // 0: not recorded
+  std::string id;
+  std::string name;
+  // The whole entry with its padding.
+  uint64_t total_bytes() const noexcept {
+    return (kSnapshotFixedBytes + uint64_t{extra_bytes} + id_bytes + name_bytes + 7) & ~7ULL;
+  }
+};
+
+// From the fixed part; gives total_bytes(). `bytes` holds kSnapshotFixedBytes.
+SnapshotEntry decode_snapshot_sizes(std::span<const std::byte> bytes);
+// The rest, from the whole entry (total_bytes() long, or less the padding).
+void decode_snapshot_rest(std::span<const std::byte> bytes, SnapshotEntry& entry);
+
+struct BitmapEntry {
+  uint64_t table_offset = 0;
+  uint32_t table_size = 0;  // entries
+  uint32_t flags = 0;
+  uint8_t type = 0;
+  uint8_t granularity_bits = 0;
+  uint16_t name_bytes = 0;
+  uint32_t extra_bytes = 0;
+  uint64_t total_bytes() const noexcept {
+    return (kBitmapFixedBytes + uint64_t{extra_bytes} + name_bytes + 7) & ~7ULL;
+  }
+};
+
+BitmapEntry decode_bitmap(std::span<const std::byte> bytes);
+
+}  // namespace minivmm::block::qcow2
