@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a run of the daemon consists of: plain data, made from the command line, checked there.
+#pragma once
+
+#include <string>
+
+#include <chrono>
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "base/event_loop.h"
+#include "block/graph/open_policy.h"
+#include "block/graph/options.h"
+#include "fuse/mount.h"
+
+namespace minivmm::control {
+
+// The guest's device on a node.
+struct DiskDevice {
+  std::string serial;
+  uint32_t logical_block_size = 512;
+  uint32_t physical_block_size = 0;
+  uint16_t num_queues = 1;
+  uint16_t queue_size = 256;
+};
+
+// `--disk`: a node and, in a machine, its device.
+struct Disk {
+  block::Options node;  // with its node-name
+  std::string node_name;
+  bool read_only = false;
+  DiskDevice device;
+  std::string notice;  // what the user should know, such as that the format was guessed
+};
+
+// `--export NODE[,name=N][,writable][,nbd][,fuse]`.
+struct Export {
+  std::string node_name;
+  std::string name;
+  std::string description;
+  bool writable = false;
+  bool nbd = false;
+  bool fuse = false;
+};
+
+// `--nbd URI`, or an inherited socket.
+struct NbdListener {
+  std::string uri;
+  int fd = -1;
+};
+
+// `--fuse DIR[,mode=..][,uid=..][,gid=..][,allow_other]`.
+struct FuseMount {
+  std::string directory;
+  fuse::MountOptions options;
+};
+
+struct Boot {
+  std::string kernel;  // empty: the embedded probe guest
+  std::string initrd;
+  std::string append;
+  uint64_t memory_bytes = uint64_t{256} << 20;
+  bool shared_memory = false;
+  unsigned cpus = 1;
+  std::string serial = "stdio";  // stdio, none, or file:PATH
+};
+
+struct Config {
+  unsigned io_threads = 1;
+  base::BackendChoice io_backend = base::BackendChoice::kAuto;
+  block::OpenPolicy open_policy;
+  std::vector<block::Options> blockdevs;
+  std::vector<Disk> disks;
+  std::vector<Export> exports;
+  std::vector<NbdListener> nbd;
+  bool nbd_allow_remote = false;
+  std::vector<FuseMount> fuse;
+  std::optional<Boot> boot;
+  int ready_fd = -1;
+  std::string pid_file;
+  std::chrono::milliseconds shutdown_timeout{10'000};
+};
+
+}  // namespace minivmm::control

@@ -1,0 +1,74 @@
+// SPDX-License-Identifier: Apache-2.0
+// One run of `minivmm boot` or `minivmm serve`: builds the graph, opens the front ends, waits for
+// an end, and takes everything down in order.
+//
+// Order up: loops, graph, NBD, FUSE, guest. If one part cannot start, those before it are taken
+// down again. Order down: stop accepting and drain the front ends (guest, NBD, FUSE), close the
+// graph (which flushes), stop the loops. Main thread.
+#pragma once
+
+#include <string>
+
+#include <memory>
+#include <vector>
+
+#include "base/loop_group.h"
+#include "base/unique_fd.h"
+#include "block/graph/graph.h"
+#include "control/config.h"
+#include "control/guest.h"
+#include "control/readiness.h"
+#include "control/signals.h"
+#include "fuse/mount.h"
+#include "nbd-server/server.h"
+
+namespace minivmm::control {
+
+class Daemon {
+ public:
+  explicit Daemon(Config config);
+  Daemon(const Daemon&) = delete;
+  Daemon& operator=(const Daemon&) = delete;
+  ~Daemon();
+
+  // Brings everything up, says where it is on stderr, waits for the guest's end or a signal, takes
+  // everything down. Returns the process's exit status: the guest's, or 0; 1 if something could
+  // not be flushed. Throws what prevented the start; then nothing is left running. Ends the process
+  // itself (status 1) where requests hang beyond the shutdown timeout or a second signal comes.
+  int run();
+
+ private:
+  template <typename Body>
+  void on_loop(const char* name, Body&& body) {
+    loops_->loop(0).call(name, std::forward<Body>(body));
+  }
+  void start();
+  void open_nodes();
+  void open_nbd();
+  void open_fuse();
+  void publish(const Export& wanted);
+  void announce();
+  void wait_for_end();
+  // What taking down came to.
+  struct Outcome {
+    bool idle = true;  // nothing runs any more, all is closed
+    std::vector<std::string> problems;
+  };
+  Outcome take_down();
+  int shut_down();
+  [[noreturn]] void give_up_now(const char* why) const;
+  void print_state() const;
+
+  const Config config_;
+  SignalFd signals_;
+  PidFile pid_file_;
+  // Destroyed from the last to the first: each may use those before it.
+  std::unique_ptr<base::LoopGroup> loops_;
+  std::unique_ptr<block::Graph> graph_;
+  std::unique_ptr<nbd::Server> nbd_;
+  std::vector<std::unique_ptr<fuse::Mount>> mounts_;
+  std::unique_ptr<Guest> guest_;
+  base::UniqueFd unmounted_;  // an eventfd: somebody else unmounted one of ours
+};
+
+}  // namespace minivmm::control

@@ -1,0 +1,137 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "control/guest.h"
+
+#include <fcntl.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <cerrno>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "images/probe/probe_blob.h"
+
+namespace minivmm::control {
+
+// A disk's device, glued to the machine's bus and event descriptors.
+class Guest::Slot final : public vmm::BusDevice {
+ public:
+  Slot(vmm::Machine& machine, block::Handle handle, const Disk& disk,
+       std::vector<base::EventLoop*> loops)
+      : irqfd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+    if (!irqfd_) throw base::errno_error(errno, "eventfd");
+    virtio::BlockOptions options;
+    options.name = disk.node_name;
+    options.serial = disk.device.serial.empty() ? disk.node_name.substr(0, 20) : disk.device.serial;
+    options.read_only = disk.read_only;
+    options.logical_block_size = disk.device.logical_block_size;
+    options.physical_block_size = disk.device.physical_block_size;
+    options.num_queues = disk.device.num_queues;
+    options.queue_size = disk.device.queue_size;
+    device_ = std::make_unique<virtio::MmioBlock>(std::move(handle), machine.memory(), options,
+                                                  std::move(loops), irqfd_.get());
+    const vmm::MmioSlot slot = machine.allocate_slot();
+    machine.add_mmio_device(disk.node_name, slot, *this);
+    machine.connect_irqfd(irqfd_.get(), slot.gsi);
+    for (uint16_t q = 0; q < device_->queue_count(); ++q) {
+      machine.connect_ioeventfd(device_->notify_fd(q), slot.base + virtio::MmioBlock::kNotifyOffset,
+                                4, q);
+    }
+  }
+
+  void read(uint64_t offset, std::span<std::byte> data) override { device_->read(offset, data); }
+  void write(uint64_t offset, std::span<const std::byte> data) override {
+    device_->write(offset, data);
+  }
+  virtio::MmioBlock& device() noexcept { return *device_; }
+
+ private:
+  base::UniqueFd irqfd_;
+  std::unique_ptr<virtio::MmioBlock> device_;
+};
+
+namespace {
+
+vmm::SerialConfig serial_config(const std::string& spec, base::UniqueFd& file) {
+  if (spec == "stdio") return {.in_fd = STDIN_FILENO, .out_fd = STDOUT_FILENO, .on_output = {}};
+  if (spec == "none") return {};
+  constexpr std::string_view kFile = "file:";
+  if (!spec.starts_with(kFile)) {
+    throw base::Error(EINVAL,
+                      fmt::format("--serial {}: stdio, none or file:PATH is expected", spec));
+  }
+  const std::string path = spec.substr(kFile.size());
+  file.reset(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
+  if (!file) throw base::errno_error(errno, fmt::format("--serial {}", spec));
+  return {.in_fd = -1, .out_fd = file.get(), .on_output = {}};
+}
+
+}  // namespace
+
+Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
+             const std::vector<Disk>& disks) {
+  vmm::MachineConfig config;
+  config.memory_bytes = boot.memory_bytes;
+  config.shared_memory = boot.shared_memory;
+  config.vcpus = boot.cpus;
+  config.initrd_path = boot.initrd;
+  config.command_line = boot.append;
+  config.serial = serial_config(boot.serial, serial_file_);
+  if (boot.kernel.empty()) {
+    config.kernel.bytes = probe::probe_elf();
+    config.kernel.name = "the probe guest";
+  } else {
+    config.kernel.path = boot.kernel;
+  }
+  machine_ = std::make_unique<vmm::Machine>(std::move(config));
+  size_t first_loop = 0;
+  for (const Disk& disk : disks) {
+    block::Handle handle = loops.loop(0).call("attach disk", [&] {
+      return graph.attach(disk.node_name, fmt::format("guest disk '{}'", disk.node_name),
+                          block::Permissions::front_end(!disk.read_only));
+    });
+    // Queues of all disks go around the loops.
+    std::vector<base::EventLoop*> queue_loops;
+    for (size_t i = 0; i < loops.size(); ++i) {
+      queue_loops.push_back(&loops.loop((first_loop + i) % loops.size()));
+    }
+    first_loop += disk.device.num_queues;
+    slots_.push_back(
+        std::make_unique<Slot>(*machine_, std::move(handle), disk, std::move(queue_loops)));
+  }
+}
+
+Guest::~Guest() = default;
+
+bool Guest::stop(std::chrono::milliseconds timeout, std::vector<std::string>& problems) {
+  // In this order: a vCPU may be waiting inside a device for its reset, which stop() ends.
+  machine_->stop();
+  const auto until = std::chrono::steady_clock::now() + timeout;
+  bool idle = true;
+  for (auto& slot : slots_) {
+    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
+        until - std::chrono::steady_clock::now());
+    virtio::StopReport report = slot->device().stop(std::max(left, std::chrono::milliseconds(0)));
+    idle = idle && report.idle;
+    for (std::string& line : report.in_flight) problems.push_back(std::move(line));
+    if (!report.error.empty()) problems.push_back(std::move(report.error));
+  }
+  (void)machine_->wait();
+  return idle;
+}
+
+std::vector<std::string> Guest::describe() const {
+  const vmm::Machine::Counters c = machine_->counters();
+  std::vector<std::string> out{
+      fmt::format("guest: {}, {} exits, {} port and {} MMIO accesses, {} unclaimed, {} bytes of "
+                  "serial output dropped",
+                  machine_->ended() ? "ended" : "running", c.exits, c.port_accesses,
+                  c.mmio_accesses, c.unclaimed, c.serial_dropped)};
+  for (const auto& slot : slots_) {
+    for (std::string& line : slot->device().describe()) out.push_back(std::move(line));
+  }
+  return out;
+}
+
+}  // namespace minivmm::control

@@ -1,0 +1,46 @@
+// SPDX-License-Identifier: Apache-2.0
+// The virtual machine of a daemon with its disks. Built and used by the daemon.
+#pragma once
+
+#include <string>
+
+#include <chrono>
+#include <memory>
+#include <vector>
+
+#include "base/loop_group.h"
+#include "base/unique_fd.h"
+#include "block/graph/graph.h"
+#include "control/config.h"
+#include "virtio/mmio_block.h"
+#include "vmm/machine.h"
+
+namespace minivmm::control {
+
+class Guest {
+ public:
+  // Makes the machine and a device for each disk. Throws; then nothing is left. Plain thread.
+  Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
+        const std::vector<Disk>& disks);
+  Guest(const Guest&) = delete;
+  Guest& operator=(const Guest&) = delete;
+  ~Guest();
+
+  void start() { machine_->start(); }
+  vmm::Machine& machine() noexcept { return *machine_; }
+
+  // Stops the machine and its devices, closes their handles. Plain thread, once. Appends what did
+  // not end well to `problems`; returns false if requests still run in guest memory (the process
+  // must then exit without tearing down).
+  bool stop(std::chrono::milliseconds timeout, std::vector<std::string>& problems);
+
+  std::vector<std::string> describe() const;
+
+ private:
+  class Slot;  // one disk in its window
+  base::UniqueFd serial_file_;
+  std::unique_ptr<vmm::Machine> machine_;
+  std::vector<std::unique_ptr<Slot>> slots_;
+};
+
+}  // namespace minivmm::control

@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "control/readiness.h"
+
+#include <fcntl.h>
+#include <sys/file.h>
+#include <sys/socket.h>
+#include <sys/stat.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstdlib>
+#include <cstring>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "base/log.h"
+
+namespace minivmm::control {
+
+PidFile::PidFile(std::string path) : path_(std::move(path)) {
+  if (path_.empty()) return;
+  base::UniqueFd fd(::open(path_.c_str(), O_RDWR | O_CREAT | O_CLOEXEC, 0644));
+  if (!fd) throw base::errno_error(errno, fmt::format("--pid-file {}", path_));
+  // The lock tells a live owner from a file that a crash left.
+  if (::flock(fd.get(), LOCK_EX | LOCK_NB) != 0) {
+    const std::string path_text = std::exchange(path_, {});
+    throw base::Error(
+        EEXIST, fmt::format("--pid-file {}: is held by another process that runs", path_text));
+  }
+  const std::string text = fmt::format("{}\n", ::getpid());
+  if (::ftruncate(fd.get(), 0) != 0 ||
+      ::write(fd.get(), text.data(), text.size()) != static_cast<ssize_t>(text.size())) {
+    throw base::errno_error(errno, fmt::format("--pid-file {}", path_));
+  }
+  fd_ = std::move(fd);
+}
+
+PidFile::PidFile(PidFile&& other) noexcept
+    : path_(std::exchange(other.path_, {})), fd_(std::move(other.fd_)) {}
+
+PidFile& PidFile::operator=(PidFile&& other) noexcept {
+  std::swap(path_, other.path_);
+  std::swap(fd_, other.fd_);
+  return *this;
+}
+
+PidFile::~PidFile() {
+  if (!fd_) return;
+  struct stat ours {};
+  struct stat now {};
+  if (::fstat(fd_.get(), &ours) == 0 && ::stat(path_.c_str(), &now) == 0 &&
+      ours.st_ino == now.st_ino && ours.st_dev == now.st_dev) {
+    ::unlink(path_.c_str());
+  }
+}
+
+void notify_service_manager(const std::string& state) noexcept {
+  const char* path = std::getenv("NOTIFY_SOCKET");
+  if (path == nullptr || (path[0] != '/' && path[0] != '@')) return;
+  sockaddr_un address{};
+  address.sun_family = AF_UNIX;
+  const size_t length = std::strlen(path);
+  if (length >= sizeof address.sun_path) return;
+  std::memcpy(address.sun_path, path, length);
+  if (address.sun_path[0] == '@') address.sun_path[0] = '\0';
+  const base::UniqueFd fd(::socket(AF_UNIX, SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  const auto size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + length);
+  if (!fd || ::sendto(fd.get(), state.data(), state.size(), MSG_NOSIGNAL,
+                      reinterpret_cast<const sockaddr*>(&address), size) < 0) {
+    base::log_warning("NOTIFY_SOCKET {}: {}", path, base::errno_text(errno));
+  }
+}
+
+void notify_ready_fd(int raw) {
+  const base::UniqueFd fd(raw);
+  constexpr char kText[] = "READY\n";
+  if (::write(fd.get(), kText, sizeof kText - 1) != static_cast<ssize_t>(sizeof kText - 1)) {
+    throw base::errno_error(errno, fmt::format("--ready-fd {}", raw));
+  }
+}
+
+std::vector<int> inherited_sockets() {
+  const char* pid = std::getenv("LISTEN_PID");
+  const char* count = std::getenv("LISTEN_FDS");
+  std::vector<int> fds;
+  if (pid == nullptr || count == nullptr || std::atol(pid) != ::getpid()) return fds;
+  constexpr int kFirst = 3;  // SD_LISTEN_FDS_START
+  const int n = std::atoi(count);
+  for (int i = 0; i < n && i < 64; ++i) {
+    ::fcntl(kFirst + i, F_SETFD, FD_CLOEXEC);
+    fds.push_back(kFirst + i);
+  }
+  return fds;
+}
+
+}  // namespace minivmm::control

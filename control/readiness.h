@@ -1,0 +1,39 @@
+// SPDX-License-Identifier: Apache-2.0
+// Telling others that the service is up, and where: sd_notify, --ready-fd, --pid-file; and the
+// sockets that a service manager hands over. Main thread.
+#pragma once
+
+#include <string>
+
+#include <vector>
+
+#include "base/unique_fd.h"
+
+namespace minivmm::control {
+
+// A file with this process's id, removed with the object if it is still ours. Throws EEXIST if it
+// names a live process that holds it.
+class PidFile {
+ public:
+  PidFile() = default;
+  explicit PidFile(std::string path);
+  PidFile(PidFile&& other) noexcept;
+  PidFile& operator=(PidFile&& other) noexcept;
+  ~PidFile();
+
+ private:
+  std::string path_;
+  base::UniqueFd fd_;  // locked for as long as we live
+};
+
+// Sends `state` ("READY=1", "STOPPING=1") to $NOTIFY_SOCKET, if there is one.
+void notify_service_manager(const std::string& state) noexcept;
+
+// Writes "READY\n" to the descriptor and closes it. Throws if it cannot.
+void notify_ready_fd(int fd);
+
+// The listening sockets handed over by the protocol of sd_listen_fds(3) (LISTEN_PID, LISTEN_FDS);
+// empty if there are none.
+std::vector<int> inherited_sockets();
+
+}  // namespace minivmm::control

@@ -1,0 +1,246 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "control/specs.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <charconv>
+
+#include <fmt/core.h>
+#include <limits.h>
+
+#include "base/error.h"
+#include "base/unique_fd.h"
+#include "block/formats/probe.h"
+
+namespace minivmm::control {
+
+using base::Error;
+using block::Options;
+
+namespace {
+
+// Splits "FIRST,rest": the part before the first single comma, commas in it undoubled.
+std::string take_first(std::string_view& text) {
+  std::string first;
+  size_t at = 0;
+  for (; at < text.size(); ++at) {
+    if (text[at] == ',') {
+      if (at + 1 >= text.size() || text[at + 1] != ',') break;
+      ++at;
+    }
+    first.push_back(text[at]);
+  }
+  text.remove_prefix(std::min(at + 1, text.size()));
+  return first;
+}
+
+template <typename Work>
+auto with_context(std::string_view option, std::string_view text, Work work) {
+  try {
+    return work();
+  } catch (Error& e) {
+    e.prepend(fmt::format("{} {}", option, text));
+    throw;
+  }
+}
+
+struct CacheMode {
+  std::string_view name;
+  bool direct;
+  bool no_flush;
+  bool write_through;
+};
+
+// QEMU's cache modes.
+constexpr CacheMode kCacheModes[] = {
+    {"writeback", false, false, false},   {"none", true, false, false},
+    {"writethrough", false, false, true}, {"unsafe", false, true, false},
+    {"directsync", true, false, true},
+};
+
+void apply_cache_mode(Options& node, Options& given) {
+  const auto name = given.take_string("cache");
+  if (!name) return;
+  for (const CacheMode& mode : kCacheModes) {
+    if (mode.name != *name) continue;
+    node.set("file.cache.direct", mode.direct ? "on" : "off");
+    node.set("file.cache.no-flush", mode.no_flush ? "on" : "off");
+    if (mode.write_through) node.set("cache.writeback", "off");
+    return;
+  }
+  throw Error(EINVAL, fmt::format("option 'cache={}': one of writeback, none, writethrough, "
+                                  "unsafe, directsync is expected",
+                                  *name));
+}
+
+DiskDevice take_device(Options& given) {
+  DiskDevice device;
+  device.serial = given.take_string("serial").value_or("");
+  device.logical_block_size =
+      static_cast<uint32_t>(given.take_uint("logical_block_size", 512, 512, 32768));
+  device.physical_block_size =
+      static_cast<uint32_t>(given.take_uint("physical_block_size", 0, 512, 32768));
+  device.num_queues = static_cast<uint16_t>(given.take_uint("num-queues", 1, 1, 64));
+  device.queue_size = static_cast<uint16_t>(given.take_uint("queue-size", 256, 4, 1024));
+  return device;
+}
+
+// Options of the path form that belong to the node.
+void apply_node_options(Options& node, Options& given, const std::string& format) {
+  apply_cache_mode(node, given);
+  if (auto locking = given.take_string("locking")) node.set("file.locking", *locking);
+  for (const char* key : {"offset", "size"}) {
+    auto value = given.take_string(key);
+    if (!value) continue;
+    if (format != "raw") {
+      throw Error(EINVAL,
+                  fmt::format("option '{}' is for raw images; this one is {}", key, format));
+    }
+    node.set(key, *value);
+  }
+  const auto backing = given.take_string("backing");
+  const auto backing_format = given.take_string("backing_fmt");
+  if (backing) {
+    bool guessed = false;
+    node.set_child("backing", image_options(*backing, backing_format.value_or(""), true, &guessed));
+  } else if (backing_format) {
+    throw Error(EINVAL, "option 'backing_fmt' goes with 'backing'");
+  }
+  for (const char* key :
+       {"l2-cache-size", "refcount-cache-size", "cache-size", "l2-cache-entry-size"}) {
+    if (auto value = given.take_string(key)) node.set(key, *value);
+  }
+}
+
+Disk parse_path_disk(std::string_view text, unsigned number) {
+  std::string_view rest = text;
+  const std::string path = take_first(rest);
+  if (path.empty()) throw Error(EINVAL, "a path is expected");
+  Options given = Options::from_keys(rest);
+  Disk disk;
+  disk.node_name = given.take_string("id").value_or(fmt::format("disk{}", number));
+  const bool ro = given.take_bool("ro", false);
+  disk.read_only = given.take_bool("readonly", ro) || ro;
+  const std::string format = given.take_string("format").value_or("");
+  bool guessed = false;
+  disk.node = image_options(path, format, disk.read_only, &guessed);
+  disk.node.set("node-name", disk.node_name);
+  const std::string driver = *disk.node.peek("driver");
+  disk.device = take_device(given);
+  apply_node_options(disk.node, given, driver);
+  if (guessed && driver == "raw") {
+    disk.notice = fmt::format(
+        "{}: no format given and none recognised, so it is taken for raw; writes that would make "
+        "it look like another format are refused (say format=raw to allow them)",
+        path);
+  }
+  given.finish("--disk");
+  return disk;
+}
+
+}  // namespace
+
+std::string probe_file(const std::string& path) {
+  const base::UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  if (!fd) throw base::errno_error(errno, fmt::format("{}: cannot open", path));
+  std::byte first[block::kProbeBytes] = {};
+  const ssize_t n = ::pread(fd.get(), first, sizeof first, 0);
+  if (n < 0) throw base::errno_error(errno, fmt::format("{}: cannot read", path));
+  return std::string(block::probe_format({first, static_cast<size_t>(n)}));
+}
+
+Options image_options(const std::string& path, const std::string& format, bool read_only,
+                      bool* guessed) {
+  std::string driver = format;
+  *guessed = format.empty();
+  if (driver.empty()) driver = probe_file(path);
+  Options node;
+  node.set("driver", driver);
+  if (read_only) node.set("read-only", "on");
+  if (*guessed && driver == "raw" && !read_only) node.set("probed", "on");
+  node.set("file.driver", "file");
+  node.set("file.filename", path);
+  return node;
+}
+
+Disk parse_disk(std::string_view text, unsigned number) {
+  return with_context("--disk", text, [&] {
+    const bool described = text.starts_with('{') || text.starts_with("driver=") ||
+                           text.find(",driver=") != std::string_view::npos;
+    if (!described) return parse_path_disk(text, number);
+    Disk disk;
+    disk.node = Options::from_text(text);
+    disk.device = take_device(disk.node);
+    auto id = disk.node.take_string("id");
+    disk.node_name =
+        disk.node.peek("node-name").value_or(id.value_or(fmt::format("disk{}", number)));
+    if (!disk.node.has("node-name")) disk.node.set("node-name", disk.node_name);
+    const auto read_only = disk.node.peek("read-only");
+    disk.read_only = read_only && (*read_only == "on" || *read_only == "true");
+    return disk;
+  });
+}
+
+Export parse_export(std::string_view text) {
+  return with_context("--export", text, [&] {
+    std::string_view rest = text;
+    Export out;
+    out.node_name = take_first(rest);
+    if (out.node_name.empty()) throw Error(EINVAL, "a node's name is expected first");
+    Options given = Options::from_keys(rest);
+    out.name = given.take_string("name").value_or(out.node_name);
+    out.description = given.take_string("description").value_or("");
+    out.writable = given.take_bool("writable", false);
+    out.nbd = given.take_bool("nbd", false);
+    out.fuse = given.take_bool("fuse", false);
+    // None named: through every front end that is open.
+    if (!out.nbd && !out.fuse) out.nbd = out.fuse = true;
+    given.finish("--export");
+    return out;
+  });
+}
+
+FuseMount parse_fuse(std::string_view text) {
+  return with_context("--fuse", text, [&] {
+    std::string_view rest = text;
+    FuseMount mount;
+    mount.directory = take_first(rest);
+    if (mount.directory.empty()) throw Error(EINVAL, "a directory is expected first");
+    Options given = Options::from_keys(rest);
+    if (const auto mode = given.take_string("mode")) {
+      const char* end = mode->data() + mode->size();
+      const auto parsed = std::from_chars(mode->data(), end, mount.options.mode, 8);
+      if (parsed.ec != std::errc() || parsed.ptr != end || mount.options.mode > 0777) {
+        throw Error(EINVAL,
+                    fmt::format("option 'mode={}': an octal mode such as 0640 is expected", *mode));
+      }
+    }
+    const auto take_id = [&](const char* key, std::optional<uint32_t>& to) {
+      if (given.has(key)) to = static_cast<uint32_t>(given.take_uint(key, 0, 0, UINT32_MAX - 1));
+    };
+    take_id("uid", mount.options.uid);
+    take_id("gid", mount.options.gid);
+    mount.options.allow_other = given.take_bool("allow_other", false);
+    given.finish("--fuse");
+    return mount;
+  });
+}
+
+NbdListener parse_nbd(std::string_view text) {
+  return with_context("--nbd", text, [&] {
+    NbdListener listener;
+    constexpr std::string_view kFd = "fd:";
+    if (text.starts_with(kFd)) {
+      Options number;
+      number.set("fd", std::string(text.substr(kFd.size())));
+      listener.fd = static_cast<int>(number.take_uint("fd", 0, 0, INT_MAX));
+    } else {
+      listener.uri = text;
+    }
+    return listener;
+  });
+}
+
+}  // namespace minivmm::control
