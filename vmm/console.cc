@@ -23,6 +23,7 @@ constexpr auto kStallLimit = std::chrono::seconds(1);
 constexpr auto kStopLimit = std::chrono::seconds(1);
 // A pipe that polls writable takes at least PIPE_BUF bytes without blocking.
 constexpr size_t kWriteChunk = 2048;
+constexpr size_t kFifoRoom = 64;
 constexpr std::byte kEscape{0x01};  // Ctrl-A
 
 }  // namespace
@@ -74,7 +75,8 @@ void Console::stop() noexcept {
 
 bool Console::ready() {
   std::lock_guard lock(mutex_);
-  if (ring_count_ < kRingBytes) return true;
+  // Drivers write a whole transmit FIFO after one look.
+  if (ring_count_ + kFifoRoom <= kRingBytes) return true;
   if (Clock::now() - last_progress_ > kStallLimit) return true;
   busy_reported_ = true;
   return false;

@@ -7,7 +7,7 @@
 
 #include <cstring>
 
-#include <fmt/core.h>
+#include <fmt/format.h>
 
 #include "base/error.h"
 
@@ -70,14 +70,12 @@ Kvm::Kvm() : fd_(open_kvm()) {
     throw base::Error(EOPNOTSUPP,
                       fmt::format("/dev/kvm: API version {}, {} is needed", version, kApiVersion));
   }
-  require(KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY");
-  require(KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR");
-  require(KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_CAP_SET_IDENTITY_MAP_ADDR");
-  require(KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID");
-  require(KVM_CAP_IRQCHIP, "KVM_CAP_IRQCHIP");
-  require(KVM_CAP_IRQFD, "KVM_CAP_IRQFD");
-  require(KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD");
-  require(KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT");
+  const auto missing = missing_capabilities(fd_.get());
+  if (!missing.empty()) {
+    throw base::Error(EOPNOTSUPP, fmt::format("/dev/kvm: this kernel's KVM lacks {}; use a newer "
+                                              "kernel",
+                                              fmt::join(missing, ", ")));
+  }
 }
 
 int Kvm::capability(int cap) const noexcept {
@@ -86,11 +84,26 @@ int Kvm::capability(int cap) const noexcept {
   return value < 0 ? 0 : value;
 }
 
-void Kvm::require(int cap, const char* name) const {
-  if (capability(cap) == 0) {
-    throw base::Error(
-        EOPNOTSUPP, fmt::format("/dev/kvm: this kernel's KVM lacks {}; use a newer kernel", name));
+std::vector<std::string> missing_capabilities(int fd) {
+  struct Needed {
+    unsigned long cap;
+    const char* name;
+  };
+  constexpr Needed kNeeded[] = {
+      {KVM_CAP_USER_MEMORY, "KVM_CAP_USER_MEMORY"},
+      {KVM_CAP_SET_TSS_ADDR, "KVM_CAP_SET_TSS_ADDR"},
+      {KVM_CAP_SET_IDENTITY_MAP_ADDR, "KVM_CAP_SET_IDENTITY_MAP_ADDR"},
+      {KVM_CAP_EXT_CPUID, "KVM_CAP_EXT_CPUID"},
+      {KVM_CAP_IRQCHIP, "KVM_CAP_IRQCHIP"},
+      {KVM_CAP_IRQFD, "KVM_CAP_IRQFD"},
+      {KVM_CAP_IOEVENTFD, "KVM_CAP_IOEVENTFD"},
+      {KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT"},
+  };
+  std::vector<std::string> out;
+  for (const auto& needed : kNeeded) {
+    if (kvm_ioctl_value(fd, KVM_CHECK_EXTENSION, needed.cap) <= 0) out.emplace_back(needed.name);
   }
+  return out;
 }
 
 size_t Kvm::vcpu_mapping_size() const {

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <linux/kvm.h>
+#include <string>
 
 #include <algorithm>
 #include <cstddef>
@@ -54,6 +55,9 @@ class KvmTable {
   std::vector<std::byte> bytes_;
 };
 
+// Names of the capabilities a Machine needs and the KVM behind `fd` (of /dev/kvm) lacks.
+std::vector<std::string> missing_capabilities(int fd);
+
 class Kvm {
  public:
   // Opens /dev/kvm and checks the version and what a Machine needs. Throws base::Error that says
@@ -68,8 +72,6 @@ class Kvm {
   base::UniqueFd create_vm() const;
 
  private:
-  void require(int cap, const char* name) const;
-
   base::UniqueFd fd_;
 };
 

@@ -25,23 +25,6 @@ constexpr uint8_t kMcrLoop = 0x10;
 constexpr uint8_t kLsrData = 0x01;
 constexpr uint8_t kLsrOverrun = 0x02;
 constexpr uint8_t kLsrIdle = 0x60;  // THR and shift register empty
-// Which causes have had their edge, one bit each.
-constexpr uint8_t kCauseLineStatus = 1;
-constexpr uint8_t kCauseReceive = 2;
-constexpr uint8_t kCauseThrEmpty = 4;
-
-uint8_t cause_bit(uint8_t iir) {
-  switch (iir) {
-    case kIirLineStatus:
-      return kCauseLineStatus;
-    case kIirReceive:
-      return kCauseReceive;
-    case kIirThrEmpty:
-      return kCauseThrEmpty;
-    default:
-      return 0;
-  }
-}
 
 }  // namespace
 
@@ -92,8 +75,6 @@ uint8_t Serial::read_register(uint64_t offset) {
       fifo_head_ = (fifo_head_ + 1) % kReceiveFifo;
       if (--fifo_count_ == 0) {
         if (std::exchange(sender_waits_, false)) drained_ = true;
-        // The line drops with the last byte, so that a cause of lower rank gets its edge.
-        signalled_ &= static_cast<uint8_t>(~kCauseReceive);
         update_interrupt();
       }
       return value;
@@ -102,10 +83,10 @@ uint8_t Serial::read_register(uint64_t offset) {
       return (lcr_ & kLcrDlab) != 0 ? static_cast<uint8_t>(divisor_ >> 8) : ier_;
     case kIirFcr: {
       const uint8_t cause = interrupt_cause();
-      if (cause == kIirThrEmpty) thr_empty_pending_ = false;
-      // The guest has seen this cause; the next one in rank gets an edge of its own.
-      signalled_ &= static_cast<uint8_t>(~cause_bit(cause));
-      if (cause == kIirThrEmpty) update_interrupt();
+      if (cause == kIirThrEmpty) {
+        thr_empty_pending_ = false;
+        update_interrupt();
+      }
       return (fcr_ & kFcrEnable) != 0 ? cause | kIirFifoBits : cause;
     }
     case kLcr:
@@ -115,7 +96,7 @@ uint8_t Serial::read_register(uint64_t offset) {
     case kLsr: {
       const uint8_t status = line_status();
       overrun_ = false;
-      signalled_ &= static_cast<uint8_t>(~kCauseLineStatus);
+      update_interrupt();
       return status;
     }
     case kMsr:
@@ -142,7 +123,7 @@ void Serial::write_register(uint64_t offset, uint8_t value) {
       // Enabling the transmit interrupt raises it at once: the transmitter is empty.
       if ((value & ~ier_ & kIerThrEmpty) != 0) thr_empty_pending_ = true;
       ier_ = value & 0x0f;
-      signalled_ = 0;
+      line_ = kIirNone;
       update_interrupt();
       break;
     case kIirFcr:
@@ -174,13 +155,15 @@ void Serial::transmit(uint8_t value) {
     output_.put(std::span(&byte, 1));
   }
   thr_empty_pending_ = true;
-  signalled_ &= static_cast<uint8_t>(~kCauseThrEmpty);
+  if (line_ == kIirThrEmpty) line_ = kIirNone;
   update_interrupt();
 }
 
+bool Serial::transmitter_empty() { return (mcr_ & kMcrLoop) != 0 || output_.ready(); }
+
 uint8_t Serial::line_status() {
   uint8_t status = 0;
-  if ((mcr_ & kMcrLoop) != 0 || output_.ready()) status |= kLsrIdle;
+  if (transmitter_empty()) status |= kLsrIdle;
   if (fifo_count_ != 0) status |= kLsrData;
   if (overrun_) status |= kLsrOverrun;
   return status;
@@ -196,21 +179,20 @@ uint8_t Serial::modem_status() const {
   return status;
 }
 
-uint8_t Serial::interrupt_cause() const {
+uint8_t Serial::interrupt_cause() {
   if (overrun_ && (ier_ & kIerLineStatus) != 0) return kIirLineStatus;
   if (fifo_count_ != 0 && (ier_ & kIerReceive) != 0) return kIirReceive;
-  if (thr_empty_pending_ && (ier_ & kIerThrEmpty) != 0) return kIirThrEmpty;
+  if (thr_empty_pending_ && (ier_ & kIerThrEmpty) != 0 && transmitter_empty()) return kIirThrEmpty;
   return kIirNone;
 }
 
-// The line is an edge: each cause that becomes the highest one is signalled once.
+// The interrupt is an edge: the line rises for each cause that becomes the highest, as if it had
+// dropped in between, so that one cause behind another is not lost.
 void Serial::update_interrupt() {
   const uint8_t cause = interrupt_cause();
-  if (cause == kIirThrEmpty && (mcr_ & kMcrLoop) == 0 && !output_.ready()) return;
-  const uint8_t bit = cause_bit(cause);
-  if ((bit & ~signalled_) == 0) return;
-  signalled_ |= bit;
-  raise_();
+  const bool rises = cause != kIirNone && cause != line_;
+  line_ = cause;
+  if (rises) raise_();
 }
 
 void Serial::push_received(uint8_t value) {
@@ -225,6 +207,7 @@ void Serial::clear_receive_fifo() {
   fifo_count_ = 0;
   fifo_head_ = 0;
   overrun_ = false;
+  update_interrupt();
   if (std::exchange(sender_waits_, false)) drained_ = true;
 }
 

@@ -51,7 +51,8 @@ class Serial final : public BusDevice {
   void transmit(uint8_t value);
   uint8_t line_status();
   uint8_t modem_status() const;
-  uint8_t interrupt_cause() const;
+  bool transmitter_empty();
+  uint8_t interrupt_cause();
   void update_interrupt();
   void push_received(uint8_t value);
   void clear_receive_fifo();
@@ -70,7 +71,7 @@ class Serial final : public BusDevice {
   uint16_t divisor_ = 12;
   bool overrun_ = false;
   bool thr_empty_pending_ = false;  // a THR-empty interrupt not yet seen by the guest
-  uint8_t signalled_ = 0;           // causes for which the line has had its edge
+  uint8_t line_ = 0x01;             // the cause (as in IIR) for which the line is up
   bool sender_waits_ = false;       // receive() returned short
   bool drained_ = false;            // on_drained_ is due
   std::array<uint8_t, kReceiveFifo> fifo_{};

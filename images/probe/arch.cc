@@ -105,6 +105,11 @@ void start_interrupts() {
   mmio32(kLapic + kLapicTimerInitial) = kTickMs * (1000000 / 16);
   route(kSerialGsi, kSerialVector);
   gate_call(kGateEnable, 0, 0);
+  // Switching the FIFOs on empties them; what was typed before is kept.
+  while ((in8(0x3fd) & 0x01) != 0) {
+    serial_ring[serial_received % kSerialRingBytes] = in8(0x3f8);
+    serial_received = serial_received + 1;
+  }
   out8(0x3fa, 0x01);  // FIFOs on
   out8(0x3fc, 0x0b);  // DTR, RTS and OUT2, which lets the interrupt through
   out8(0x3f9, 0x01);  // interrupt on received data

@@ -1,0 +1,216 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vmm/console.h"
+
+#include <fcntl.h>
+#include <string>
+#include <unistd.h>
+
+#include <atomic>
+#include <chrono>
+#include <thread>
+
+#include <gtest/gtest.h>
+#include <pty.h>
+#include <termios.h>
+
+#include "base/error.h"
+
+namespace minivmm::vmm {
+namespace {
+
+using namespace std::chrono_literals;
+
+template <typename Condition>
+bool eventually(Condition condition) {
+  for (int i = 0; i < 500; ++i) {
+    if (condition()) return true;
+    std::this_thread::sleep_for(10ms);
+  }
+  return false;
+}
+
+uint8_t read_register(Serial& serial, uint64_t offset) {
+  std::byte value{};
+  serial.read(offset, std::span(&value, 1));
+  return std::to_integer<uint8_t>(value);
+}
+
+struct Pipe {
+  Pipe() {
+    int fds[2];
+    if (::pipe2(fds, O_CLOEXEC) == 0) {
+      read.reset(fds[0]);
+      write.reset(fds[1]);
+    }
+  }
+  base::UniqueFd read;
+  base::UniqueFd write;
+};
+
+TEST(Console, CarriesOutputToADescriptor) {
+  Pipe pipe;
+  Console console({.in_fd = -1, .out_fd = pipe.write.get(), .on_output = {}}, [] {});
+  Serial serial(console, [] {});
+  console.attach(serial);
+  console.start();
+  const std::string text = "from the guest";
+  console.put(std::as_bytes(std::span(text)));
+  console.stop();
+  char buffer[64] = {};
+  EXPECT_EQ(::read(pipe.read.get(), buffer, sizeof buffer), static_cast<ssize_t>(text.size()));
+  EXPECT_EQ(std::string(buffer), text);
+}
+
+// A pipe that nobody reads: the guest is told to wait, then loses bytes, and stop() still ends.
+TEST(Console, AStuckReaderNeitherBlocksTheGuestNorTheEnd) {
+  Pipe pipe;
+  Console console({.in_fd = -1, .out_fd = pipe.write.get(), .on_output = {}}, [] {});
+  Serial serial(console, [] {});
+  console.attach(serial);
+  console.start();
+  const std::string text(4096, 'x');
+  const auto begin = std::chrono::steady_clock::now();
+  for (int i = 0; i < 64; ++i) console.put(std::as_bytes(std::span(text)));
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, 500ms);
+  EXPECT_GT(console.dropped(), 0u);
+  EXPECT_FALSE(console.ready());
+  EXPECT_TRUE(eventually([&] { return console.ready(); })) << "after a second it gives up waiting";
+  const auto stop_begin = std::chrono::steady_clock::now();
+  console.stop();
+  EXPECT_LT(std::chrono::steady_clock::now() - stop_begin, 3s);
+}
+
+TEST(Console, ATransmitterThatWaitedIsWoken) {
+  Pipe pipe;
+  std::atomic<int> interrupts{0};
+  Console console({.in_fd = -1, .out_fd = pipe.write.get(), .on_output = {}}, [] {});
+  Serial serial(console, [&] { ++interrupts; });
+  console.attach(serial);
+  console.start();
+  const std::string text(Console::kRingBytes + 131072, 'x');
+  console.put(std::as_bytes(std::span(text)));
+  ASSERT_EQ(read_register(serial, 5) & 0x20, 0) << "busy";
+  const std::byte enable{0x02};
+  serial.write(1, std::span(&enable, 1));
+  EXPECT_EQ(interrupts.load(), 0);
+  std::vector<char> sink(1 << 20);
+  EXPECT_TRUE(eventually([&] {
+    (void)!::read(pipe.read.get(), sink.data(), sink.size());
+    return interrupts.load() > 0;
+  }));
+  pipe.read.reset();
+  console.stop();
+}
+
+TEST(Console, InputLargerThanTheFifoArrivesWhole) {
+  Console console({}, [] {});
+  Serial serial(console, [] {});
+  console.attach(serial);
+  console.start();
+  std::string text;
+  for (int i = 0; i < 1000; ++i) text.push_back(static_cast<char>('a' + i % 26));
+  console.type(text);
+  std::string got;
+  EXPECT_TRUE(eventually([&] {
+    while ((read_register(serial, 5) & 1) != 0) {
+      got.push_back(static_cast<char>(read_register(serial, 0)));
+    }
+    return got.size() == text.size();
+  }));
+  EXPECT_EQ(got, text);
+  console.stop();
+}
+
+TEST(Console, RefusesInputWithoutBound) {
+  Console console({}, [] {});
+  Serial serial(console, [] {});
+  console.attach(serial);
+  EXPECT_THROW(console.type(std::string(Console::kRingBytes + 1, 'x')), base::Error);
+}
+
+class TerminalTest : public testing::Test {
+ protected:
+  void SetUp() override {
+    int master = -1;
+    int slave = -1;
+    if (::openpty(&master, &slave, nullptr, nullptr, nullptr) != 0) GTEST_SKIP() << "no pty";
+    master_.reset(master);
+    slave_.reset(slave);
+  }
+  bool is_raw() const {
+    termios settings{};
+    ::tcgetattr(slave_.get(), &settings);
+    return (settings.c_lflag & (ICANON | ECHO | ISIG)) == 0;
+  }
+  void press(std::string_view keys) { (void)!::write(master_.get(), keys.data(), keys.size()); }
+
+  base::UniqueFd master_;
+  base::UniqueFd slave_;
+};
+
+TEST_F(TerminalTest, IsRawWhileTheConsoleRunsAndRestoredAfter) {
+  Console console({.in_fd = slave_.get(), .out_fd = -1, .on_output = {}}, [] {});
+  Serial serial(console, [] {});
+  console.attach(serial);
+  EXPECT_FALSE(is_raw());
+  console.start();
+  EXPECT_TRUE(is_raw());
+  console.stop();
+  EXPECT_FALSE(is_raw());
+}
+
+TEST_F(TerminalTest, CtrlAXQuitsAndOtherKeysPass) {
+  std::atomic<int> quits{0};
+  Console console({.in_fd = slave_.get(), .out_fd = -1, .on_output = {}}, [&] { ++quits; });
+  Serial serial(console, [] {});
+  console.attach(serial);
+  console.start();
+  press(
+      "a\x01\x01"
+      "b\x01z\x03");
+  std::string got;
+  EXPECT_TRUE(eventually([&] {
+    while ((read_register(serial, 5) & 1) != 0) {
+      got.push_back(static_cast<char>(read_register(serial, 0)));
+    }
+    return got.size() == 6;
+  }));
+  EXPECT_EQ(got,
+            "a\x01"
+            "b\x01z\x03");
+  EXPECT_EQ(quits.load(), 0);
+  press("\x01x");
+  EXPECT_TRUE(eventually([&] { return quits.load() == 1; }));
+  console.stop();
+}
+
+// A crash must not leave the user with a terminal that does not echo.
+TEST_F(TerminalTest, IsRestoredWhenTheProcessDies) {
+  EXPECT_DEATH(
+      {
+        const RawTerminal raw(slave_.get());
+        if (!is_raw()) ::_exit(0);
+        ::abort();
+      },
+      "");
+  EXPECT_FALSE(is_raw());
+}
+
+TEST_F(TerminalTest, IsRestoredByExit) {
+  EXPECT_EXIT(
+      {
+        new RawTerminal(slave_.get());
+        ::exit(is_raw() ? 7 : 8);
+      },
+      testing::ExitedWithCode(7), "");
+  EXPECT_FALSE(is_raw());
+}
+
+TEST_F(TerminalTest, HasOneUserAtATime) {
+  const RawTerminal raw(slave_.get());
+  EXPECT_THROW(RawTerminal(slave_.get()), base::Error);
+  EXPECT_TRUE(is_raw());
+}
+
+}  // namespace
+}  // namespace minivmm::vmm

@@ -1,0 +1,96 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "vmm/host_probe.h"
+
+#include <fcntl.h>
+#include <unistd.h>
+
+#include <fstream>
+#include <sstream>
+
+#include "base/error.h"
+#include "vmm/kvm_api.h"
+#include "vmm/syscall_probe.h"
+
+namespace minivmm::vmm {
+namespace {
+
+std::string cpu_virtualization_flag() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);) {
+    if (line.rfind("flags", 0) != 0) continue;
+    std::istringstream words(line);
+    for (std::string word; words >> word;) {
+      if (word == "vmx" || word == "svm") return word;
+    }
+    break;
+  }
+  return {};
+}
+
+std::optional<bool> nested_parameter() {
+  for (const char* path :
+       {"/sys/module/kvm_intel/parameters/nested", "/sys/module/kvm_amd/parameters/nested"}) {
+    std::ifstream file(path);
+    char value = 0;
+    if (file >> value) return value == 'Y' || value == '1';
+  }
+  return std::nullopt;
+}
+
+void ask_kvm(HostProbe& out) {
+  const Kvm kvm;
+  out.recommended_vcpus = kvm.capability(KVM_CAP_NR_VCPUS);
+  out.max_vcpus = kvm.capability(KVM_CAP_MAX_VCPUS);
+  out.guest_syscalls = guest_syscall_works(kvm);
+  out.kind = out.cpu_flag.empty() ? KvmKind::kWithoutHardware : KvmKind::kHardware;
+  if (out.guest_syscalls.value_or(true)) return;
+  out.advice =
+      "a guest program's system calls do not work on this KVM: the built-in probe guest runs, "
+      "slowly in "
+      "its "
+      "kernel part; a Linux guest cannot run programs here. Use a host with VT-x or AMD-V (or "
+      "nested virtualization switched on in the machine above) for other guests";
+}
+
+}  // namespace
+
+HostProbe probe_host() {
+  HostProbe out;
+  out.cpu_flag = cpu_virtualization_flag();
+  out.nested = nested_parameter();
+  out.device_exists = ::access("/dev/kvm", F_OK) == 0;
+  {
+    const base::UniqueFd fd(::open("/dev/kvm", O_RDWR | O_CLOEXEC));
+    out.device_opens = static_cast<bool>(fd);
+    if (fd) {
+      out.api_version = kvm_ioctl_value(fd.get(), KVM_GET_API_VERSION, 0);
+      out.missing = missing_capabilities(fd.get());
+    }
+  }
+  try {
+    ask_kvm(out);
+  } catch (const base::Error& error) {
+    out.kind = KvmKind::kNone;
+    out.problem = error.what();
+    out.advice = out.cpu_flag.empty() && !out.device_exists
+                     ? "this processor (or the machine above) offers no virtualization; guests "
+                       "cannot run, NBD, FUSE and the image tool can"
+                     : "guests cannot run until this is put right; NBD, FUSE and the image tool "
+                       "work without KVM";
+  }
+  return out;
+}
+
+std::string_view to_string(KvmKind kind) noexcept {
+  switch (kind) {
+    case KvmKind::kNone:
+      return "none";
+    case KvmKind::kHardware:
+      return "hardware";
+    case KvmKind::kWithoutHardware:
+      return "without hardware virtualization";
+  }
+  return "unknown";
+}
+
+}  // namespace minivmm::vmm
