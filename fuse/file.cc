@@ -80,8 +80,8 @@ size_t File::write(uint64_t offset, std::span<const std::byte> from, bool durabl
 
 void File::flush() {
   const Use use(*this);
-  // A read-only user has written nothing that it could make durable.
-  if (writable_) handle_.flush();
+  // Also of a read-only file: what others have written becomes durable, as with fsync(2).
+  handle_.flush();
 }
 
 uint64_t File::zeroable_end(int mode, uint64_t offset, uint64_t length) const {
