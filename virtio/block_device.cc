@@ -127,12 +127,27 @@ void BlockDevice::notify(uint16_t queue) noexcept {
 }
 
 void BlockDevice::queue_ended(BlockQueue& queue) {
-  const Lock lock(mutex_);
-  for (Running& r : running_) {
-    if (r.queue.get() == &queue) r.ended = true;
+  {
+    const Lock lock(mutex_);
+    for (Running& r : running_) {
+      if (r.queue.get() == &queue) r.ended = true;
+    }
+    thread_waiters_.notify_all();
+    fiber_waiters_.notify_all();
+    if (!abandoned_ || !all_ended()) return;
   }
-  thread_waiters_.notify_all();
-  fiber_waiters_.notify_all();
+  // stop() did not wait for this: an abandoned device lives on, and lets go of its disk here.
+  const std::string error = close_handle();
+  if (!error.empty()) base::log_error("{}: {}", options_.name, error);
+}
+
+std::string BlockDevice::close_handle() {
+  try {
+    engine_.disk().close();
+    return {};
+  } catch (const std::exception& e) {
+    return e.what();
+  }
 }
 
 void BlockDevice::post_stop(Running& running) {
@@ -187,7 +202,7 @@ bool BlockDevice::reset() {
   for (Running& r : running_) post_stop(r);
   if (!wait_until_ended(lock, kForever)) return false;
   if (!stopping_) running_.clear();  // else stop() looks at them too
-  engine_.set_features(0);
+  engine_.forget_driver();
   return true;
 }
 
@@ -218,12 +233,7 @@ void BlockDevice::close_disk(Lock& lock, base::Clock::time_point deadline, StopR
   // Shared: at the deadline the fiber is left alone with it.
   const auto closing = std::make_shared<Closing>();
   loops_.front()->post("virtio close", [this, closing] {
-    std::string error;
-    try {
-      engine_.disk().close();
-    } catch (const std::exception& e) {
-      error = e.what();
-    }
+    std::string error = close_handle();
     const Lock inner(mutex_);
     closing->error = std::move(error);
     closing->done = true;

@@ -80,6 +80,7 @@ class BlockDevice final : public Device {
   template <typename Done>
   bool wait(Lock& lock, base::Clock::time_point deadline, Done done);
   bool wait_until_ended(Lock& lock, base::Clock::time_point deadline);
+  std::string close_handle();  // what went wrong, or nothing
   void close_disk(Lock& lock, base::Clock::time_point deadline, StopReport& report);
 
   const BlockOptions options_;

@@ -14,6 +14,7 @@ namespace minivmm::virtio {
 
 BlockEngine::BlockEngine(block::Handle disk, const BlockOptions& options)
     : options_(options), disk_(std::move(disk)), shape_(options, disk_.limits(), disk_.writable()) {
+  forget_driver();
   capacity_.store(shape_.capacity_sectors(disk_.size()), std::memory_order_relaxed);
   const uint64_t cut = disk_.size() - capacity_sectors() * kSectorBytes;
   if (cut != 0) {
@@ -33,6 +34,11 @@ void BlockEngine::set_features(uint64_t features) noexcept {
   features_.store(features, std::memory_order_relaxed);
   // A driver that cannot flush must never need to.
   set_write_back(negotiated(VIRTIO_BLK_F_FLUSH) && options_.write_cache);
+}
+
+void BlockEngine::forget_driver() noexcept {
+  features_.store(0, std::memory_order_relaxed);
+  set_write_back(options_.write_cache);
 }
 
 void BlockEngine::set_write_back(bool on) noexcept {

@@ -36,6 +36,7 @@ class BlockEngine {
 
   // The driver's choices. Any thread.
   void set_features(uint64_t features) noexcept;
+  void forget_driver() noexcept;
   bool negotiated(unsigned feature) const noexcept {
     return (features_.load(std::memory_order_relaxed) >> feature & 1) != 0;
   }

@@ -11,7 +11,7 @@ namespace minivmm::virtio {
 
 struct BlockOptions {
   std::string name = "disk";          // stands in messages and state dumps
-  std::string serial;                 // what the guest sees as the disk's id; at most 20 bytes
+  std::string serial{};               // what the guest sees as the disk's id; at most 20 bytes
   bool read_only = false;             // also set if the handle cannot write
   bool write_cache = true;            // the guest's cache mode until it chooses another one
   uint32_t logical_block_size = 512;  // bytes, power of two, 512 to 32768

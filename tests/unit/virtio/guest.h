@@ -96,8 +96,6 @@ class DriverQueue {
   uint16_t used_flags() const;
   uint16_t avail_event() const;
 
-  // Starts both indices at `index`, as after that many requests. Before the device starts; the
-  // device must be moved there too (see MakeQueueAt in queue_test.cc).
   uint16_t available_index() const noexcept { return available_; }
 
  private:
