@@ -1,0 +1,312 @@
+// SPDX-License-Identifier: Apache-2.0
+// A hostile guest against the virtio block device: the input is a program of register accesses,
+// stores to guest memory and requests. Found by it: crashes, sanitizer reports, accesses outside
+// guest memory (which ends at a guard on both sides), and a device that does not come to rest after
+// a reset.
+//
+// The program is a sequence of one byte (modulo kOps) and its operands, little-endian:
+//   0 write   offset u16, size u8 (modulo 4: 1, 2, 4, 8 bytes), value
+//   1 read    offset u16, size u8
+//   2 start   refused-features u64, log2(size) u8: negotiates all but those, rings in their places
+//   3 desc    queue u8, index u8, address u32, length u32, flags u16, next u16
+//   4 push    queue u8, head u16: into the available ring, and visible
+//   5 notify  queue u8
+//   6 settle  lets the device run
+//   7 reset
+//   8 poke    address u32, length u8, bytes
+//   9 index   queue u8, available index u16
+//  10 request queue u8, type u8, sector u32, length u32: a well-formed chain of three descriptors
+// Addresses count from the start of guest memory and may lie outside.
+#include <linux/virtio_config.h>
+#include <linux/virtio_mmio.h>
+#include <sys/eventfd.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <array>
+#include <chrono>
+#include <cstddef>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <span>
+
+#include "base/bytes.h"
+#include "base/log.h"
+#include "base/loop_group.h"
+#include "base/unique_fd.h"
+#include "block/graph/graph.h"
+#include "virtio/mmio_block.h"
+
+namespace minivmm::virtio {
+namespace {
+
+constexpr uint64_t kBase = 0x10000;
+constexpr size_t kMemory = 128 << 10;
+constexpr uint16_t kQueues = 2;
+constexpr unsigned kMaxSteps = 400;
+constexpr unsigned kOps = 11;
+// Rings of queue q lie at q * kRingSpace; requests use what follows.
+constexpr uint64_t kRingSpace = 0x4000;
+constexpr uint64_t kRequestSpace = kQueues * kRingSpace;
+
+// Mapped once, between two pages that nothing may touch.
+std::byte* guest_memory() {
+  static std::byte* const memory = [] {
+    constexpr size_t kGuard = 4096;
+    void* const p =
+        ::mmap(nullptr, kMemory + 2 * kGuard, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) std::abort();
+    auto* const inside = static_cast<std::byte*>(p) + kGuard;
+    if (::mprotect(inside, kMemory, PROT_READ | PROT_WRITE) != 0) std::abort();
+    return inside;
+  }();
+  return memory;
+}
+
+// The loop and the graph live as long as the process.
+struct World {
+  World() {
+    base::set_log_level(base::LogLevel::kOff);
+    loop().call("open", [this] {
+      (void)graph.add(block::Options::from_keys("driver=memory,node-name=disk0,size=1M"));
+    });
+  }
+  base::EventLoop& loop() { return loops.loop(0); }
+
+  base::LoopGroup loops{1};
+  block::Graph graph;
+};
+
+World& world() {
+  static auto* const instance = new World;
+  return *instance;
+}
+
+class Input {
+ public:
+  explicit Input(std::span<const uint8_t> bytes) : bytes_(bytes) {}
+  bool empty() const { return bytes_.empty(); }
+  template <typename T>
+  T take() {
+    T value = 0;
+    const size_t n = std::min(sizeof value, bytes_.size());
+    std::memcpy(&value, bytes_.data(), n);
+    bytes_ = bytes_.subspan(n);
+    return base::le_to_host(value);
+  }
+
+ private:
+  std::span<const uint8_t> bytes_;
+};
+
+class Guest {
+ public:
+  Guest();
+  void run(Input input);
+  void finish();
+
+ private:
+  void step(Input& input);
+  void set(uint64_t offset, uint32_t value);
+  uint32_t get(uint64_t offset);
+  void start(uint64_t refused, unsigned log_size);
+  void descriptor(uint16_t queue, uint16_t index, uint64_t address, uint32_t length, uint16_t flags,
+                  uint16_t next);
+  void push(uint16_t queue, uint16_t head);
+  void request(uint16_t queue, uint32_t type, uint64_t sector, uint32_t length);
+  void settle();
+  template <typename T>
+  void store(uint64_t at, T value) {
+    if (at <= kMemory - sizeof value) base::store_le(guest_memory() + at, value);
+  }
+
+  base::UniqueFd irq_{::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)};
+  GuestMemory memory_{{{kBase, kMemory, guest_memory()}}};
+  std::unique_ptr<MmioBlock> device_;
+  std::array<uint16_t, kQueues> available_{};
+  uint16_t size_ = 8;
+};
+
+Guest::Guest() {
+  std::memset(guest_memory(), 0, kMemory);
+  block::Handle handle = world().loop().call("attach", [] {
+    return world().graph.attach("disk0", "guest", block::Permissions::front_end(true));
+  });
+  BlockOptions options;
+  options.name = "disk0";
+  options.num_queues = kQueues;
+  options.queue_size = 16;
+  device_ = std::make_unique<MmioBlock>(std::move(handle), memory_, options,
+                                        std::vector<base::EventLoop*>{&world().loop()}, irq_.get());
+}
+
+void Guest::set(uint64_t offset, uint32_t value) {
+  std::byte data[4];
+  base::store_le(data, value);
+  device_->write(offset, data);
+}
+
+uint32_t Guest::get(uint64_t offset) {
+  std::byte data[4];
+  device_->read(offset, data);
+  return base::load_le<uint32_t>(data);
+}
+
+void Guest::start(uint64_t refused, unsigned log_size) {
+  size_ = static_cast<uint16_t>(1U << (log_size % 6));
+  available_ = {};
+  set(VIRTIO_MMIO_STATUS, 0);
+  set(VIRTIO_MMIO_STATUS, 1);
+  set(VIRTIO_MMIO_STATUS, 3);
+  for (const uint32_t half : {0U, 1U}) {
+    set(VIRTIO_MMIO_DEVICE_FEATURES_SEL, half);
+    set(VIRTIO_MMIO_DRIVER_FEATURES_SEL, half);
+    const auto without = static_cast<uint32_t>(refused >> (32 * half));
+    set(VIRTIO_MMIO_DRIVER_FEATURES, get(VIRTIO_MMIO_DEVICE_FEATURES) & ~without);
+  }
+  set(VIRTIO_MMIO_STATUS, 11);
+  for (uint16_t q = 0; q < kQueues; ++q) {
+    const auto at = static_cast<uint32_t>(kBase + q * kRingSpace);
+    set(VIRTIO_MMIO_QUEUE_SEL, q);
+    set(VIRTIO_MMIO_QUEUE_NUM, size_);
+    set(VIRTIO_MMIO_QUEUE_DESC_LOW, at);
+    set(VIRTIO_MMIO_QUEUE_AVAIL_LOW, at + 0x1000);
+    set(VIRTIO_MMIO_QUEUE_USED_LOW, at + 0x2000);
+    set(VIRTIO_MMIO_QUEUE_READY, 1);
+    store<uint16_t>(q * kRingSpace + 0x1002, 0);
+  }
+  set(VIRTIO_MMIO_STATUS, 15);
+}
+
+void Guest::descriptor(uint16_t queue, uint16_t index, uint64_t address, uint32_t length,
+                       uint16_t flags, uint16_t next) {
+  const uint64_t at = queue % kQueues * kRingSpace + index % 256U * 16;
+  store<uint64_t>(at, kBase + address);
+  store<uint32_t>(at + 8, length);
+  store<uint16_t>(at + 12, flags);
+  store<uint16_t>(at + 14, next);
+}
+
+void Guest::push(uint16_t queue, uint16_t head) {
+  queue %= kQueues;
+  const uint64_t ring = queue * kRingSpace + 0x1000;
+  store<uint16_t>(ring + 4 + available_[queue] % size_ * 2U, head);
+  store<uint16_t>(ring + 2, ++available_[queue]);
+}
+
+void Guest::request(uint16_t queue, uint32_t type, uint64_t sector, uint32_t length) {
+  const auto first = static_cast<uint16_t>(available_[queue % kQueues] * 3 % 12);
+  const uint64_t header = kRequestSpace + first * 32U;
+  store<uint32_t>(header, type);
+  store<uint64_t>(header + 8, sector);
+  const bool to_guest = type == 0 || type == 8;
+  descriptor(queue, first, header, 16, 1, uint16_t(first + 1));
+  descriptor(queue, uint16_t(first + 1), kRequestSpace + 0x1000, length % (kMemory / 2),
+             to_guest ? 3 : 1, uint16_t(first + 2));
+  descriptor(queue, uint16_t(first + 2), header + 16, 1, 2, 0);
+  push(queue, first);
+}
+
+void Guest::settle() {
+  for (int i = 0; i < 4; ++i) {
+    world().loop().call("settle", [] { base::EventLoop::current()->yield(); });
+  }
+}
+
+void Guest::step(Input& input) {
+  const unsigned op = input.take<uint8_t>() % kOps;
+  switch (op) {
+    case 0:
+    case 1: {
+      const uint64_t offset = input.take<uint16_t>() % 0x200;
+      const size_t size = size_t{1} << (input.take<uint8_t>() % 4);
+      std::byte data[8] = {};
+      if (op == 1) {
+        device_->read(offset, std::span(data).first(size));
+        return;
+      }
+      for (size_t i = 0; i < size; ++i) data[i] = std::byte{input.take<uint8_t>()};
+      device_->write(offset, std::span(data).first(size));
+      return;
+    }
+    case 2: {
+      const auto refused = input.take<uint64_t>();
+      start(refused, input.take<uint8_t>());
+      return;
+    }
+    case 3: {
+      const uint16_t queue = input.take<uint8_t>();
+      const uint16_t index = input.take<uint8_t>();
+      const uint64_t address = input.take<uint32_t>();
+      const auto length = input.take<uint32_t>();
+      const auto flags = input.take<uint16_t>();
+      descriptor(queue, index, address, length, flags, input.take<uint16_t>());
+      return;
+    }
+    case 4: {
+      const uint16_t queue = input.take<uint8_t>();
+      push(queue, input.take<uint16_t>());
+      return;
+    }
+    case 5:
+      set(VIRTIO_MMIO_QUEUE_NOTIFY, input.take<uint8_t>() % 4U);
+      return;
+    case 6:
+      settle();
+      return;
+    case 7:
+      set(VIRTIO_MMIO_STATUS, 0);
+      return;
+    case 8: {
+      const uint64_t address = input.take<uint32_t>() % kMemory;
+      const unsigned length = input.take<uint8_t>();
+      for (unsigned i = 0; i < length; ++i) store<uint8_t>(address + i, input.take<uint8_t>());
+      return;
+    }
+    case 9: {
+      const unsigned queue = input.take<uint8_t>() % kQueues;
+      available_[queue] = input.take<uint16_t>();
+      store<uint16_t>(queue * kRingSpace + 0x1002, available_[queue]);
+      return;
+    }
+    default: {
+      const uint16_t queue = input.take<uint8_t>();
+      const uint32_t type = input.take<uint8_t>() % 16U;
+      const uint64_t sector = input.take<uint32_t>();
+      request(queue, type, sector, input.take<uint32_t>());
+      return;
+    }
+  }
+}
+
+void Guest::run(Input input) {
+  for (unsigned steps = 0; steps < kMaxSteps && !input.empty(); ++steps) step(input);
+  for (uint32_t q = 0; q < kQueues; ++q) set(VIRTIO_MMIO_QUEUE_NOTIFY, q);
+  settle();
+}
+
+void Guest::finish() {
+  // Whatever was done to it, a reset brings it to rest, and afterwards it works.
+  set(VIRTIO_MMIO_STATUS, 0);
+  const bool reset = get(VIRTIO_MMIO_STATUS) == 0;
+  const std::vector<std::string> state = device_->describe();
+  const StopReport report = device_->stop(std::chrono::seconds(10));
+  if (reset && report.idle) return;
+  for (const std::string& line : state) std::fprintf(stderr, "%s\n", line.c_str());
+  std::fprintf(stderr, "the device did not come to rest\n");
+  std::abort();
+}
+
+}  // namespace
+}  // namespace minivmm::virtio
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  using namespace minivmm::virtio;
+  Guest guest;
+  guest.run(Input({data, std::min<size_t>(size, 16384)}));
+  guest.finish();
+  return 0;
+}
