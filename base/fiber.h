@@ -86,11 +86,11 @@ class Fiber {
   bool ended_ = false;
   ExceptionState exceptions_;
   // Sanitizers: ASan's fake stacks and the resumer's bounds, TSan's fiber handle.
-  void* asan_fake_stack_ = nullptr;
-  const void* asan_resumer_bottom_ = nullptr;
-  size_t asan_resumer_size_ = 0;
-  void* tsan_fiber_ = nullptr;
-  void* tsan_resumer_ = nullptr;
+  [[maybe_unused]] void* asan_fake_stack_ = nullptr;
+  [[maybe_unused]] const void* asan_resumer_bottom_ = nullptr;
+  [[maybe_unused]] size_t asan_resumer_size_ = 0;
+  [[maybe_unused]] void* tsan_fiber_ = nullptr;
+  [[maybe_unused]] void* tsan_resumer_ = nullptr;
 };
 
 template <typename Body>
