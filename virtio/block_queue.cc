@@ -43,7 +43,7 @@ namespace {
 constexpr uint64_t kMaxGroupBytes = 1 << 20;
 constexpr uint32_t kMinSlotSegments = 64;
 constexpr unsigned kLookBack = 8;
-constexpr unsigned kTakenBetweenYields = 256;
+constexpr unsigned kTakenBetweenYields = 64;
 
 bool can_join(uint32_t type) noexcept {
   return type == VIRTIO_BLK_T_IN || type == VIRTIO_BLK_T_OUT;

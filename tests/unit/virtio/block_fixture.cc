@@ -21,7 +21,8 @@ std::vector<std::byte> pattern(size_t bytes, uint8_t seed) {
   return out;
 }
 
-BlockTest::BlockTest() : irq_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+BlockTest::BlockTest(base::BackendChoice backend)
+    : loops_(2, backend), irq_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
 
 BlockTest::~BlockTest() {
   if (node_) node_->release();

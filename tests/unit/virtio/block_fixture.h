@@ -41,7 +41,7 @@ class BlockTest : public testing::Test {
   static constexpr uint64_t kDiskBytes = 4 << 20;
   static constexpr uint8_t kUnanswered = 0xee;
 
-  BlockTest();
+  explicit BlockTest(base::BackendChoice backend = base::BackendChoice::kAuto);
   ~BlockTest() override;
 
   // Makes the disk and the device. `options.name` and the loops are the fixture's.
@@ -94,7 +94,7 @@ class BlockTest : public testing::Test {
     return loops_.loop(0).call("test", std::forward<Body>(body));
   }
 
-  base::LoopGroup loops_{2};
+  base::LoopGroup loops_;
   block::Graph graph_;
   TestGuest guest_;
   base::UniqueFd irq_;

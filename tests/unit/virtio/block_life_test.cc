@@ -204,6 +204,29 @@ TEST_F(BlockLifeTest, VcpusMayDoAnythingAtOnce) {
   EXPECT_EQ(read(0, data), VIRTIO_BLK_S_OK);
 }
 
+// Where io_uring is refused: notifications are waited for, and the wait is cancelled, in another
+// way.
+class EpollBlockTest : public BlockTest {
+ protected:
+  EpollBlockTest() : BlockTest(base::BackendChoice::kEpoll) {}
+};
+
+TEST_F(EpollBlockTest, RunsResetsAndStops) {
+  make({.num_queues = 2});
+  for (unsigned round = 0; round < 20; ++round) {
+    start();
+    for (uint16_t q = 0; q < 2; ++q) {
+      const Pending p = add_write(round, pattern(512, uint8_t(round)), q);
+      kick(q);
+      ASSERT_EQ(wait(p), VIRTIO_BLK_S_OK);
+    }
+    ::usleep(200);  // asleep, so that the next kick or the reset must wake it
+    if (round % 2 == 0) continue;
+    reset();
+    ASSERT_EQ(status(), 0U);
+  }
+}
+
 // Random requests of all kinds, in batches on two queues, against an array of bytes. Ranges of one
 // batch do not overlap, so that each has one right answer.
 TEST_F(BlockLifeTest, RandomRequestsMatchAByteArray) {
