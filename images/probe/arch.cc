@@ -134,7 +134,7 @@ void sleep_for_tick() {
   gate_call(kGateWait, reinterpret_cast<uint64_t>(&timer_count), timer_count);
 }
 
-void serial_write(std::string_view text) {
+void serial_write(StringView text) {
   gate_call(kGateWrite, reinterpret_cast<uint64_t>(text.data()), text.size());
 }
 

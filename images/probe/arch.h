@@ -3,9 +3,9 @@
 // The probe has one CPU and one thread; interrupt handlers only count.
 #pragma once
 
-#include <string_view>
-
 #include <cstdint>
+
+#include "string_view.h"
 
 namespace minivmm::probe {
 
@@ -28,7 +28,7 @@ void sleep_for_device(unsigned slot, uint32_t seen);
 // Sleep until the next interrupt, at the latest the next tick.
 void sleep_for_tick();
 
-void serial_write(std::string_view text);
+void serial_write(StringView text);
 // The next byte that was typed, or -1.
 int serial_read();
 // Sleeps until something has been typed.

@@ -9,7 +9,7 @@ namespace {
 uint64_t khz = 0;
 uint64_t start_tsc = 0;
 uint64_t ns_per_tick_32 = 0;  // nanoseconds a TSC tick, times 2^32
-std::string_view source;
+StringView source;
 
 // KVM's structure; it fills the page after the MSR has been written.
 struct PvClock {
@@ -96,7 +96,7 @@ void start_clock(uint64_t forced_khz) {
 }
 
 uint64_t clock_khz() { return khz; }
-std::string_view clock_source() { return source; }
+StringView clock_source() { return source; }
 
 uint64_t now_ns() {
   const unsigned __int128 product =

@@ -3,16 +3,16 @@
 // line, the kvmclock page, the hypervisor's timing leaf, the interval timer (PIT), a guess.
 #pragma once
 
-#include <string_view>
-
 #include <cstdint>
+
+#include "string_view.h"
 
 namespace minivmm::probe {
 
 // `forced_khz` from the command line, or 0.
 void start_clock(uint64_t forced_khz);
 uint64_t clock_khz();
-std::string_view clock_source();
+StringView clock_source();
 uint64_t now_ns();
 
 }  // namespace minivmm::probe

@@ -40,7 +40,7 @@ constexpr uint64_t kWceOffset = 32;
 
 struct FeatureName {
   Feature bit;
-  std::string_view name;
+  StringView name;
 };
 constexpr FeatureName kFeatures[] = {
     {kFeatureSizeMax, "size_max"},
@@ -66,7 +66,7 @@ uint64_t supported_features() {
 
 }  // namespace
 
-int feature_bit(std::string_view name) {
+int feature_bit(StringView name) {
   for (const auto& feature : kFeatures) {
     if (feature.name == name) return static_cast<int>(feature.bit);
   }
@@ -79,12 +79,12 @@ volatile uint32_t& Disk::reg(uint64_t offset) const {
 
 uint32_t Disk::config32(uint64_t offset) const { return reg(kConfig + offset); }
 
-std::string_view Disk::attach(uint64_t base, unsigned gsi, unsigned slot, uint64_t refused) {
+StringView Disk::attach(uint64_t base, unsigned gsi, unsigned slot, uint64_t refused) {
   base_ = base;
   gsi_ = gsi;
   slot_ = slot;
   refused_ = refused;
-  std::string_view problem;
+  StringView problem;
   uint32_t device = 0;
   if (reg(kMagic) != kMagicValue) {
     problem = "no virtio magic in the window";
@@ -117,7 +117,7 @@ bool Disk::write_features() {
   return (reg(kStatus) & kFeaturesOk) != 0;
 }
 
-std::string_view Disk::restart() {
+StringView Disk::restart() {
   reg(kStatus) = 0;
   for (int i = 0; i < 1000000 && reg(kStatus) != 0; ++i) pause();
   if (reg(kStatus) != 0) return error_ = "device does not reset";

@@ -2,10 +2,9 @@
 // A virtio-blk device behind a virtio-mmio window (version 2), driven by the probe.
 #pragma once
 
-#include <string_view>
-
 #include <cstdint>
 
+#include "string_view.h"
 #include "text.h"
 #include "virtio_queue.h"
 
@@ -40,7 +39,7 @@ enum Feature : unsigned {
   kFeatureVersion1 = 32,
 };
 // Bit of a feature name ("event_idx"), or -1.
-int feature_bit(std::string_view name);
+int feature_bit(StringView name);
 
 struct IoOptions {
   QueueOptions queue;
@@ -55,10 +54,10 @@ class Disk {
 
   // What happened at the window: an error text, or "" with present() telling whether a block device
   // is there. `refused` are feature bits not to take.
-  std::string_view attach(uint64_t base, unsigned gsi, unsigned slot, uint64_t refused);
+  StringView attach(uint64_t base, unsigned gsi, unsigned slot, uint64_t refused);
   bool present() const { return base_ != 0; }
   // Resets the device and sets it up again; anything in flight is forgotten.
-  std::string_view restart();
+  StringView restart();
 
   const DiskConfig& config() const { return config_; }
   void read_config();
@@ -87,7 +86,7 @@ class Disk {
   // One request, start to end. False with error() set if it could not be done at all.
   bool run(Request& request);
 
-  std::string_view error() const { return error_; }
+  StringView error() const { return error_; }
   uint64_t kicks() const;
 
  private:
@@ -110,7 +109,7 @@ class Disk {
   unsigned queue_count_ = 0;
   unsigned next_queue_ = 0;
   IoOptions options_;
-  std::string_view error_;
+  StringView error_;
 };
 
 }  // namespace minivmm::probe

@@ -5,7 +5,7 @@
 
 namespace minivmm::probe {
 
-bool Result::fail(std::string_view why) {
+bool Result::fail(StringView why) {
   if (error_.empty()) error_ = why;
   return false;
 }
@@ -17,7 +17,7 @@ void Result::print_line() const {
   print(line);
 }
 
-std::string_view status_text(uint8_t status) {
+StringView status_text(uint8_t status) {
   switch (status) {
     case kBlkIoError:
       return "device reported an I/O error";
@@ -31,7 +31,7 @@ std::string_view status_text(uint8_t status) {
 }
 
 Disk* prepare(Disks& disks, Options& options, Result& result) {
-  const auto fail = [&](std::string_view why) {
+  const auto fail = [&](StringView why) {
     result.fail(why);
     return nullptr;
   };

@@ -2,12 +2,11 @@
 // What jobs share: the disks, one result line, and a stream of requests over a range.
 #pragma once
 
-#include <string_view>
-
 #include <cstdint>
 
 #include "disk.h"
 #include "options.h"
+#include "string_view.h"
 #include "text.h"
 
 namespace minivmm::probe {
@@ -23,16 +22,16 @@ struct Disks {
 // The line a job ends with: "probe: NAME ok key=value ..." or "probe: NAME FAILED ... error=...".
 class Result {
  public:
-  explicit Result(std::string_view name) : name_(name) {}
+  explicit Result(StringView name) : name_(name) {}
   Line& keys() { return keys_; }
   // The first error counts. Returns false, for `return result.fail(...)`.
-  bool fail(std::string_view why);
+  bool fail(StringView why);
   bool failed() const { return !error_.empty(); }
   void print_line() const;
 
  private:
-  std::string_view name_;
-  std::string_view error_;
+  StringView name_;
+  StringView error_;
   Line keys_;
 };
 
@@ -58,7 +57,7 @@ class Stream {
   uint64_t requests_ = 0;
 };
 
-std::string_view status_text(uint8_t status);
+StringView status_text(uint8_t status);
 
 // The jobs. Each returns with the result filled in.
 void job_info(Disks& disks, Options& options, Result& result);
@@ -77,7 +76,7 @@ void job_stress(Disks& disks, Options& options, Result& result);
 void job_bench(Disks& disks, Options& options, Result& result);
 
 // Runs one job given as text and prints its result line. False if it failed.
-bool run_job(Disks& disks, std::string_view text, std::string_view separators);
+bool run_job(Disks& disks, StringView text, StringView separators);
 // Reads jobs from the serial line until `exit`. Sets `*status` where `exit` gave one (else -1).
 bool run_shell(Disks& disks, const Options& options, int* status);
 

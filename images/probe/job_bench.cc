@@ -75,7 +75,7 @@ class Bench {
 
  private:
   bool choose_mode() {
-    const std::string_view rw = options_.rw;
+    const StringView rw = options_.rw;
     random_ = rw == "randread" || rw == "randwrite" || rw == "randrw";
     read_percent_ = rw == "read" || rw == "randread" ? 100 : rw == "randrw" ? 70 : 0;
     if (!random_ && rw != "read" && rw != "write") {

@@ -9,7 +9,7 @@ namespace minivmm::probe {
 namespace {
 
 struct ErrorCase {
-  std::string_view what;
+  StringView what;
   uint32_t type;
   uint64_t sector;
   uint32_t length;
@@ -53,7 +53,7 @@ void job_wce(Disks& disks, Options& options, Result& result) {
 void job_reset(Disks& disks, Options& options, Result& result) {
   Disk* disk = prepare(disks, options, result);
   if (disk == nullptr) return;
-  const std::string_view problem = disk->restart();
+  const StringView problem = disk->restart();
   if (!problem.empty()) result.fail(problem);
 }
 

@@ -13,31 +13,27 @@ constexpr int kStatusBadCommandLine = 2;
 
 constinit Disks disks;
 
-bool starts_with(std::string_view text, std::string_view prefix) {
-  return text.size() >= prefix.size() && std::string_view(text.data(), prefix.size()) == prefix;
-}
-
 // The value if `word` is KEY=value.
-bool value_of(std::string_view word, std::string_view key, std::string_view* value) {
-  if (!starts_with(word, key)) return false;
+bool value_of(StringView word, StringView key, StringView* value) {
+  if (!word.starts_with(key)) return false;
   *value = {word.data() + key.size(), word.size() - key.size()};
   return true;
 }
 
 class Probe {
  public:
-  explicit Probe(std::string_view command_line) : command_line_(command_line) {}
+  explicit Probe(StringView command_line) : command_line_(command_line) {}
 
   int run() {
     first_pass();
     start_clock(tsc_khz_);
     // Devices after the features to refuse are known.
-    for_each_word([this](std::string_view word) {
-      std::string_view value;
+    for_each_word([this](StringView word) {
+      StringView value;
       if (value_of(word, "virtio_mmio.device=", &value)) add_device(value);
     });
-    for_each_word([this](std::string_view word) {
-      std::string_view value;
+    for_each_word([this](StringView word) {
+      StringView value;
       if (value_of(word, "job=", &value)) run_jobs(value);
     });
     if (jobs_ == 0) run_one("info");
@@ -55,20 +51,19 @@ class Probe {
  private:
   template <typename Function>
   void for_each_word(Function function) {
-    std::string_view rest = command_line_;
-    for (std::string_view word = next_word(rest, " "); !word.empty(); word = next_word(rest, " ")) {
+    StringView rest = command_line_;
+    for (StringView word = next_word(rest, " "); !word.empty(); word = next_word(rest, " ")) {
       function(word);
     }
   }
 
   void first_pass() {
-    for_each_word([this](std::string_view word) {
-      std::string_view value;
+    for_each_word([this](StringView word) {
+      StringView value;
       if (value_of(word, "tsc_khz=", &value)) {
         if (!parse_number(value, &tsc_khz_)) complain(word);
       } else if (value_of(word, "disable=", &value)) {
-        for (std::string_view name = next_word(value, ","); !name.empty();
-             name = next_word(value, ",")) {
+        for (StringView name = next_word(value, ","); !name.empty(); name = next_word(value, ",")) {
           const int bit = feature_bit(name);
           if (bit < 0) complain(word);
           if (bit >= 0) refused_ |= uint64_t{1} << bit;
@@ -77,7 +72,7 @@ class Probe {
     });
   }
 
-  void complain(std::string_view word) {
+  void complain(StringView word) {
     ++bad_words_;
     Line line;
     line.text("probe: command line: not understood: ").text(word);
@@ -85,8 +80,8 @@ class Probe {
   }
 
   // SIZE@BASE:GSI[:ID], as Linux reads it.
-  void add_device(std::string_view text) {
-    std::string_view rest = text;
+  void add_device(StringView text) {
+    StringView rest = text;
     uint64_t size = 0;
     uint64_t base = 0;
     uint64_t gsi = 0;
@@ -101,8 +96,7 @@ class Probe {
       return;
     }
     Disk& disk = disks.disk[disks.count];
-    const std::string_view problem =
-        disk.attach(base, static_cast<unsigned>(gsi), disks.count, refused_);
+    const StringView problem = disk.attach(base, static_cast<unsigned>(gsi), disks.count, refused_);
     if (!problem.empty()) {
       ++failed_;
       Line line;
@@ -113,9 +107,9 @@ class Probe {
     }
   }
 
-  void run_jobs(std::string_view list) {
-    for (std::string_view job = next_word(list, ","); !job.empty(); job = next_word(list, ",")) {
-      std::string_view rest = job;
+  void run_jobs(StringView list) {
+    for (StringView job = next_word(list, ","); !job.empty(); job = next_word(list, ",")) {
+      StringView rest = job;
       if (next_word(rest, ":") == "shell") {
         shell(job);
       } else {
@@ -124,20 +118,20 @@ class Probe {
     }
   }
 
-  void run_one(std::string_view job) {
+  void run_one(StringView job) {
     ++jobs_;
     if (!run_job(disks, job, ":")) ++failed_;
   }
 
-  void shell(std::string_view job) {
+  void shell(StringView job) {
     ++jobs_;
     Options options;
-    std::string_view word;
+    StringView word;
     if (!parse_job(job, ":", &options, &word).empty()) complain(word);
     if (!run_shell(disks, options, &forced_status_)) ++failed_;
   }
 
-  std::string_view command_line_;
+  StringView command_line_;
   uint64_t tsc_khz_ = 0;
   uint64_t refused_ = 0;
   uint64_t jobs_ = 0;

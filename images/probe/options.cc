@@ -6,18 +6,16 @@
 namespace minivmm::probe {
 namespace {
 
-bool parse_seconds(std::string_view text, uint64_t* hundredths) {
+bool parse_seconds(StringView text, uint64_t* hundredths) {
   const size_t dot = text.find('.');
   uint64_t whole = 0;
   uint64_t part = 0;
-  if (!parse_number(
-          std::string_view(text.data(), dot == std::string_view::npos ? text.size() : dot),
-          &whole) ||
+  if (!parse_number(StringView(text.data(), dot == StringView::npos ? text.size() : dot), &whole) ||
       whole > 1000000) {
     return false;
   }
-  if (dot != std::string_view::npos) {
-    const std::string_view rest(text.data() + dot + 1, text.size() - dot - 1);
+  if (dot != StringView::npos) {
+    const StringView rest(text.data() + dot + 1, text.size() - dot - 1);
     if (rest.empty() || rest.size() > 2 || !parse_number(rest, &part)) return false;
     if (rest.size() == 1) part *= 10;
   }
@@ -25,7 +23,7 @@ bool parse_seconds(std::string_view text, uint64_t* hundredths) {
   return true;
 }
 
-bool parse_pattern(std::string_view text, Options* out) {
+bool parse_pattern(StringView text, Options* out) {
   uint64_t value = 0;
   if (text == "stamp") {
     out->pattern = PatternKind::kStamp;
@@ -43,13 +41,13 @@ bool parse_pattern(std::string_view text, Options* out) {
   return true;
 }
 
-bool parse_switch(std::string_view text, bool* out) {
+bool parse_switch(StringView text, bool* out) {
   *out = text == "on";
   return text == "on" || text == "off";
 }
 
 struct NumberOption {
-  std::string_view key;
+  StringView key;
   uint64_t Options::*member;
 };
 constexpr NumberOption kNumbers[] = {
@@ -67,7 +65,7 @@ constexpr NumberOption kNumbers[] = {
 };
 
 struct FlagOption {
-  std::string_view key;
+  StringView key;
   bool Options::*member;
 };
 constexpr FlagOption kFlags[] = {
@@ -79,7 +77,7 @@ constexpr FlagOption kFlags[] = {
     {"poll", &Options::poll},     {"tolerate", &Options::tolerate},
 };
 
-bool parse_value(std::string_view key, std::string_view value, Options* out) {
+bool parse_value(StringView key, StringView value, Options* out) {
   for (const auto& option : kNumbers) {
     if (key == option.key) {
       if (key == "bs") out->bs_given = true;
@@ -108,7 +106,7 @@ bool parse_value(std::string_view key, std::string_view value, Options* out) {
   return false;
 }
 
-bool parse_flag(std::string_view word, Options* out) {
+bool parse_flag(StringView word, Options* out) {
   for (const auto& option : kFlags) {
     if (word == option.key) {
       out->*option.member = true;
@@ -119,7 +117,7 @@ bool parse_flag(std::string_view word, Options* out) {
 }
 
 // Values that need no name: the pattern of write and verify, seed and seconds of stress, ...
-bool parse_positional(unsigned index, std::string_view word, Options* out) {
+bool parse_positional(unsigned index, StringView word, Options* out) {
   if ((out->name == "write" || out->name == "verify") && index == 0) {
     return parse_pattern(word, out);
   }
@@ -140,20 +138,19 @@ bool parse_positional(unsigned index, std::string_view word, Options* out) {
 
 }  // namespace
 
-std::string_view parse_job(std::string_view job, std::string_view separators, Options* out,
-                           std::string_view* word) {
+StringView parse_job(StringView job, StringView separators, Options* out, StringView* word) {
   *out = Options();
   out->name = next_word(job, separators);
   if (out->name == "bench" || out->name == "stress") out->bs = 4096;
   if (out->name == "bench") out->depth = 32;
   unsigned positional = 0;
   while (true) {
-    while (!job.empty() && separators.find(job.front()) != std::string_view::npos) {
+    while (!job.empty() && separators.find(job.front()) != StringView::npos) {
       job.remove_prefix(1);
     }
     // Text may hold anything, so it takes the rest.
-    constexpr std::string_view kText = "text=";
-    if (job.size() >= kText.size() && std::string_view(job.data(), kText.size()) == kText) {
+    constexpr StringView kText = "text=";
+    if (job.starts_with(kText)) {
       job.remove_prefix(kText.size());
       out->pattern = PatternKind::kText;
       out->text = job;
@@ -162,13 +159,13 @@ std::string_view parse_job(std::string_view job, std::string_view separators, Op
     *word = next_word(job, separators);
     if (word->empty()) return {};
     const size_t equals = word->find('=');
-    if (equals == std::string_view::npos) {
+    if (equals == StringView::npos) {
       if (parse_flag(*word, out)) continue;
       if (!parse_positional(positional++, *word, out)) return "not understood";
       continue;
     }
-    const std::string_view key(word->data(), equals);
-    const std::string_view value(word->data() + equals + 1, word->size() - equals - 1);
+    const StringView key(word->data(), equals);
+    const StringView value(word->data() + equals + 1, word->size() - equals - 1);
     if (!parse_value(key, value, out)) return "not understood";
   }
 }

@@ -2,16 +2,16 @@
 // A job as written by the user: its name and options. README.md has the syntax.
 #pragma once
 
-#include <string_view>
-
 #include <cstdint>
+
+#include "string_view.h"
 
 namespace minivmm::probe {
 
 enum class PatternKind { kByte, kRandom, kStamp, kText };
 
 struct Options {
-  std::string_view name;
+  StringView name;
   uint64_t disk = 0;
   uint64_t offset = 0;
   uint64_t length = ~uint64_t{0};  // to the end of the disk
@@ -24,14 +24,14 @@ struct Options {
   bool indirect = true;
   PatternKind pattern = PatternKind::kStamp;
   uint8_t byte = 0;
-  std::string_view text;
+  StringView text;
   uint64_t seed = 1;
   uint64_t seconds_hundredths = 200;
   uint64_t count = 0;  // requests; 0 = until the time is over
   uint64_t first = 1;  // sequence number of the first request
   uint64_t writer = 1;
   uint64_t max_blocks = 8;
-  std::string_view rw = "randread";
+  StringView rw = "randread";
   bool sum = true;
   bool dump = false;
   bool force = false;
@@ -49,7 +49,6 @@ struct Options {
 
 // Reads one job; words are separated by any of `separators`. On an error returns a text and sets
 // `*word` to what was not understood; otherwise "".
-std::string_view parse_job(std::string_view job, std::string_view separators, Options* out,
-                           std::string_view* word);
+StringView parse_job(StringView job, StringView separators, Options* out, StringView* word);
 
 }  // namespace minivmm::probe

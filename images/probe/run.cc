@@ -7,7 +7,7 @@ namespace minivmm::probe {
 namespace {
 
 struct JobEntry {
-  std::string_view name;
+  StringView name;
   void (*run)(Disks&, Options&, Result&);
 };
 constexpr JobEntry kJobs[] = {
@@ -18,7 +18,7 @@ constexpr JobEntry kJobs[] = {
     {"stress", job_stress}, {"bench", job_bench},
 };
 
-constexpr std::string_view kShellSeparators = " \t:";
+constexpr StringView kShellSeparators = " \t:";
 constexpr char kBackspace = 0x08;
 constexpr char kDelete = 0x7f;
 
@@ -27,7 +27,7 @@ class LineReader {
  public:
   explicit LineReader(bool echo) : echo_(echo) {}
 
-  std::string_view next() {
+  StringView next() {
     size_ = 0;
     while (true) {
       serial_wait();
@@ -56,10 +56,10 @@ class LineReader {
 
 }  // namespace
 
-bool run_job(Disks& disks, std::string_view text, std::string_view separators) {
+bool run_job(Disks& disks, StringView text, StringView separators) {
   Options options;
-  std::string_view word;
-  const std::string_view problem = parse_job(text, separators, &options, &word);
+  StringView word;
+  const StringView problem = parse_job(text, separators, &options, &word);
   Result result(options.name);
   if (!problem.empty()) {
     result.keys().text(" word=\"").text(word).text("\"");
@@ -83,16 +83,16 @@ bool run_shell(Disks& disks, const Options& shell, int* status) {
   LineReader reader(shell.echo);
   bool all_good = true;
   while (true) {
-    std::string_view line = reader.next();
-    std::string_view rest = line;
-    const std::string_view name = next_word(rest, kShellSeparators);
+    StringView line = reader.next();
+    StringView rest = line;
+    const StringView name = next_word(rest, kShellSeparators);
     if (name.empty()) continue;
     if (name != "exit") {
       all_good = run_job(disks, line, kShellSeparators) && all_good;
       continue;
     }
     Options options;
-    std::string_view word;
+    StringView word;
     if (!parse_job(line, kShellSeparators, &options, &word).empty()) {
       serial_write("probe: exit FAILED error=\"exit takes a status from 0 to 255\"\n");
       continue;

@@ -48,14 +48,6 @@ int memcmp(const void* a, const void* b, size_t count) {
   return 0;
 }
 
-void* memchr(const void* in, int value, size_t count) {
-  const auto* bytes = static_cast<const uint8_t*>(in);
-  for (size_t i = 0; i < count; ++i) {
-    if (bytes[i] == static_cast<uint8_t>(value)) return const_cast<uint8_t*>(bytes + i);
-  }
-  return nullptr;
-}
-
 size_t strlen(const char* text) {
   size_t n = 0;
   while (text[n] != 0) {

@@ -10,7 +10,7 @@ void Line::put(char c) {
   if (size_ < kMax - 1) buffer_[size_++] = c;
 }
 
-Line& Line::text(std::string_view text) {
+Line& Line::text(StringView text) {
   for (const char c : text) put(c);
   return *this;
 }
@@ -49,11 +49,11 @@ Line& Line::fixed(uint64_t hundredths) {
   return *this;
 }
 
-Line& Line::key(std::string_view name, uint64_t value) {
+Line& Line::key(StringView name, uint64_t value) {
   return text(" ").text(name).text("=").number(value);
 }
 
-Line& Line::key(std::string_view name, std::string_view value) {
+Line& Line::key(StringView name, StringView value) {
   return text(" ").text(name).text("=").text(value);
 }
 
@@ -70,7 +70,7 @@ void print(Line& line) {
   serial_write({line.view().data(), line.size() + 1});
 }
 
-bool parse_number(std::string_view text, uint64_t* out) {
+bool parse_number(StringView text, uint64_t* out) {
   uint64_t value = 0;
   uint64_t base = 10;
   if (text.size() > 2 && text[0] == '0' && (text[1] == 'x' || text[1] == 'X')) {
@@ -99,9 +99,9 @@ bool parse_number(std::string_view text, uint64_t* out) {
   }
   if (!digits) return false;
   if (text.size() == 1) {
-    const std::string_view suffixes = "KMGT";
+    const StringView suffixes = "KMGT";
     const size_t at = suffixes.find(text.front());
-    if (at == std::string_view::npos) return false;
+    if (at == StringView::npos) return false;
     if (__builtin_mul_overflow(value, uint64_t{1} << (10 * (at + 1)), &value)) return false;
     text.remove_prefix(1);
   }
@@ -109,13 +109,13 @@ bool parse_number(std::string_view text, uint64_t* out) {
   return text.empty();
 }
 
-std::string_view next_word(std::string_view& text, std::string_view separators) {
-  while (!text.empty() && separators.find(text.front()) != std::string_view::npos) {
+StringView next_word(StringView& text, StringView separators) {
+  while (!text.empty() && separators.find(text.front()) != StringView::npos) {
     text.remove_prefix(1);
   }
   size_t length = 0;
-  while (length < text.size() && separators.find(text[length]) == std::string_view::npos) ++length;
-  const std::string_view word(text.data(), length);
+  while (length < text.size() && separators.find(text[length]) == StringView::npos) ++length;
+  const StringView word(text.data(), length);
   text.remove_prefix(length);
   return word;
 }

@@ -2,25 +2,25 @@
 // Text without a library: one line being built, and numbers read from text.
 #pragma once
 
-#include <string_view>
-
 #include <cstddef>
 #include <cstdint>
+
+#include "string_view.h"
 
 namespace minivmm::probe {
 
 // What does not fit is cut off.
 class Line {
  public:
-  Line& text(std::string_view text);
+  Line& text(StringView text);
   Line& number(uint64_t value);
   Line& hex(uint64_t value);  // 0x...
   Line& hex_bytes(const uint8_t* bytes, size_t count);
-  Line& fixed(uint64_t hundredths);                  // 123 -> 1.23
-  Line& key(std::string_view name, uint64_t value);  // " name=value"
-  Line& key(std::string_view name, std::string_view value);
+  Line& fixed(uint64_t hundredths);            // 123 -> 1.23
+  Line& key(StringView name, uint64_t value);  // " name=value"
+  Line& key(StringView name, StringView value);
   Line& printable(const char* bytes, size_t count);  // up to a zero; odd bytes as dots
-  std::string_view view() const { return {buffer_, size_}; }
+  StringView view() const { return {buffer_, size_}; }
   size_t size() const { return size_; }
 
  private:
@@ -35,9 +35,9 @@ void print(Line& line);
 
 // Decimal or 0x hexadecimal, with an optional suffix K, M, G or T (powers of 1024). False for
 // anything else.
-bool parse_number(std::string_view text, uint64_t* out);
+bool parse_number(StringView text, uint64_t* out);
 
 // Cuts the next word off `text`; words are separated by any of `separators`. Empty at the end.
-std::string_view next_word(std::string_view& text, std::string_view separators);
+StringView next_word(StringView& text, StringView separators);
 
 }  // namespace minivmm::probe
