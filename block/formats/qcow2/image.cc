@@ -104,6 +104,19 @@ void Image::require_data(uint64_t host_offset, uint64_t length) {
   }
 }
 
+void Image::drop(HostClusters clusters) {
+  if (clusters.count == 0) return;
+  // Freeing metadata because a damaged entry points to it would punch a hole into it. The caller
+  // has done its work; the image is not written to any more.
+  if (const char* what = metadata_.find(clusters.first, clusters.count)) {
+    (void)file_.corruption(fmt::format("an L2 entry pointed to the {}, in {} clusters at {:#x}",
+                                       what, clusters.count,
+                                       clusters.first << file_.geometry().cluster_bits));
+    return;
+  }
+  quarantine_.add(clusters);
+}
+
 bool Image::under_pressure() const noexcept {
   const uint64_t waiting = quarantine_.waiting();
   return l2_.under_pressure() || blocks_.under_pressure() || waiting > kMaxQuarantineClusters ||
@@ -128,7 +141,7 @@ void Image::release(const Quarantine::Runs& runs) {
   uint64_t end = 0;
   for (const ClusterRun& run : runs) {
     for (uint64_t cluster = run.first; cluster < run.first + run.count; ++cluster) {
-      if (cluster < end && end != first) {
+      if (cluster >= first && cluster < end) {
         throw file_.corruption(fmt::format("cluster {:#x} is used twice and has refcount 1",
                                            cluster << file_.geometry().cluster_bits));
       }

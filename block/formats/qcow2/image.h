@@ -51,7 +51,7 @@ class Image {
   const MetadataCache& l2() const noexcept { return l2_; }
   const MetadataCache& refcount_blocks() const noexcept { return blocks_; }
   Allocator& allocator() noexcept { return allocator_; }
-  Quarantine& quarantine() noexcept { return quarantine_; }
+  const Quarantine& quarantine() const noexcept { return quarantine_; }
   uint64_t commits() const { return committer_.commits(); }
 
   // Before each change. The first one clears autoclear bits and loads what writing needs; all
@@ -62,6 +62,9 @@ class Image {
   }
   // Before data is written to host clusters that exist. Throws EIO if metadata lies there.
   void require_data(uint64_t host_offset, uint64_t length);
+
+  // Gives up the guest's reference to host clusters, after the L2 entry was changed in memory.
+  void drop(HostClusters clusters);
 
   // See Committer. With nothing changed it is one flush of the file.
   void commit() { committer_.commit(); }

@@ -4,7 +4,6 @@
 #include <utility>
 
 #include "base/event_loop.h"
-#include "base/event_loop_inl.h"
 #include "base/log.h"
 
 namespace minivmm::block {

@@ -79,7 +79,7 @@ class Qcow2Node final : public Node {
   void read_old(uint64_t raw, uint64_t offset, std::span<std::byte> to);
   bool old_is_zero(uint64_t raw, uint64_t offset) const;
   void link(const Plan& plan);
-  void drop_entries(const std::vector<uint64_t>& raw_entries, uint64_t cluster);
+  void drop_entries(const std::vector<uint64_t>& raw_entries);
   // At the end of every change, without a pin.
   void after_change(bool durable);
   void commit();

@@ -41,10 +41,9 @@ void add_piece(base::IoList& list, std::span<std::byte> piece, uint64_t length) 
 // What a write to clusters that cannot be written in place will do. The claim on them is held, so
 // their entries do not change meanwhile.
 struct Qcow2Node::Plan {
-  uint64_t cluster = 0;  // guest cluster number of the first
-  uint64_t count = 0;    // 0: it can be written in place after all
-  bool reuse = false;    // into clusters that are reserved (zero flag set), not new ones
-  bool fresh = false;    // the host clusters read as zeroes
+  uint64_t count = 0;  // 0: it can be written in place after all
+  bool reuse = false;  // into clusters that are reserved (zero flag set), not new ones
+  bool fresh = false;  // the host clusters read as zeroes
   uint64_t host = 0;
   uint64_t first_raw = 0;  // entries as they are now
   uint64_t last_raw = 0;
@@ -107,7 +106,6 @@ uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
 
 Qcow2Node::Plan Qcow2Node::plan_write(uint64_t cluster, uint64_t count) {
   Plan plan;
-  plan.cluster = cluster;
   plan.entries = image_.map().writable(cluster);
   const uint64_t cluster_size = geometry().cluster_size();
   L2Entry bad;
@@ -235,19 +233,12 @@ void Qcow2Node::link(const Plan& plan) {
     }
     return true;
   });
-  drop_entries(dropped, plan.cluster);
+  drop_entries(dropped);
 }
 
-void Qcow2Node::drop_entries(const std::vector<uint64_t>& raw_entries, uint64_t cluster) {
+void Qcow2Node::drop_entries(const std::vector<uint64_t>& raw_entries) {
   for (const uint64_t raw : raw_entries) {
-    const qcow2::HostClusters host = clusters_of(image_.map().decode(raw, cluster), geometry());
-    if (host.count != 0) {
-      // Freeing metadata because a damaged entry points to it would punch a hole into it.
-      image_.require_data(host.first << geometry().cluster_bits,
-                          host.count << geometry().cluster_bits);
-      image_.quarantine().add(host);
-    }
-    ++cluster;
+    image_.drop(clusters_of(decode_l2(raw, geometry()), geometry()));
   }
 }
 

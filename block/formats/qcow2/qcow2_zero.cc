@@ -6,6 +6,7 @@
 
 #include "base/bytes.h"
 #include "base/checked.h"
+#include "base/event_loop.h"
 #include "block/formats/qcow2/qcow2_node.h"
 
 namespace minivmm::block {
@@ -116,7 +117,11 @@ void Qcow2Node::zero_data(const Extent& extent, uint64_t offset, ZeroFlags flags
 
 void Qcow2Node::change_clusters(uint64_t first, uint64_t count, bool unmap) {
   const uint64_t table_entries = geometry().l2_entries();
-  while (count > 0) {
+  for (unsigned slices = 0; count > 0; ++slices) {
+    // One request may cover the whole disk: it must neither fill the memory with changed
+    // metadata nor keep the loop to itself.
+    if (image_.under_pressure()) commit();
+    if (slices % 64 == 63) base::EventLoop::current()->yield();
     uint64_t now = 0;
     if (!backing_ && image_.map().without_table(first)) {
       now = std::min(count, table_entries - (first & (table_entries - 1)));  // zeroes already
@@ -155,7 +160,7 @@ void Qcow2Node::change_in_slice(uint64_t first, uint64_t count, bool unmap) {
   });
   const uint64_t bad_raw = invalid < count ? dropped[invalid] : 0;
   dropped.resize(invalid);
-  drop_entries(dropped, first);
+  drop_entries(dropped);
   if (invalid < count) image_.map().decode(bad_raw, first + invalid);  // throws what it is
 }
 

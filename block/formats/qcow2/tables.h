@@ -7,6 +7,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <span>
 
 namespace minivmm::block::qcow2 {
@@ -24,7 +25,11 @@ struct SnapshotEntry {
   uint16_t name_bytes = 0;
   uint32_t extra_bytes = 0;
   uint64_t vm_state_bytes = 0;
-  uint64_t disk_size = 0;  // 0: not recorded
+  uint64_t disk_size = 0;     // 0: not recorded
+  uint32_t date_seconds = 0;  // since the epoch
+  uint32_t date_nanoseconds = 0;
+  uint64_t vm_clock_nanoseconds = 0;     // how long the guest had run
+  std::optional<uint64_t> instructions;  // that it had executed, where they were counted
   std::string id;
   std::string name;
   // The whole entry with its padding.
@@ -38,6 +43,9 @@ SnapshotEntry decode_snapshot_sizes(std::span<const std::byte> bytes);
 // The rest, from the whole entry (total_bytes() long, or less the padding).
 void decode_snapshot_rest(std::span<const std::byte> bytes, SnapshotEntry& entry);
 
+inline constexpr uint32_t kBitmapInUse = 1;
+inline constexpr uint32_t kBitmapAuto = 2;
+
 struct BitmapEntry {
   uint64_t table_offset = 0;
   uint32_t table_size = 0;  // entries
@@ -46,11 +54,15 @@ struct BitmapEntry {
   uint8_t granularity_bits = 0;
   uint16_t name_bytes = 0;
   uint32_t extra_bytes = 0;
+  std::string name;
+  // The whole entry with its padding.
   uint64_t total_bytes() const noexcept {
     return (kBitmapFixedBytes + uint64_t{extra_bytes} + name_bytes + 7) & ~7ULL;
   }
 };
 
+// As for snapshots: from the fixed part, and from the whole entry.
 BitmapEntry decode_bitmap(std::span<const std::byte> bytes);
+void decode_bitmap_name(std::span<const std::byte> bytes, BitmapEntry& entry);
 
 }  // namespace minivmm::block::qcow2

@@ -1,0 +1,109 @@
+// SPDX-License-Identifier: Apache-2.0
+// Fuzz target: the input is a qcow2 image. It is checked, read, and then written to; whatever it
+// says, that ends in an error or in success, within the bounds of this driver.
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <vector>
+
+#include "base/error.h"
+#include "base/loop_group.h"
+#include "block/formats/qcow2/check.h"
+#include "block/formats/qcow2/qcow2_node.h"
+#include "block/protocols/memory.h"
+
+namespace minivmm::block {
+namespace {
+
+constexpr uint64_t kRoomToGrow = 256 << 10;
+constexpr size_t kBuffer = 8192;
+
+// The image in memory, with some room to grow.
+std::shared_ptr<Node> make_file(std::span<const std::byte> image) {
+  auto file = std::make_shared<MemoryNode>(NodeConfig{"file", false}, image.size() + kRoomToGrow);
+  Edge edge(file, "fuzz", Permissions::format_file(true));
+  edge.truncate(image.size());
+  edge.write(0, base::SingleBuffer(image));
+  return file;
+}
+
+template <typename Body>
+void ignore_errors(Body&& body) {
+  try {
+    body();
+  } catch (const base::Error&) {
+  }
+}
+
+std::shared_ptr<Qcow2Node> open_image(std::shared_ptr<Node> file, bool read_only) {
+  qcow2::Header header;
+  {
+    Edge edge(file, "open", {0, Permissions::kWrite | Permissions::kResize});
+    header = qcow2::read_header(edge);
+    qcow2::require_supported(header);
+  }
+  const auto sizes =
+      qcow2::choose_cache_sizes(header, std::nullopt, 64 << 10, std::nullopt, std::nullopt);
+  return std::make_shared<Qcow2Node>(NodeConfig{"disk", read_only}, std::move(file), nullptr,
+                                     std::move(header), sizes);
+}
+
+void read_some(Edge& disk) {
+  std::vector<std::byte> buffer(kBuffer);
+  const uint64_t size = disk.size();
+  for (uint64_t i = 0; i < 8 && size != 0; ++i) {
+    const uint64_t offset = size / 8 * i;
+    const uint64_t length = std::min<uint64_t>(kBuffer, size - offset);
+    ignore_errors([&] { disk.read(offset, base::SingleBuffer(buffer.data(), length)); });
+    ignore_errors([&] { disk.block_status(offset, size - offset); });
+  }
+}
+
+void write_some(Edge& disk) {
+  const std::vector<std::byte> buffer(kBuffer, std::byte{0x5a});
+  const uint64_t size = disk.size();
+  for (uint64_t i = 0; i < 8 && size != 0; ++i) {
+    const uint64_t offset = size / 8 * i + (i % 2 != 0 ? 0 : size / 16);
+    const uint64_t length = std::min<uint64_t>(kBuffer, size - offset);
+    ignore_errors([&] {
+      disk.write(offset, base::SingleBuffer(static_cast<const void*>(buffer.data()), length));
+    });
+    ignore_errors([&] { disk.write_zeroes(offset, length / 2, {.may_unmap = i % 3 == 0}); });
+    ignore_errors([&] { disk.discard(offset, length); });
+    if (i % 3 == 0) ignore_errors([&] { disk.flush(); });
+  }
+}
+
+void use_image(std::span<const std::byte> image) {
+  const auto file = make_file(image);
+  ignore_errors([&] {
+    Edge edge(file, "check", {});
+    qcow2::check_image(edge, [](const std::string&) {});
+  });
+  for (const bool read_only : {true, false}) {
+    ignore_errors([&] {
+      const auto node = open_image(file, read_only);
+      {
+        Edge disk(node, "guest", Permissions::front_end(!read_only));
+        read_some(disk);
+        if (!read_only) write_some(disk);
+        read_some(disk);
+      }
+      node->close();
+    });
+  }
+}
+
+}  // namespace
+}  // namespace minivmm::block
+
+extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  static minivmm::base::LoopGroup loops(1);
+  if (size == 0 || size > 1 << 20) return 0;
+  // SAFETY: octets as bytes.
+  const std::span image(reinterpret_cast<const std::byte*>(data), size);
+  loops.loop(0).call("fuzz", [&] { minivmm::block::use_image(image); });
+  return 0;
+}

@@ -1,0 +1,256 @@
+// SPDX-License-Identifier: Apache-2.0
+// Images that QEMU's tools made in ways that this driver cannot, and the state bits of images.
+#include "base/bytes.h"
+#include "block/formats/qcow2/check.h"
+#include "qcow2_fixture.h"
+
+namespace minivmm::block {
+namespace {
+
+class Qcow2Interchange : public Qcow2Test {
+ protected:
+  void SetUp() override {
+    if (!have_qemu()) GTEST_SKIP() << "qemu-img is missing";
+  }
+  void must(const std::string& command) { ASSERT_EQ(run(command), 0) << command << last_output_; }
+  // Half text-like, half random: compresses to a part.
+  std::vector<std::byte> make_raw(const std::string& name, size_t size) {
+    auto data = pattern_bytes(size, 5);
+    for (size_t i = 0; i < size; ++i) {
+      if (i / 3000 % 2 == 0) data[i] = static_cast<std::byte>(i / 100);
+    }
+    std::ofstream(path(name), std::ios::binary)
+        .write(reinterpret_cast<const char*>(data.data()), static_cast<std::streamsize>(size));
+    return data;
+  }
+  void patch(const std::string& name, long offset, uint64_t value) {
+    std::byte bytes[8];
+    base::store_be(bytes, value);
+    std::fstream file(path(name), std::ios::binary | std::ios::in | std::ios::out);
+    file.seekp(offset);
+    file.write(reinterpret_cast<const char*>(bytes), 8);
+  }
+  qcow2::CheckResult check(const std::string& name) {
+    return on_fiber([&] {
+      graph_.add(
+          Options::from_keys("driver=file,node-name=checked,read-only=on,filename=" + path(name)));
+      qcow2::CheckResult result;
+      {
+        Edge edge(graph_.find("checked"), "check", {});
+        result = qcow2::check_image(edge, [](const std::string& line) { ADD_FAILURE() << line; });
+      }
+      graph_.remove("checked");
+      return result;
+    });
+  }
+};
+
+TEST_F(Qcow2Interchange, CompressedClustersAreReadAndReplaced) {
+  for (const char* options :
+       {"compression_type=zlib", "compression_type=zstd", "compression_type=zlib,cluster_size=512",
+        "compression_type=zstd,cluster_size=2M", "compat=0.10"}) {
+    SCOPED_TRACE(options);
+    auto data = make_raw("plain.raw", 5'000'192);
+    must(fmt::format("qemu-img convert -c -O qcow2 -o {} {} {}", options, path("plain.raw"),
+                     path("c.qcow2")));
+    on_fiber([&] {
+      Handle disk = open("c.qcow2");
+      EXPECT_EQ(read_bytes(disk, 0, data.size()), data);
+      EXPECT_EQ(read_bytes(disk, 1234567, 100),
+                std::vector<std::byte>(data.begin() + 1234567, data.begin() + 1234667));
+      // Copy-on-write out of compressed clusters, which share host clusters.
+      std::mt19937_64 random(1);
+      for (int i = 0; i < 40; ++i) {
+        const auto piece = pattern_bytes(1 + random() % 9000, random());
+        const uint64_t at = random() % (data.size() - piece.size());
+        std::copy(piece.begin(), piece.end(), data.begin() + static_cast<long>(at));
+        write_bytes(disk, at, piece);
+      }
+      disk.write_zeroes(3'000'000, 700'000, {.may_unmap = true});
+      std::fill_n(data.begin() + 3'000'000, 700'000, std::byte{0});
+      EXPECT_EQ(read_bytes(disk, 0, data.size()), data);
+      close(disk);
+      disk = open("c.qcow2");
+      EXPECT_EQ(read_bytes(disk, 0, data.size()), data);
+      close(disk);
+    });
+    expect_clean("c.qcow2");
+    check("c.qcow2");
+  }
+}
+
+TEST_F(Qcow2Interchange, InternalSnapshotsAreKeptWhenTheDiskIsWritten) {
+  for (const char* options : {"cluster_size=64k", "cluster_size=1k,refcount_bits=8"}) {
+    SCOPED_TRACE(options);
+    must(fmt::format("qemu-img create -f qcow2 -o {} {} 3M", options, path("s.qcow2")));
+    must("qemu-io -c 'write -P 1 0 2M' " + path("s.qcow2"));
+    must("qemu-img snapshot -c first " + path("s.qcow2"));
+    must("qemu-io -c 'write -P 2 512k 512k' " + path("s.qcow2"));
+    must("qemu-img snapshot -c second " + path("s.qcow2"));
+    const auto before = check("s.qcow2");
+    on_fiber([&] {
+      Handle disk = open("s.qcow2");
+      EXPECT_EQ(read_bytes(disk, 1 << 20, 1000), std::vector<std::byte>(1000, std::byte{1}));
+      EXPECT_EQ(read_bytes(disk, 600 * 1024, 1000), std::vector<std::byte>(1000, std::byte{2}));
+      write_bytes(disk, 100'000, std::vector<std::byte>(900'000, std::byte{3}));
+      write_bytes(disk, 5, std::vector<std::byte>(7, std::byte{3}));
+      disk.discard(1 << 20, 1 << 19);
+      disk.write_zeroes(1'700'000, 100'000, {});
+      close(disk);
+    });
+    const auto after = check("s.qcow2");
+    EXPECT_EQ(before.total_clusters, after.total_clusters);
+    expect_clean("s.qcow2");
+    must(
+        "qemu-io -c 'read -P 3 100000 900000' -c 'read -P 0 1M 512k' -c 'read -P 0 1700000 100000'"
+        " -c 'read -P 1 1900000 100000' " +
+        path("s.qcow2"));
+    must("qemu-img snapshot -a second " + path("s.qcow2"));
+    must("qemu-io -c 'read -P 1 0 512k' -c 'read -P 2 512k 512k' -c 'read -P 1 1M 1M' " +
+         path("s.qcow2"));
+    must("qemu-img snapshot -a first " + path("s.qcow2"));
+    must("qemu-io -c 'read -P 1 0 2M' " + path("s.qcow2"));
+    must("qemu-img snapshot -d first " + path("s.qcow2"));
+    must("qemu-img snapshot -d second " + path("s.qcow2"));
+    expect_clean("s.qcow2");
+  }
+}
+
+TEST_F(Qcow2Interchange, PreallocatedImagesAreWrittenInPlace) {
+  for (const char* mode : {"metadata", "falloc", "full"}) {
+    must(fmt::format("qemu-img create -f qcow2 -o preallocation={} {} 4M", mode, path("p.qcow2")));
+    const auto size = std::filesystem::file_size(path("p.qcow2"));
+    on_fiber([&] {
+      Handle disk = open("p.qcow2");
+      EXPECT_EQ(read_bytes(disk, 0, 4 << 20), std::vector<std::byte>(4 << 20));
+      write_bytes(disk, 1000, std::vector<std::byte>(3'000'000, std::byte{4}));
+      close(disk);
+    });
+    EXPECT_EQ(std::filesystem::file_size(path("p.qcow2")), size);
+    expect_clean("p.qcow2");
+  }
+}
+
+TEST_F(Qcow2Interchange, RecordedBackingChainsOfDifferentLengthsAreFollowed) {
+  make_raw("base.raw", 1'000'448);
+  must("cd " + directory_ + " && qemu-img create -f qcow2 -b base.raw -F raw mid.qcow2 3M");
+  must("cd " + directory_ + " && qemu-img create -f qcow2 -b mid.qcow2 -F qcow2 top.qcow2 2M");
+  must("qemu-io -c 'write -P 8 900000 200000' " + path("mid.qcow2"));
+  must("qemu-io -c 'write -P 9 1500000 600000' " + path("mid.qcow2"));
+  on_fiber([&] {
+    Handle disk = open("top.qcow2");
+    write_bytes(disk, 950'000, std::vector<std::byte>(5000, std::byte{7}));
+    BlockStatus status = disk.block_status(0, 65536);
+    EXPECT_EQ(status.depth, 2U);
+    EXPECT_FALSE(status.allocated);
+    status = disk.block_status(14 * 65536, 65536);
+    EXPECT_EQ(status.depth, 0U);
+    EXPECT_TRUE(status.allocated);
+    close(disk);
+  });
+  expect_clean("top.qcow2");
+  // QEMU sees through our overlay what our own reading sees.
+  must("cd " + directory_ + " && qemu-img convert -O raw top.qcow2 by-qemu.raw");
+  on_fiber([&] {
+    Handle disk = open("top.qcow2", false);
+    const auto ours = read_bytes(disk, 0, 2 << 20);
+    std::ifstream in(path("by-qemu.raw"), std::ios::binary);
+    std::string theirs(std::istreambuf_iterator<char>(in), {});
+    ASSERT_EQ(theirs.size(), ours.size());
+    EXPECT_EQ(std::memcmp(theirs.data(), ours.data(), ours.size()), 0);
+    close(disk);
+  });
+}
+
+TEST_F(Qcow2Interchange, BackingCanBeGivenOrLeftOut) {
+  make_raw("other.raw", 1 << 20);
+  must("cd " + directory_ + " && qemu-img create -f qcow2 -u -b gone.raw -F raw top.qcow2 1M");
+  on_fiber([&] {
+    EXPECT_NE(error_number([&] { open("top.qcow2"); }), 0);
+    Handle disk = open("top.qcow2", true, ",backing=");
+    EXPECT_EQ(read_bytes(disk, 0, 1000), std::vector<std::byte>(1000));
+    close(disk);
+    const std::string inline_backing =
+        ",backing.driver=raw,backing.file.driver=file,backing.file.filename=" + path("other.raw");
+    disk = open("top.qcow2", true, inline_backing);
+    EXPECT_NE(read_bytes(disk, 0, 5000), std::vector<std::byte>(5000));
+    close(disk);
+  });
+}
+
+TEST_F(Qcow2Interchange, DirtyAndCorruptImagesAreOnlyRead) {
+  for (const uint64_t bit : {qcow2::kIncompatDirty, qcow2::kIncompatCorrupt}) {
+    create("d.qcow2", {.size = 1 << 20});
+    patch("d.qcow2", 72, bit);
+    on_fiber([&] {
+      const std::string text = error_text([&] { open("d.qcow2"); });
+      EXPECT_NE(text.find("qemu-img check -r all"), std::string::npos) << text;
+      Handle disk = open("d.qcow2", false);
+      EXPECT_EQ(read_bytes(disk, 0, 512), std::vector<std::byte>(512));
+      close(disk);
+    });
+  }
+}
+
+TEST_F(Qcow2Interchange, BitmapsAreMarkedOutOfDateByTheFirstWrite) {
+  must("qemu-img create -f qcow2 " + path("b.qcow2") + " 1M");
+  must("qemu-img bitmap --add " + path("b.qcow2") + " daily");
+  EXPECT_EQ(check("b.qcow2").leaks, 0U);
+  on_fiber([&] {
+    Handle disk = open("b.qcow2");
+    EXPECT_EQ(read_bytes(disk, 0, 512), std::vector<std::byte>(512));
+    close(disk);
+  });
+  must("qemu-img info " + path("b.qcow2"));
+  EXPECT_NE(last_output_.find("daily"), std::string::npos) << "reading must not drop it";
+  on_fiber([&] {
+    Handle disk = open("b.qcow2");
+    write_bytes(disk, 0, std::vector<std::byte>(512, std::byte{1}));
+    close(disk);
+  });
+  std::ifstream in(path("b.qcow2"), std::ios::binary);
+  std::string header(104, '\0');
+  in.read(header.data(), 104);
+  EXPECT_EQ(base::load_be<uint64_t>(header.data() + 88), 0U);
+}
+
+TEST_F(Qcow2Interchange, CheckCountsAsQemuDoes) {
+  make_raw("plain.raw", 3'000'320);
+  must(fmt::format("qemu-img convert -c -O qcow2 {} {}", path("plain.raw"), path("n.qcow2")));
+  must("qemu-io -c 'write 100000 500000' -c 'write -z 2M 128k' -c 'discard 1M 256k' " +
+       path("n.qcow2"));
+  const auto ours = check("n.qcow2");
+  must("qemu-img check --output=json " + path("n.qcow2"));
+  const auto theirs = [&](const std::string& key) -> uint64_t {
+    const size_t at = last_output_.find("\"" + key + "\": ");
+    return at == std::string::npos ? 0 : std::stoull(last_output_.substr(at + key.size() + 4));
+  };
+  EXPECT_EQ(ours.image_end_offset, theirs("image-end-offset"));
+  EXPECT_EQ(ours.total_clusters, theirs("total-clusters"));
+  EXPECT_EQ(ours.allocated_clusters, theirs("allocated-clusters"));
+  EXPECT_EQ(ours.fragmented_clusters, theirs("fragmented-clusters"));
+  EXPECT_EQ(ours.compressed_clusters, theirs("compressed-clusters"));
+}
+
+TEST_F(Qcow2Interchange, ALargeSparseDiskGrowsItsRefcountTable) {
+  // 512-byte clusters with 64-bit refcounts: a table cluster covers 2 MiB of file.
+  create("g.qcow2", {.size = 12 << 20, .cluster_bits = 9, .refcount_order = 6});
+  const auto data = pattern_bytes(12 << 20, 77);
+  on_fiber([&] {
+    Handle disk = open("g.qcow2");
+    for (size_t at = 0; at < data.size(); at += 100'000) {
+      const size_t n = std::min<size_t>(100'000, data.size() - at);
+      disk.write(at, base::SingleBuffer(std::span(data).subspan(at, n)));
+      if (at % 700'000 == 0) disk.flush();
+    }
+    EXPECT_EQ(read_bytes(disk, 0, data.size()), data);
+    close(disk);
+    disk = open("g.qcow2", false);
+    EXPECT_EQ(read_bytes(disk, 0, data.size()), data);
+    close(disk);
+  });
+  expect_clean("g.qcow2");
+}
+
+}  // namespace
+}  // namespace minivmm::block
