@@ -210,16 +210,24 @@ void Channel::start_read(RequestBuffer& buffer) {
     buffers_.give_back(&buffer);
     return;
   }
+  // A direct read says whose it is; one that fills the page cache, for a mapping, is nobody's.
+  const bool to_cache = (in.read_flags & FUSE_READ_LOCKOWNER) == 0;
   try {
-    spawn(activity, [this, &buffer, activity, unique] { run_read(buffer, activity, unique); });
+    spawn(activity, [this, &buffer, activity, unique, to_cache] {
+      run_read(buffer, activity, unique, to_cache);
+    });
   } catch (...) {
     reply(unique, reply_errno(std::current_exception()), nullptr, 0);
     buffers_.give_back(&buffer);
   }
 }
 
-void Channel::run_read(RequestBuffer& buffer, const Activity& activity, uint64_t unique) {
+void Channel::run_read(RequestBuffer& buffer, const Activity& activity, uint64_t unique,
+                       bool to_cache) {
   try {
+    if (to_cache) [[unlikely]] {
+      activity.file->keep_cache_true(session_.invalidator());
+    }
     const size_t n = activity.file->read(activity.offset, {buffer.data(), activity.length});
     // In one piece with its header, which lies right before the data.
     const fuse_out_header header{static_cast<uint32_t>(kReplyHeader + n), 0, unique};

@@ -79,7 +79,7 @@ class Channel {
   void pass_to_libfuse(RequestBuffer& buffer, size_t length, uint32_t opcode, uint64_t unique);
   void start_read(RequestBuffer& buffer);
   void start_write(RequestBuffer& buffer, size_t length);
-  void run_read(RequestBuffer& buffer, const Activity& activity, uint64_t unique);
+  void run_read(RequestBuffer& buffer, const Activity& activity, uint64_t unique, bool to_cache);
   void run_write(RequestBuffer& buffer, const Activity& activity, uint64_t unique, bool durable);
   void reply(uint64_t unique, int error, const void* body, size_t length) noexcept;
   bool has_room() const noexcept;

@@ -12,6 +12,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "fuse/invalidator.h"
 
 namespace minivmm::fuse {
 namespace {
@@ -39,6 +40,25 @@ class File::Use {
   base::Epoch::Pin pin_;
 };
 
+// Hears of what other users of the disk write.
+class File::CacheWatcher final : public block::Node::ContentWatcher {
+ public:
+  CacheWatcher(std::shared_ptr<Invalidator> invalidator, uint64_t inode) noexcept
+      : invalidator_(std::move(invalidator)), inode_(inode) {}
+
+  void set_cached(bool cached) noexcept { cached_.store(cached, std::memory_order_seq_cst); }
+  bool cached() const noexcept { return cached_.load(std::memory_order_relaxed); }
+  void content_changed(uint64_t offset, uint64_t length) noexcept override {
+    if (!cached_.load(std::memory_order_seq_cst)) return;
+    invalidator_->invalidate(inode_, offset, length);
+  }
+
+ private:
+  const std::shared_ptr<Invalidator> invalidator_;
+  const uint64_t inode_;
+  std::atomic<bool> cached_{false};
+};
+
 File::File(uint64_t inode, std::string name, block::Handle handle, bool writable)
     : inode_(inode),
       name_(std::move(name)),
@@ -46,6 +66,30 @@ File::File(uint64_t inode, std::string name, block::Handle handle, bool writable
       handle_(std::move(handle)),
       last_size_(handle_.size()),
       changed_ns_(now_ns()) {}
+
+File::~File() = default;
+
+void File::keep_cache_true(const std::shared_ptr<Invalidator>& invalidator) {
+  CacheWatcher* watcher = cache_.load(std::memory_order_acquire);
+  if (watcher == nullptr) {
+    const Use use(*this);
+    auto made = std::make_shared<CacheWatcher>(invalidator, inode_);
+    // Two at once use one watcher, and either registers it before it reads.
+    std::unique_lock lock(cache_mutex_);
+    if (!cache_owner_) cache_owner_ = std::move(made);
+    const std::shared_ptr<CacheWatcher> chosen = cache_owner_;
+    lock.unlock();
+    handle_.watch(chosen);
+    cache_.store(chosen.get(), std::memory_order_release);
+    watcher = chosen.get();
+  }
+  if (!watcher->cached()) watcher->set_cached(true);
+}
+
+void File::forget_cache() noexcept {
+  CacheWatcher* const watcher = cache_.load(std::memory_order_acquire);
+  if (watcher != nullptr) watcher->set_cached(false);
+}
 
 uint64_t File::size() noexcept {
   const base::Epoch::Pin pin(requests_);

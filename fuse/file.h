@@ -9,6 +9,8 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <memory>
+#include <mutex>
 #include <span>
 
 #include "base/epoch.h"
@@ -17,9 +19,14 @@
 
 namespace minivmm::fuse {
 
+class Invalidator;
+
 class File {
  public:
   File(uint64_t inode, std::string name, block::Handle handle, bool writable);
+  File(const File&) = delete;
+  File& operator=(const File&) = delete;
+  ~File();
 
   uint64_t inode() const noexcept { return inode_; }
   const std::string& name() const noexcept { return name_; }
@@ -41,6 +48,12 @@ class File {
   // lseek(2) with SEEK_DATA or SEEK_HOLE. ENXIO at or after the end.
   uint64_t seek(uint64_t offset, int whence);
 
+  // Pages of the file are about to be in the kernel's cache, which it must hear of changes by
+  // others for: called before what goes there is read.
+  void keep_cache_true(const std::shared_ptr<Invalidator>& invalidator);
+  // Nobody has it open: what is cached is dropped at the next opening.
+  void forget_cache() noexcept;
+
   // Fails requests from now on (ENODEV) and waits for those in flight; false: some still run at
   // the deadline.
   bool shut(base::Clock::time_point deadline);
@@ -56,6 +69,7 @@ class File {
 
  private:
   class Use;
+  class CacheWatcher;
   uint64_t zeroable_end(int mode, uint64_t offset, uint64_t length) const;
   void changed() noexcept;
 
@@ -65,7 +79,10 @@ class File {
   block::Handle handle_;
   base::Epoch requests_;
   std::atomic<bool> shut_{false};
-  std::atomic<uint64_t> last_size_;  // for those that may not touch handle_
+  std::atomic<uint64_t> last_size_;            // for those that may not touch handle_
+  std::atomic<CacheWatcher*> cache_{nullptr};  // cache_owner_'s, once there is one
+  std::mutex cache_mutex_;                     // guards cache_owner_
+  std::shared_ptr<CacheWatcher> cache_owner_;
   std::atomic<int64_t> changed_ns_;
   std::atomic<uint64_t> errors_{0};
 };

@@ -90,6 +90,7 @@ void FileTable::release(File& file) {
   std::shared_ptr<File> last;  // freed outside the lock
   const std::lock_guard lock(mutex_);
   if (--file.opens > 0) return;
+  file.forget_cache();
   if (const auto found = unlisted_.find(file.inode()); found != unlisted_.end()) {
     last = std::move(found->second);
     unlisted_.erase(found);

@@ -161,8 +161,12 @@ void Mount::State::stop_channels(Clock::time_point deadline, std::vector<std::st
     channel->loop().post("FUSE stop",
                          [self = shared_from_this(), &channel] { channel->stop_reading(); });
   }
-  if (!all_idle_.wait_until(std::max(deadline, Clock::now() + kLeastGrace))) {
-    abandon_channels(troubles);
+  deadline = std::max(deadline, Clock::now() + kLeastGrace);
+  const bool idle = all_idle_.wait_until(deadline);
+  if (!idle) abandon_channels(troubles);
+  // Last, because it may wait for an answer of theirs.
+  if (!session_->invalidator()->stop(Clock::now() + kLeastGrace) && idle) {
+    troubles.push_back(given_path_ + ": the kernel still holds pages of a mapped file");
   }
 }
 

@@ -71,10 +71,8 @@ void Session::mount(const std::string& path, bool allow_other) {
   }
   const fuse_custom_io io{&Session::write_reply, &refuse_read, nullptr, nullptr};
   const int error = ::fuse_session_custom_io(session_, &io, ::fuse_session_fd(session_));
-  if (error != 0) {
-    abandon_mount();
-    throw errno_error(-error, path + ": libfuse refuses our I/O functions");
-  }
+  if (error != 0) throw errno_error(-error, path + ": libfuse refuses our I/O functions");
+  invalidator_ = std::make_shared<Invalidator>(clone_device());
 }
 
 void Session::abandon_mount() noexcept {

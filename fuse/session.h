@@ -12,11 +12,13 @@
 
 #include <array>
 #include <cstdint>
+#include <memory>
 #include <span>
 
 #include "base/event_loop.h"
 #include "base/unique_fd.h"
 #include "fuse/file_table.h"
+#include "fuse/invalidator.h"
 
 struct fuse_session;
 
@@ -58,6 +60,7 @@ class Session {
   // For the callbacks, on a loop's thread.
   FileTable& files() noexcept { return files_; }
   const Appearance& appearance() const noexcept { return appearance_; }
+  const std::shared_ptr<Invalidator>& invalidator() const noexcept { return invalidator_; }
   Channel& channel() noexcept { return *channels_[base::EventLoop::current()->index()]; }
 
  private:
@@ -67,6 +70,7 @@ class Session {
   FileTable& files_;
   const Appearance appearance_;
   fuse_session* session_ = nullptr;
+  std::shared_ptr<Invalidator> invalidator_;  // from mount() on
   std::array<Channel*, base::EventLoop::kMaxLoops> channels_{};
 };
 

@@ -47,11 +47,15 @@ Edge::Edge(std::shared_ptr<Node> node, std::string user, Permissions permissions
   node_->attach(*this);
 }
 
-Edge::~Edge() { node_->detach(*this); }
+Edge::~Edge() {
+  if (node_->watched()) (void)node_->remove_watcher(*this);
+  node_->detach(*this);
+}
 
 void Edge::replace(std::shared_ptr<Node> node) {
   node->attach(*this);
   node_->detach(*this);
+  if (auto watcher = node_->remove_watcher(*this)) node->add_watcher(*this, std::move(watcher));
   node_ = std::move(node);
 }
 

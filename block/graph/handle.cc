@@ -55,6 +55,29 @@ void Handle::read(uint64_t offset, IoSpan to) {
 
 namespace {
 
+// At the end of a changing request: lets go of its pin and tells the watchers. In this order: a
+// watcher may wait for a request that a drain holds back, and the drain waits for pins.
+class TellWatchers {
+ public:
+  TellWatchers(Edge& edge, base::Epoch::Pin& pin, uint64_t offset, uint64_t length) noexcept
+      : edge_(edge), pin_(pin), offset_(offset), length_(length) {}
+  ~TellWatchers() {
+    if (edge_.node().watched()) [[unlikely]] {
+      const std::shared_ptr<Node> node = edge_.shared_node();
+      pin_.release();
+      node->content_changed(edge_, offset_, length_);
+    }
+  }
+  TellWatchers(const TellWatchers&) = delete;
+  TellWatchers& operator=(const TellWatchers&) = delete;
+
+ private:
+  Edge& edge_;
+  base::Epoch::Pin& pin_;
+  const uint64_t offset_;
+  const uint64_t length_;
+};
+
 // Read-mostly: the first write of many sets it.
 void mark(std::atomic<bool>& flag) noexcept {
   if (!flag.load(std::memory_order_relaxed)) flag.store(true, std::memory_order_release);
@@ -63,19 +86,22 @@ void mark(std::atomic<bool>& flag) noexcept {
 }  // namespace
 
 void Handle::write(uint64_t offset, IoSpan from, WriteFlags flags) {
-  const auto pin = root_->enter();
+  auto pin = root_->enter();
+  const TellWatchers tell(root_->edge, pin, offset, from.bytes());
   mark(root_->written);
   root_->edge.write(offset, from, flags);
 }
 
 void Handle::write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
-  const auto pin = root_->enter();
+  auto pin = root_->enter();
+  const TellWatchers tell(root_->edge, pin, offset, length);
   mark(root_->written);
   root_->edge.write_zeroes(offset, length, flags);
 }
 
 void Handle::discard(uint64_t offset, uint64_t length) {
-  const auto pin = root_->enter();
+  auto pin = root_->enter();
+  const TellWatchers tell(root_->edge, pin, offset, length);
   mark(root_->written);
   root_->edge.discard(offset, length);
 }
@@ -106,6 +132,11 @@ bool Handle::writable() const noexcept { return root_->edge.permissions().can_wr
 const Limits& Handle::limits() const noexcept { return root_->edge.node().limits(); }
 std::string Handle::describe() const { return root_->edge.node().describe(); }
 const std::string& Handle::node_name() const noexcept { return root_->edge.node().name(); }
+
+void Handle::watch(std::shared_ptr<Node::ContentWatcher> watcher) {
+  const auto pin = root_->enter();
+  root_->edge.node().add_watcher(root_->edge, std::move(watcher));
+}
 
 void Handle::close() {
   if (!root_) return;

@@ -47,6 +47,10 @@ class Handle {
   std::string describe() const;
   const std::string& node_name() const noexcept;
 
+  // `watcher` hears of what is written through other handles of the node from now on, until the
+  // handle is closed (Node::ContentWatcher). Fiber.
+  void watch(std::shared_ptr<Node::ContentWatcher> watcher);
+
   // Waits for the requests in flight, flushes what was written, detaches. Fiber. Throws the
   // flush's error; the handle is closed all the same.
   void close();

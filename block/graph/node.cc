@@ -38,6 +38,36 @@ void Node::run_before_write(uint64_t offset, uint64_t length, IoSpan data) {
   for (BeforeWrite* hook : before_write_) hook->before_write(offset, length, data);
 }
 
+void Node::add_watcher(const Edge& edge, std::shared_ptr<ContentWatcher> watcher) {
+  const std::lock_guard lock(watchers_mutex_);
+  std::erase_if(watchers_, [&](const auto& entry) { return entry.first == &edge; });
+  watchers_.emplace_back(&edge, std::move(watcher));
+  watched_.store(true, std::memory_order_seq_cst);
+}
+
+std::shared_ptr<Node::ContentWatcher> Node::remove_watcher(const Edge& edge) noexcept {
+  std::shared_ptr<ContentWatcher> removed;
+  const std::lock_guard lock(watchers_mutex_);
+  for (auto it = watchers_.begin(); it != watchers_.end(); ++it) {
+    if (it->first != &edge) continue;
+    removed = std::move(it->second);
+    watchers_.erase(it);
+    break;
+  }
+  watched_.store(!watchers_.empty(), std::memory_order_seq_cst);
+  return removed;
+}
+
+void Node::content_changed(const Edge& by, uint64_t offset, uint64_t length) noexcept {
+  // They may suspend, and may be removed meanwhile.
+  std::unique_lock lock(watchers_mutex_);
+  const auto watchers = watchers_;
+  lock.unlock();
+  for (const auto& [edge, watcher] : watchers) {
+    if (edge != &by) watcher->content_changed(offset, length);
+  }
+}
+
 void Node::attach(Edge& edge) {
   const Permissions wanted = edge.permissions();
   if (wanted.uses != 0 && read_only_) {

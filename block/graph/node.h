@@ -31,6 +31,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "block/graph/permissions.h"
@@ -86,6 +87,24 @@ class Node : public std::enable_shared_from_this<Node> {
   void add_before_write(BeforeWrite& hook);
   void remove_before_write(BeforeWrite& hook) noexcept;
 
+  // Told of changes of content that were made through other handles, after the change and before
+  // the request that made it returns, on its fiber; may suspend. For those whose users keep copies
+  // (the kernel's page cache above a FUSE file). A failed request counts as a change.
+  class ContentWatcher {
+   public:
+    virtual void content_changed(uint64_t offset, uint64_t length) noexcept = 0;
+
+   protected:
+    ~ContentWatcher() = default;
+  };
+  // Any thread, also while requests run; one watcher an edge. A watcher may still be called for
+  // requests that began before it was removed: the graph shares its ownership.
+  void add_watcher(const Edge& edge, std::shared_ptr<ContentWatcher> watcher);
+  std::shared_ptr<ContentWatcher> remove_watcher(const Edge& edge) noexcept;
+  bool watched() const noexcept { return watched_.load(std::memory_order_seq_cst); }
+  // Tells every watcher but that of `by`, through which the change was made. Fiber.
+  void content_changed(const Edge& by, uint64_t offset, uint64_t length) noexcept;
+
   // Flushes and gives up what the node holds. Fiber. Throws the first error; the node is closed
   // all the same. Called by the Graph, parents before children.
   virtual void close() {}
@@ -139,6 +158,10 @@ class Node : public std::enable_shared_from_this<Node> {
   std::vector<BeforeWrite*> before_write_;
   // Only used where request_alignment > 1: keeps read-modify-write apart from overlapping writes.
   RequestTracker tracker_;
+
+  std::atomic<bool> watched_{false};
+  mutable std::mutex watchers_mutex_;
+  std::vector<std::pair<const Edge*, std::shared_ptr<ContentWatcher>>> watchers_;
 
   mutable std::mutex users_mutex_;
   std::vector<Edge*> users_;  // guarded by users_mutex_

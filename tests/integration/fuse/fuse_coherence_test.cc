@@ -5,8 +5,11 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <cerrno>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <thread>
 
 #include <gtest/gtest.h>
@@ -16,6 +19,16 @@
 
 namespace minivmm::fuse {
 namespace {
+
+// The thread that drops mapped pages runs in this process.
+bool invalidator_runs() {
+  for (const auto& task : std::filesystem::directory_iterator("/proc/self/task")) {
+    std::string name;
+    std::getline(std::ifstream(task.path() / "comm"), name);
+    if (name == "fuse-invalidate") return true;
+  }
+  return false;
+}
 
 class FuseCoherenceTest : public FuseTest {
  protected:
@@ -38,6 +51,8 @@ TEST_F(FuseCoherenceTest, WritesOfAnotherUserAreReadAtOnce) {
     ASSERT_EQ(::pread(fd.get(), in.data(), in.size(), 8192), 4096);
     ASSERT_EQ(in, out) << "round " << round;
   }
+  // What is not mapped must not cost other users anything.
+  EXPECT_TRUE(eventually([] { return !invalidator_runs(); }));
 }
 
 TEST_F(FuseCoherenceTest, AnotherUserReadsAtOnceWhatTheFileWasWritten) {
@@ -107,6 +122,85 @@ TEST_F(FuseMappingTest, SeesWritesThroughADescriptor) {
     ASSERT_EQ(::pwrite(other.get(), out.data(), out.size(), 4096), 4096);
     ASSERT_TRUE(bytes_[5000] == value) << "round " << round;
   }
+}
+
+// Direct I/O does not help a mapping: its pages have to be dropped.
+TEST_F(FuseMappingTest, SeesWritesOfAnotherUserAtOnce) {
+  handles_.push_back(attach("disk"));
+  for (int round = 1; round <= 100; ++round) {
+    const auto value = static_cast<std::byte>(round);
+    EXPECT_FALSE(bytes_[5000] == value);
+    const std::vector<std::byte> out(100, value);
+    write_through(handles_[0], 4950, out);
+    ASSERT_TRUE(bytes_[5000] == value) << "round " << round;
+  }
+  EXPECT_TRUE(invalidator_runs());
+  on_loop([&] { handles_[0].write_zeroes(4096, 4096); });
+  EXPECT_TRUE(bytes_[5000] == std::byte{0});
+}
+
+// Faults, writes by another user and writes through a descriptor, all at once and of the same
+// pages: nothing may wait for itself, and the last write is what is seen.
+TEST_F(FuseMappingTest, ManyUsersOfMappedPagesDoNotBlockEachOther) {
+  handles_.push_back(attach("disk"));
+  std::atomic<bool> done{false};
+  std::vector<std::thread> readers;
+  std::atomic<unsigned> sum{0};
+  for (int i = 0; i < 4; ++i) {
+    readers.emplace_back([&, i] {
+      for (size_t at = static_cast<size_t>(i); !done; at = (at + 4099) % kMapped) {
+        sum += static_cast<unsigned>(bytes_[at]);
+      }
+    });
+  }
+  std::thread descriptor([&] {
+    const std::vector<std::byte> out(8192, std::byte{2});
+    for (off_t at = 0; !done; at = (at + 8192) % static_cast<off_t>(kMapped)) {
+      EXPECT_EQ(::pwrite(fd_.get(), out.data(), out.size(), at), 8192);
+    }
+  });
+  on_loop([&] {
+    base::WaitGroup writers;
+    writers.add(8);
+    for (int i = 0; i < 8; ++i) {
+      loops_.loop(static_cast<size_t>(i) % 2).post("writer", [&, i] {
+        const std::vector<std::byte> out(4096, std::byte{1});
+        for (uint64_t n = 0; n < 50; ++n) {
+          handles_[0].write((n * 8 + static_cast<uint64_t>(i)) % 16 * 4096,
+                            base::SingleBuffer(std::span(out)));
+        }
+        writers.done();
+      });
+    }
+    writers.wait();
+  });
+  done = true;
+  descriptor.join();
+  for (std::thread& reader : readers) reader.join();
+  const std::vector<std::byte> last(kMapped, std::byte{7});
+  write_through(handles_[0], 0, last);
+  for (size_t at = 0; at < kMapped; at += 1000) ASSERT_TRUE(bytes_[at] == std::byte{7}) << at;
+}
+
+// Once nobody has the file open, writers need not tell the kernel any more.
+TEST_F(FuseMappingTest, IsForgottenAfterTheLastClose) {
+  handles_.push_back(attach("disk"));
+  const std::vector<std::byte> out(100, std::byte{1});
+  EXPECT_TRUE(bytes_[0] == std::byte{0});
+  ::munmap(const_cast<std::byte*>(bytes_), kMapped);
+  bytes_ = nullptr;
+  fd_.reset();
+  ASSERT_TRUE(
+      eventually([&] { return mount_->describe()[1].find("open 0 times") != std::string::npos; }));
+  write_through(handles_[0], 0, out);
+  // A new mapping starts with what is there now.
+  fd_ = open("disk", O_RDONLY);
+  void* const mapped = ::mmap(nullptr, kMapped, PROT_READ, MAP_SHARED, fd_.get(), 0);
+  ASSERT_NE(mapped, MAP_FAILED);
+  bytes_ = static_cast<volatile std::byte*>(mapped);
+  EXPECT_TRUE(bytes_[0] == std::byte{1});
+  write_through(handles_[0], 0, std::vector<std::byte>(100, std::byte{2}));
+  EXPECT_TRUE(bytes_[0] == std::byte{2});
 }
 
 TEST_F(FuseMappingTest, IsSeenByDescriptorsAndAfterMsyncByOthers) {

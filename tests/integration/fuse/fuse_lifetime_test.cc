@@ -233,6 +233,7 @@ TEST_F(FuseLifetimeTest, AHangingDiskIsNamedAndItsUsersAreLetGo) {
   // What was stuck ends after all: now everything is freed, and the graph can close.
   node->let_go();
   mount_.reset();
+  EXPECT_TRUE(eventually([&] { return node->users().empty(); }));
 }
 
 TEST_F(FuseLifetimeTest, AForgottenStopIsMadeUpFor) {
