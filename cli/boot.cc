@@ -1,0 +1,68 @@
+// SPDX-License-Identifier: Apache-2.0
+// minivmm boot
+#include <fmt/core.h>
+
+#include "block/graph/options.h"
+#include "cli/command.h"
+#include "cli/daemon_options.h"
+#include "control/daemon.h"
+
+namespace minivmm::cli {
+
+namespace po = boost::program_options;
+
+namespace {
+
+constexpr const char* kUsage =
+    "Usage: minivmm boot --disk IMAGE[,...] [--kernel FILE] [--nbd URI] [--fuse DIR] "
+    "[--export NODE]\n\n"
+    "Runs a guest on disk images. The same nodes can be served over NBD and FUSE meanwhile.\n"
+    "Without --kernel the guest is the built-in probe, a small program that exercises its disks:\n"
+    "give its jobs with --append 'job=info' (see images/probe/README.md). Ctrl-A x ends a guest on a\n"
+    "terminal. The exit status is the guest's; 124 after a crash, 125 where KVM gave up.\n\n"
+    "Examples:\n"
+    "  minivmm boot --disk disk.qcow2 --append 'job=info'\n"
+    "  minivmm boot --disk overlay.qcow2,id=disk0 --nbd 'nbd+unix:///?socket=m.sock' \\\n"
+    "      --fuse /mnt/disks --export disk0,writable --append 'job=shell'\n\n";
+
+po::options_description guest_options() {
+  po::options_description out("Guest", 100, 60);
+  // clang-format off
+  out.add_options()
+    ("kernel", po::value<std::string>()->value_name("FILE"),
+     "an ELF or bzImage kernel; the built-in probe guest otherwise")
+    ("initrd", po::value<std::string>()->value_name("FILE"), "an initial ramdisk")
+    ("append", po::value<std::string>()->value_name("TEXT"), "the kernel's command line")
+    ("memory", po::value<std::string>()->default_value("256M")->value_name("SIZE"), "guest RAM")
+    ("cpus", po::value<unsigned>()->default_value(1)->value_name("N"), "virtual CPUs")
+    ("shared-memory", "guest RAM in a memfd")
+    ("serial", po::value<std::string>()->default_value("stdio")->value_name("WHERE"),
+     "the guest's serial port: stdio, none, or file:PATH");
+  // clang-format on
+  return out;
+}
+
+}  // namespace
+
+int run_boot(const std::vector<std::string>& arguments) {
+  po::options_description options;
+  options.add(guest_options()).add(graph_options()).add(front_end_options()).add(process_options());
+  po::variables_map values;
+  if (!parse(arguments, kUsage, options, values)) return 0;
+  control::Config config = make_config(values);
+  const auto text = [&](const char* name) {
+    return values.count(name) != 0 ? values[name].as<std::string>() : std::string();
+  };
+  control::Boot boot;
+  boot.kernel = text("kernel");
+  boot.initrd = text("initrd");
+  boot.append = text("append");
+  boot.memory_bytes = block::parse_size(text("memory"), "memory");
+  boot.cpus = values["cpus"].as<unsigned>();
+  boot.shared_memory = values.count("shared-memory") != 0;
+  boot.serial = text("serial");
+  config.boot = std::move(boot);
+  return control::Daemon(std::move(config)).run();
+}
+
+}  // namespace minivmm::cli

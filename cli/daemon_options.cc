@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/daemon_options.h"
+
+#include <cerrno>
+#include <sstream>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "base/log.h"
+#include "cli/command.h"
+#include "control/readiness.h"
+#include "control/specs.h"
+
+namespace minivmm::cli {
+
+namespace po = boost::program_options;
+using Strings = std::vector<std::string>;
+
+po::options_description graph_options() {
+  po::options_description out("Disks and nodes", 100, 60);
+  // clang-format off
+  out.add_options()
+    ("disk", po::value<Strings>()->composing()->value_name("PATH[,KEY=VALUE...]"),
+     "a disk image; makes a node and, for boot, the guest's device. Keys: id=NAME, "
+     "format=qcow2|raw, ro, cache=writeback|writethrough|none|unsafe, backing=FILE, "
+     "backing_fmt=FORMAT, offset=, size= (raw), serial=, logical_block_size=, "
+     "physical_block_size=, num-queues=, queue-size=, l2-cache-size=, locking=auto|on|off. "
+     "A comma inside a value is doubled.")
+    ("blockdev", po::value<Strings>()->composing()->value_name("KEYS|JSON"),
+     "a node by QEMU's options: driver=...,node-name=...,file.driver=...; or a JSON object")
+    ("backing-root", po::value<Strings>()->composing()->value_name("DIR"),
+     "where backing files that images name may lie, besides the image's own directory");
+  // clang-format on
+  return out;
+}
+
+po::options_description front_end_options() {
+  po::options_description out("Front ends", 100, 60);
+  // clang-format off
+  out.add_options()
+    ("nbd", po::value<Strings>()->composing()->value_name("URI"),
+     "listen for NBD clients: nbd://127.0.0.1[:PORT], nbd+unix:///?socket=PATH, fd:N, or "
+     "systemd for the sockets that a service manager hands over")
+    ("nbd-allow-remote", "let --nbd listen beyond loopback: whoever reaches it can read")
+    ("fuse", po::value<Strings>()->composing()->value_name("DIR[,KEY=VALUE...]"),
+     "mount a directory with a file for each export. Keys: mode=0600, uid=, gid=, allow_other")
+    ("export", po::value<Strings>()->composing()->value_name("NODE[,KEY=VALUE...]"),
+     "publish a node, read-only unless writable. Keys: name=, description=, writable, nbd, fuse "
+     "(only through those named; all otherwise)");
+  // clang-format on
+  return out;
+}
+
+po::options_description process_options() {
+  po::options_description out("Process", 100, 60);
+  // clang-format off
+  out.add_options()
+    ("io-threads", po::value<unsigned>()->default_value(1)->value_name("N"),
+     "event loops, each on a thread")
+    ("io-backend", po::value<std::string>()->default_value("auto")->value_name("NAME"),
+     "auto, io_uring or epoll")
+    ("ready-fd", po::value<int>()->value_name("N"),
+     "write READY to this descriptor once everything can be used")
+    ("pid-file", po::value<std::string>()->value_name("PATH"), "write the process id there")
+    ("shutdown-timeout", po::value<unsigned>()->default_value(10)->value_name("SECONDS"),
+     "how long an end may take before it is forced; a second SIGINT forces it at once")
+    ("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"),
+     "debug, info, warning, error or off")
+    ("help,h", "this text");
+  // clang-format on
+  return out;
+}
+
+bool parse(const Strings& arguments, const std::string& usage,
+           const po::options_description& options, po::variables_map& values) {
+  try {
+    // No guessing of abbreviated options: a script must mean what it says.
+    const int style = po::command_line_style::unix_style & ~po::command_line_style::allow_guessing;
+    po::command_line_parser parser(arguments);
+    const auto parsed =
+        parser.options(options).positional(po::positional_options_description()).style(style).run();
+    po::store(parsed, values);
+    if (values.count("help") != 0) {
+      std::ostringstream text;
+      text << usage << options;
+      fmt::print("{}", text.str());
+      return false;
+    }
+    po::notify(values);
+  } catch (const po::error& e) {
+    throw UsageError{e.what()};
+  }
+  return true;
+}
+
+namespace {
+
+Strings list(const po::variables_map& values, const char* name) {
+  return values.count(name) != 0 ? values[name].as<Strings>() : Strings();
+}
+
+void set_log_level(const std::string& name) {
+  struct Level {
+    const char* name;
+    base::LogLevel level;
+  };
+  for (const Level& l :
+       {Level{"debug", base::LogLevel::kDebug}, Level{"info", base::LogLevel::kInfo},
+        Level{"warning", base::LogLevel::kWarning}, Level{"error", base::LogLevel::kError},
+        Level{"off", base::LogLevel::kOff}}) {
+    if (name == l.name) {
+      base::set_log_level(l.level);
+      return;
+    }
+  }
+  throw UsageError{fmt::format("--log-level {}: debug, info, warning, error or off", name)};
+}
+
+base::BackendChoice backend_choice(const std::string& name) {
+  if (name == "auto") return base::BackendChoice::kAuto;
+  if (name == "io_uring") return base::BackendChoice::kUring;
+  if (name == "epoll") return base::BackendChoice::kEpoll;
+  throw UsageError{fmt::format("--io-backend {}: auto, io_uring or epoll", name)};
+}
+
+void add_listeners(control::Config& config, const Strings& wanted) {
+  for (const std::string& text : wanted) {
+    if (text != "systemd") {
+      config.nbd.push_back(control::parse_nbd(text));
+      continue;
+    }
+    const std::vector<int> inherited = control::inherited_sockets();
+    if (inherited.empty()) {
+      throw base::Error(EINVAL, "--nbd systemd: no sockets were handed over (LISTEN_FDS)");
+    }
+    for (const int fd : inherited) config.nbd.push_back({.uri = {}, .fd = fd});
+  }
+}
+
+// An export that nothing would publish is a mistake, not a wish.
+void check_exports(const control::Config& config) {
+  for (const control::Export& wanted : config.exports) {
+    const bool published =
+        (wanted.nbd && !config.nbd.empty()) || (wanted.fuse && !config.fuse.empty());
+    if (!published) {
+      throw base::Error(EINVAL, fmt::format("--export {}: no front end to publish it through; add "
+                                            "--nbd URI or --fuse DIR",
+                                            wanted.node_name));
+    }
+  }
+  if (config.exports.empty() && !(config.nbd.empty() && config.fuse.empty())) {
+    throw base::Error(EINVAL, "--nbd and --fuse publish what --export names: add --export NODE");
+  }
+}
+
+}  // namespace
+
+control::Config make_config(const po::variables_map& values) {
+  set_log_level(values["log-level"].as<std::string>());
+  control::Config config;
+  config.io_threads = values["io-threads"].as<unsigned>();
+  config.io_backend = backend_choice(values["io-backend"].as<std::string>());
+  config.open_policy.backing_roots = list(values, "backing-root");
+  for (const std::string& text : list(values, "blockdev")) {
+    config.blockdevs.push_back(block::Options::from_text(text));
+  }
+  unsigned number = 0;
+  for (const std::string& text : list(values, "disk")) {
+    config.disks.push_back(control::parse_disk(text, number++));
+  }
+  for (const std::string& text : list(values, "fuse")) {
+    config.fuse.push_back(control::parse_fuse(text));
+  }
+  add_listeners(config, list(values, "nbd"));
+  config.nbd_allow_remote = values.count("nbd-allow-remote") != 0;
+  for (const std::string& text : list(values, "export")) {
+    config.exports.push_back(control::parse_export(text));
+  }
+  check_exports(config);
+  if (values.count("ready-fd") != 0) config.ready_fd = values["ready-fd"].as<int>();
+  if (values.count("pid-file") != 0) config.pid_file = values["pid-file"].as<std::string>();
+  config.shutdown_timeout = std::chrono::seconds(values["shutdown-timeout"].as<unsigned>());
+  return config;
+}
+
+}  // namespace minivmm::cli

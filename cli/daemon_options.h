@@ -1,0 +1,27 @@
+// SPDX-License-Identifier: Apache-2.0
+// The options that `boot` and `serve` share, and their way into a control::Config.
+#pragma once
+
+#include <string>
+
+#include <vector>
+
+#include <boost/program_options.hpp>
+
+#include "control/config.h"
+
+namespace minivmm::cli {
+
+boost::program_options::options_description graph_options();
+boost::program_options::options_description front_end_options();
+boost::program_options::options_description process_options();
+
+// Parses; prints `usage` and the options and returns false for --help. Throws UsageError.
+bool parse(const std::vector<std::string>& arguments, const std::string& usage,
+           const boost::program_options::options_description& options,
+           boost::program_options::variables_map& values);
+
+// Throws base::Error that names the option.
+control::Config make_config(const boost::program_options::variables_map& values);
+
+}  // namespace minivmm::cli

@@ -1,0 +1,185 @@
+// SPDX-License-Identifier: Apache-2.0
+// minivmm image check
+#include <cerrno>
+#include <cstdio>
+#include <optional>
+
+#include <fmt/core.h>
+#include <nlohmann/json.hpp>
+
+#include "base/error.h"
+#include "block/formats/qcow2/check.h"
+#include "cli/command.h"
+#include "cli/image_arguments.h"
+#include "cli/image_commands.h"
+#include "cli/image_facts.h"
+
+namespace minivmm::cli {
+
+namespace po = boost::program_options;
+using base::Error;
+using block::qcow2::CheckResult;
+using Strings = std::vector<std::string>;
+
+namespace {
+
+constexpr const char* kUsage =
+    "Usage: minivmm image check [-f FORMAT] [--output=human|json] [-q] [-U] FILE\n\n"
+    "Counts every reference to every cluster of a qcow2 image and compares it with the image's "
+    "own\n"
+    "counts. Reads only; nothing that the image names is opened. What is wrong is printed line by\n"
+    "line on standard error, a summary on standard output.\n\n"
+    "Exit status: 0 clean, 1 the check could not be completed, 2 corruption was found, 3 leaked\n"
+    "clusters (space that is lost, no harm to data), 63 the format has no checks.\n\n"
+    "Examples:\n"
+    "  minivmm image check disk.qcow2\n"
+    "  minivmm image check --output=json disk.qcow2\n\n";
+
+// qemu-img's exit statuses.
+constexpr int kFailed = 1;
+constexpr int kCorrupt = 2;
+constexpr int kLeaky = 3;
+constexpr int kNoChecks = 63;
+
+ImageSyntax syntax() {
+  ImageSyntax out{kUsage, po::options_description("Options", 100, 60)};
+  // clang-format off
+  out.options.add_options()
+    ("repair,r", po::value<std::string>()->value_name("leaks|all"), "not supported: see qemu-img")
+    (",T", po::value<std::string>()->value_name("CACHE"),
+     "how the file is read: none and directsync with O_DIRECT, writeback (the default), "
+     "writethrough and unsafe through the page cache");
+  // clang-format on
+  add_common_options(out.options, "foqU");
+  return out;
+}
+
+void refuse_repair(const po::variables_map& values, const std::string& name) {
+  if (values.count("repair") == 0) return;
+  const std::string what = text_value(values, "repair");
+  if (what != "leaks" && what != "all") {
+    throw UsageError{
+        fmt::format("Unknown option value for -r (expecting 'leaks' or 'all'): {}", what)};
+  }
+  throw Error(ENOTSUP, fmt::format("{0}: repair is not supported; use `qemu-img check -r {1} {0}`",
+                                   name, what));
+}
+
+bool wants_direct(const po::variables_map& values) {
+  const std::string mode = text_value(values, "-T");
+  if (mode == "none" || mode == "off" || mode == "directsync") return true;
+  for (const char* cached : {"", "writeback", "writethrough", "unsafe"}) {
+    if (mode == cached) return false;
+  }
+  throw UsageError{fmt::format("Invalid source cache option: {}", mode)};
+}
+
+std::string json_text(const CheckResult& r, const std::string& path, const std::string& format) {
+  nlohmann::ordered_json out;
+  const auto add_unless_zero = [&](const char* name, uint64_t value) {
+    if (value != 0) out[name] = value;
+  };
+  // qemu-img's keys and order; what is 0 it leaves out, except for the errors of the check itself.
+  add_unless_zero("image-end-offset", r.image_end_offset);
+  add_unless_zero("compressed-clusters", r.compressed_clusters);
+  add_unless_zero("total-clusters", r.total_clusters);
+  add_unless_zero("corruptions", r.corruptions);
+  out["check-errors"] = r.check_errors;
+  add_unless_zero("leaks", r.leaks);
+  add_unless_zero("allocated-clusters", r.allocated_clusters);
+  out["filename"] = path;
+  out["format"] = format;
+  add_unless_zero("fragmented-clusters", r.fragmented_clusters);
+  return out.dump(4, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
+}
+
+std::string human_text(const CheckResult& r) {
+  std::string out;
+  if (r.corruptions == 0 && r.leaks == 0 && r.check_errors == 0) {
+    out += "No errors were found on the image.\n";
+  }
+  if (r.corruptions != 0) {
+    out += fmt::format(
+        "\n{} errors were found on the image.\n"
+        "Data may be corrupted, or further writes to the image may corrupt it.\n",
+        r.corruptions);
+  }
+  if (r.leaks != 0) {
+    out += fmt::format(
+        "\n{} leaked clusters were found on the image.\n"
+        "This means waste of disk space, but no harm to data.\n",
+        r.leaks);
+  }
+  if (r.check_errors != 0) {
+    out += fmt::format("\n{} internal errors have occurred during the check.\n", r.check_errors);
+  }
+  if (r.total_clusters != 0 && r.allocated_clusters != 0) {
+    const auto percent = [](uint64_t part, uint64_t of) {
+      return static_cast<double>(part) * 100.0 / static_cast<double>(of);
+    };
+    out += fmt::format(
+        "{}/{} = {:.2f}% allocated, {:.2f}% fragmented, {:.2f}% compressed clusters\n",
+        r.allocated_clusters, r.total_clusters, percent(r.allocated_clusters, r.total_clusters),
+        percent(r.fragmented_clusters, r.allocated_clusters),
+        percent(r.compressed_clusters, r.allocated_clusters));
+  }
+  if (r.image_end_offset != 0) out += fmt::format("Image end offset: {}\n", r.image_end_offset);
+  return out;
+}
+
+int exit_status(const CheckResult& r) {
+  if (r.check_errors != 0) return kFailed;
+  if (r.corruptions != 0) return kCorrupt;
+  return r.leaks != 0 ? kLeaky : 0;
+}
+
+struct Outcome {
+  std::string format;
+  std::optional<CheckResult> result;  // none: the format has no checks
+};
+
+// Fiber.
+Outcome check(block::Edge& file, const std::string& path, const std::string& format) {
+  Outcome out;
+  out.format = image_format(file, path, format);
+  if (out.format != "qcow2") return out;
+  try {
+    out.result = block::qcow2::check_image(
+        file, [](const std::string& line) { fmt::print(stderr, "{}\n", printable(line)); });
+  } catch (Error& e) {
+    e.prepend(path);
+    throw;
+  }
+  return out;
+}
+
+}  // namespace
+
+int run_image_check(const Strings& arguments) {
+  po::variables_map values;
+  if (!parse_image_arguments(arguments, syntax(), values)) return 0;
+  const OutputFormat output = output_format(values);
+  const std::string path = host_path(one_file_name(values));
+  refuse_repair(values, path);
+  const FileAccess access{.locked = !is_set(values, "force-share"), .direct = wants_direct(values)};
+  const std::string format = text_value(values, "format");
+  ImageGraph graph;
+  const Outcome outcome =
+      graph.with_file(path, access, [&](block::Edge& file) { return check(file, path, format); });
+  if (!outcome.result) {
+    fmt::print(stderr, "minivmm: This image format does not support checks\n");
+    return kNoChecks;
+  }
+  const CheckResult& result = *outcome.result;
+  if (!is_set(values, "quiet")) {
+    fmt::print("{}", output == OutputFormat::kJson ? json_text(result, path, outcome.format)
+                                                   : human_text(result));
+  }
+  if (result.check_errors != 0) {
+    std::fflush(stdout);
+    fmt::print(stderr, "minivmm: Check failed\n");
+  }
+  return exit_status(result);
+}
+
+}  // namespace minivmm::cli

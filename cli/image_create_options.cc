@@ -1,0 +1,249 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/image_create_options.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <charconv>
+#include <utility>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+
+namespace minivmm::cli {
+
+using base::Error;
+using Kind = CreateOption::Kind;
+
+namespace {
+
+// In the order in which qemu-img prints them.
+constexpr CreateOption kQcow2Options[] = {
+    {"encryption", Kind::kBool, "", ""},
+    {"encrypt.format", Kind::kText, "", ""},
+    {"encrypt.key-secret", Kind::kText, "", ""},
+    {"encrypt.cipher-alg", Kind::kText, "", ""},
+    {"encrypt.cipher-mode", Kind::kText, "", ""},
+    {"encrypt.ivgen-alg", Kind::kText, "", ""},
+    {"encrypt.ivgen-hash-alg", Kind::kText, "", ""},
+    {"encrypt.hash-alg", Kind::kText, "", ""},
+    {"encrypt.iter-time", Kind::kNumber, "", ""},
+    {"cluster_size", Kind::kSize, "65536", "qcow2 cluster size"},
+    {"extended_l2", Kind::kBool, "off", ""},
+    {"preallocation", Kind::kText, "", "Preallocation mode (allowed values: off, metadata)"},
+    {"compression_type", Kind::kText, "zlib",
+     "Compression method used for image cluster compression (zlib, zstd)"},
+    {"size", Kind::kSize, "", "Virtual disk size"},
+    {"compat", Kind::kText, "", "Compatibility level (v2 [0.10] or v3 [1.1])"},
+    {"backing_file", Kind::kText, "", "File name of a base image"},
+    {"backing_fmt", Kind::kText, "", "Image format of the base image"},
+    {"data_file", Kind::kText, "", ""},
+    {"data_file_raw", Kind::kBool, "", ""},
+    {"lazy_refcounts", Kind::kBool, "off", "Postpone refcount updates"},
+    {"refcount_bits", Kind::kNumber, "16", "Width of a reference count entry in bits"},
+    {"nocow", Kind::kBool, "", ""},
+    {"extent_size_hint", Kind::kSize, "", ""},
+};
+
+constexpr CreateOption kRawOptions[] = {
+    {"size", Kind::kSize, "", "Virtual disk size"},
+    {"preallocation", Kind::kText, "", "Preallocation mode (allowed values: off, falloc, full)"},
+    {"nocow", Kind::kBool, "", ""},
+    {"extent_size_hint", Kind::kSize, "", ""},
+};
+
+struct Format {
+  std::string_view name;
+  std::span<const CreateOption> options;
+};
+
+constexpr Format kFormats[] = {{"qcow2", kQcow2Options}, {"raw", kRawOptions}};
+
+std::string_view kind_text(Kind kind) {
+  switch (kind) {
+    case Kind::kSize:
+      return "<size>";
+    case Kind::kNumber:
+      return "<num>";
+    case Kind::kBool:
+      return "<bool (on/off)>";
+    default:
+      return "<str>";
+  }
+}
+
+std::optional<uint64_t> parse_number(std::string_view text) {
+  uint64_t value = 0;
+  const char* end = text.data() + text.size();
+  const auto parsed = std::from_chars(text.data(), end, value, 10);
+  if (parsed.ec != std::errc() || parsed.ptr != end) return std::nullopt;
+  return value;
+}
+
+std::optional<bool> parse_bool(std::string_view text) {
+  for (const char* yes : {"on", "yes", "true", "y"}) {
+    if (text == yes) return true;
+  }
+  for (const char* no : {"off", "no", "false", "n"}) {
+    if (text == no) return false;
+  }
+  return std::nullopt;
+}
+
+// In qemu-img's words.
+void check_value(const CreateOption& option, const std::string& text) {
+  const auto wrong = [&](std::string_view expects) {
+    return Error(EINVAL, fmt::format("Parameter '{}' expects {}", option.name, expects));
+  };
+  if (option.kind == Kind::kNumber && !parse_number(text)) throw wrong("a number");
+  if (option.kind == Kind::kBool && !parse_bool(text)) throw wrong("'on' or 'off'");
+  if (option.kind == Kind::kSize) {
+    try {
+      (void)block::parse_size(text, option.name);
+    } catch (const Error&) {
+      throw wrong(
+          "a non-negative number below 2^64\n"
+          "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+          "and exabytes, respectively.");
+    }
+  }
+}
+
+// What is not supported may still be switched off.
+void check_supported(const CreateOption& option, const std::string& text, std::string_view format) {
+  if (!option.help.empty()) return;
+  if (option.kind == Kind::kBool && !*parse_bool(text)) return;
+  throw Error(ENOTSUP, fmt::format("option '{}={}' is not supported (see `minivmm image create -f "
+                                   "{} -o help` for those that are)",
+                                   option.name, text, format));
+}
+
+// "name=value" up to a single comma; doubled ones are undoubled.
+std::string take_piece(std::string_view& text) {
+  std::string piece;
+  size_t at = 0;
+  for (; at < text.size(); ++at) {
+    if (text[at] == ',') {
+      if (at + 1 >= text.size() || text[at + 1] != ',') break;
+      ++at;
+    }
+    piece.push_back(text[at]);
+  }
+  text.remove_prefix(std::min(at + 1, text.size()));
+  return piece;
+}
+
+}  // namespace
+
+CreateOptionList::CreateOptionList(std::string_view format) {
+  for (const Format& known : kFormats) {
+    if (known.name != format) continue;
+    format_ = known.name;
+    options_ = known.options;
+    return;
+  }
+  throw Error(EINVAL,
+              fmt::format("Unknown file format '{}' (qcow2 and raw can be created)", format));
+}
+
+bool CreateOptionList::asks_for_help(std::string_view text) {
+  while (!text.empty()) {
+    const std::string piece = take_piece(text);
+    if (piece == "help" || piece == "?") return true;
+  }
+  return false;
+}
+
+std::string CreateOptionList::help() const {
+  std::vector<const CreateOption*> sorted;
+  for (const CreateOption& option : options_) {
+    if (!option.help.empty()) sorted.push_back(&option);
+  }
+  std::sort(sorted.begin(), sorted.end(),
+            [](const auto* a, const auto* b) { return a->name < b->name; });
+  std::string out = fmt::format("Supported {} options:\n", format_);
+  for (const CreateOption* option : sorted) {
+    const std::string left = fmt::format("{}={}", option->name, kind_text(option->kind));
+    out += fmt::format("  {:<22} - {}\n", left, option->help);
+  }
+  return out;
+}
+
+const CreateOption& CreateOptionList::option(std::string_view name) const {
+  for (const CreateOption& known : options_) {
+    if (known.name == name) return known;
+  }
+  throw Error(EINVAL, fmt::format("Invalid parameter '{}'", name));
+}
+
+void CreateOptionList::parse(std::string_view text) {
+  std::string_view rest = text;
+  // As qemu-img: a list that ends in a comma is a mistake.
+  if (text.empty() || text.front() == ',' || (text.back() == ',' && !text.ends_with(",,"))) {
+    throw Error(EINVAL, fmt::format("Invalid option list: {}", text));
+  }
+  while (!rest.empty()) {
+    const std::string piece = take_piece(rest);
+    const size_t equals = piece.find('=');
+    if (equals == std::string::npos) {
+      if (option(piece).kind != Kind::kBool) {
+        throw Error(EINVAL, fmt::format("Parameter '{0}' has no value: write {0}=...", piece));
+      }
+      set(piece, "on");
+    } else {
+      set(piece.substr(0, equals), piece.substr(equals + 1));
+    }
+  }
+}
+
+void CreateOptionList::set(std::string_view name, std::string value) {
+  const CreateOption& known = option(name);
+  check_value(known, value);
+  check_supported(known, value, format_);
+  std::erase_if(values_, [&](const Value& v) { return v.option == &known; });
+  values_.push_back({&known, std::move(value)});
+}
+
+const CreateOptionList::Value* CreateOptionList::find(std::string_view name) const {
+  for (const Value& value : values_) {
+    if (value.option->name == name) return &value;
+  }
+  return nullptr;
+}
+
+std::string CreateOptionList::get(std::string_view name) const {
+  const Value* value = find(name);
+  return value != nullptr ? value->text : std::string();
+}
+
+std::optional<uint64_t> CreateOptionList::size() const {
+  const Value* value = find("size");
+  if (value == nullptr) return std::nullopt;
+  return block::parse_size(value->text, "size");
+}
+
+std::string CreateOptionList::formatted() const {
+  std::string out;
+  for (const CreateOption& known : options_) {
+    const Value* value = find(known.name);
+    std::string text(value != nullptr ? value->text : known.initial);
+    if (text.empty()) continue;
+    if (known.kind == Kind::kSize) text = fmt::format("{}", block::parse_size(text, known.name));
+    if (known.kind == Kind::kNumber) text = fmt::format("{}", *parse_number(text));
+    for (size_t at = text.find(','); at != std::string::npos; at = text.find(',', at + 2)) {
+      text.insert(at, 1, ',');
+    }
+    out += fmt::format("{}{}={}", out.empty() ? "" : " ", known.name, text);
+  }
+  return out;
+}
+
+block::Options CreateOptionList::for_driver() const {
+  block::Options out;
+  for (const Value& value : values_) {
+    if (!value.option->help.empty()) out.set(value.option->name, value.text);
+  }
+  return out;
+}
+
+}  // namespace minivmm::cli

@@ -1,0 +1,76 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/image_facts.h"
+
+#include <algorithm>
+#include <cerrno>
+
+#include <fmt/core.h>
+
+#include "base/buffer.h"
+#include "base/checked.h"
+#include "base/error.h"
+#include "block/formats/probe.h"
+#include "block/formats/qcow2/image_file.h"
+#include "block/formats/qcow2/listing.h"
+
+namespace minivmm::cli {
+
+using base::Error;
+
+std::string image_format(block::Edge& file, const std::string& path, const std::string& given) {
+  if (given == "qcow2" || given == "raw") return given;
+  if (!given.empty()) {
+    throw Error(EINVAL,
+                fmt::format("{}: Unknown driver '{}' (qcow2 and raw are supported)", path, given));
+  }
+  base::Buffer first(block::kProbeBytes);
+  file.read(0, first.io());
+  const auto bytes = first.span().first(std::min<uint64_t>(first.size(), file.size()));
+  std::string found(block::probe_format(bytes));
+  if (found == "qcow2" || found == "raw") return found;
+  throw Error(ENOTSUP,
+              fmt::format("{}: the file looks like {}, which is not supported (-f raw takes "
+                          "its bytes as they are)",
+                          path, found));
+}
+
+namespace {
+
+uint64_t actual_size(const block::Node& file) {
+  for (const auto& [name, value] : file.facts()) {
+    const auto* number = std::get_if<uint64_t>(&value);
+    if (name == "actual-size" && number != nullptr) return *number;
+  }
+  return 0;
+}
+
+// Fiber.
+ImageFacts inspect(block::Edge& file, const std::string& path, const std::string& format) {
+  ImageFacts out;
+  out.path = path;
+  out.format = image_format(file, path, format);
+  out.actual_size = actual_size(file.node());
+  // Raw sizes in whole sectors, as qemu-img states them.
+  out.virtual_size = base::align_up<uint64_t>(file.size(), 512);
+  if (out.format != "qcow2") return out;
+  try {
+    out.qcow2 = block::qcow2::read_header(file);
+    out.snapshots = block::qcow2::read_snapshots(file, *out.qcow2);
+    out.bitmaps = block::qcow2::read_bitmaps(file, *out.qcow2);
+  } catch (Error& e) {
+    e.prepend(path);
+    throw;
+  }
+  out.virtual_size = out.qcow2->size;
+  return out;
+}
+
+}  // namespace
+
+ImageFacts inspect_image(ImageGraph& graph, const std::string& path, const std::string& format,
+                         FileAccess access) {
+  return graph.with_file(path, access,
+                         [&](block::Edge& file) { return inspect(file, path, format); });
+}
+
+}  // namespace minivmm::cli

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an image file says of itself, read from its metadata without opening anything that it
+// names and without the format's driver: so it works for images that the driver refuses.
+#pragma once
+
+#include <string>
+
+#include <cstdint>
+#include <optional>
+#include <vector>
+
+#include "block/formats/qcow2/header.h"
+#include "block/formats/qcow2/tables.h"
+#include "cli/image_graph.h"
+
+namespace minivmm::cli {
+
+struct ImageFacts {
+  std::string path;
+  std::string format;
+  uint64_t virtual_size = 0;
+  uint64_t actual_size = 0;  // what the file takes of its file system
+  std::optional<block::qcow2::Header> qcow2;
+  std::vector<block::qcow2::SnapshotEntry> snapshots;
+  std::vector<block::qcow2::BitmapEntry> bitmaps;
+
+  bool has_backing() const noexcept { return qcow2 && qcow2->has_backing; }
+  // Where the recorded name leads. Not opened, perhaps not there.
+  std::string full_backing_path() const { return path_from_image(path, qcow2->backing_file); }
+};
+
+// The format to take a file for: `given`, or what its first bytes look like. Throws EINVAL for a
+// format that is not supported. Fiber.
+std::string image_format(block::Edge& file, const std::string& path, const std::string& given);
+
+// Throws base::Error that begins with the path.
+ImageFacts inspect_image(ImageGraph& graph, const std::string& path, const std::string& format,
+                         FileAccess access);
+
+}  // namespace minivmm::cli

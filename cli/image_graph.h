@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a short command on image files needs to run: one event loop and a graph. Owned by the
+// command's function; used from its thread, which waits while a fiber of the loop works.
+#pragma once
+
+#include <string>
+
+#include <memory>
+#include <type_traits>
+#include <utility>
+
+#include "base/event_loop_inl.h"
+#include "base/loop_group.h"
+#include "block/graph/edge.h"
+#include "block/graph/graph.h"
+
+namespace minivmm::cli {
+
+struct FileAccess {
+  bool writable = false;
+  // Unlocked, a file that others write to can be read (qemu-img's -U).
+  bool locked = true;
+  bool direct = false;
+};
+
+class ImageGraph {
+ public:
+  explicit ImageGraph(block::OpenPolicy policy = {});
+  ImageGraph(const ImageGraph&) = delete;
+  ImageGraph& operator=(const ImageGraph&) = delete;
+  ~ImageGraph();
+
+  const block::OpenPolicy& policy() const noexcept { return graph_->policy(); }
+
+  // Opens the host file `path` alone, without its format, calls body(edge) on a fiber, and closes
+  // the file, reporting what that finds. Returns what `body` does.
+  template <typename Body>
+  auto with_file(const std::string& path, FileAccess access, Body&& body)
+      -> std::invoke_result_t<Body, block::Edge&>;
+
+ private:
+  // Fiber. The file while `body` runs.
+  class OpenFile {
+   public:
+    OpenFile(block::Graph& graph, const std::string& path, FileAccess access);
+    ~OpenFile();
+    OpenFile(const OpenFile&) = delete;
+    OpenFile& operator=(const OpenFile&) = delete;
+    block::Edge& edge() noexcept { return *edge_; }
+    void close();
+
+   private:
+    block::Graph& graph_;
+    std::string node_name_;
+    std::unique_ptr<block::Edge> edge_;
+  };
+
+  base::LoopGroup loops_;
+  std::unique_ptr<block::Graph> graph_;
+};
+
+template <typename Body>
+auto ImageGraph::with_file(const std::string& path, FileAccess access, Body&& body)
+    -> std::invoke_result_t<Body, block::Edge&> {
+  return loops_.loop(0).call("image command", [&] {
+    OpenFile file(*graph_, path, access);
+    if constexpr (std::is_void_v<std::invoke_result_t<Body, block::Edge&>>) {
+      body(file.edge());
+      file.close();
+    } else {
+      auto result = body(file.edge());
+      file.close();
+      return result;
+    }
+  });
+}
+
+// The path behind a file name as qemu-img reads it: "file:" in front is dropped. Throws EINVAL for
+// other protocols ("nbd:...") and for an empty name.
+std::string host_path(const std::string& file_name);
+
+// Where a name recorded in `image` leads: relative names start from the image's own directory.
+std::string path_from_image(const std::string& image, const std::string& reference);
+
+}  // namespace minivmm::cli

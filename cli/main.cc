@@ -1,0 +1,82 @@
+// SPDX-License-Identifier: Apache-2.0
+// The `minivmm` command: finds the subcommand, runs it, turns errors into text and a status.
+#include <string>
+#include <string_view>
+
+#include <csignal>
+#include <cstdio>
+#include <exception>
+#include <vector>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "cli/command.h"
+
+namespace minivmm::cli {
+namespace {
+
+constexpr Command kCommands[] = {
+    {"boot", "run a guest on disks, and serve the same disks over NBD and FUSE", &run_boot},
+    {"serve", "serve disks over NBD and FUSE without a guest", &run_serve},
+    {"image", "create, inspect and check disk images (qemu-img's arguments)", &run_image},
+    {"check-host", "what this machine offers, and what to do about what it lacks", &run_check_host},
+};
+
+void print_help(std::FILE* to) {
+  fmt::print(to,
+             "minivmm serves one live graph of disk images to a KVM guest, to NBD clients and to\n"
+             "host tools at the same time.\n\n"
+             "Usage: minivmm COMMAND [options]\n\nCommands:\n");
+  for (const Command& command : kCommands) {
+    fmt::print(to, "  {:<12} {}\n", command.name, command.summary);
+  }
+  fmt::print(to,
+             "\n`minivmm COMMAND --help` teaches each one. `minivmm --version` prints the "
+             "version.\n\nA first try:\n"
+             "  minivmm image create -f qcow2 disk.qcow2 1G\n"
+             "  minivmm serve --disk disk.qcow2 --nbd 'nbd+unix:///?socket=m.sock' "
+             "--export disk0,writable\n");
+}
+
+int dispatch(const std::vector<std::string>& arguments) {
+  if (arguments.empty()) {
+    print_help(stderr);
+    return 1;
+  }
+  const std::string& first = arguments[0];
+  if (first == "--help" || first == "-h" || first == "help") {
+    print_help(stdout);
+    return 0;
+  }
+  if (first == "--version" || first == "-V" || first == "version") {
+    fmt::print("minivmm {}\n", MINIVMM_VERSION);
+    return 0;
+  }
+  for (const Command& command : kCommands) {
+    if (command.name == first) return command.run({arguments.begin() + 1, arguments.end()});
+  }
+  throw UsageError{fmt::format("unknown command '{}'", first)};
+}
+
+}  // namespace
+
+std::span<const Command> commands() { return kCommands; }
+
+int guarded_main(const std::vector<std::string>& arguments) {
+  // Peers that go away are errors of a write, not the end of the process.
+  std::signal(SIGPIPE, SIG_IGN);
+  try {
+    return dispatch(arguments);
+  } catch (const UsageError& e) {
+    fmt::print(stderr, "minivmm: {}\nTry 'minivmm --help' or 'minivmm COMMAND --help'.\n",
+               e.message);
+  } catch (const std::exception& e) {
+    fmt::print(stderr, "minivmm: {}\n", e.what());
+  }
+  return 1;
+}
+
+}  // namespace minivmm::cli
+
+int main(int argc, char** argv) { return minivmm::cli::guarded_main({argv + 1, argv + argc}); }
