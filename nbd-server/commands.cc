@@ -2,6 +2,7 @@
 #include "nbd-server/commands.h"
 
 #include <algorithm>
+#include <cerrno>
 #include <cstring>
 #include <exception>
 
@@ -80,8 +81,10 @@ bool Commands::run_one(Request& request) noexcept {
   } catch (...) {
     const auto error = std::current_exception();
     const int err = base::errno_of(error);
+    // A zeroing that would not be fast is an answer, not a failure.
+    const bool expected = err == EOPNOTSUPP && request.has(wire::kFastZero);
     try {
-      log_failure(request, *agreed_.target, base::text_of(error));
+      if (!expected) log_failure(request, *agreed_.target, base::text_of(error));
       // The full text names files of this host: it is for the log.
       fail(request, wire::error_code(err),
            fmt::format("{} of {} bytes at {}: {}", wire::command_name(request.command()),

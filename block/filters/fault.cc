@@ -62,9 +62,9 @@ std::shared_ptr<Node> open_fault(Graph& graph, const NodeConfig& config, Options
   rule.length = options.take_size("length").value_or(~uint64_t{0});
   rule.after = options.take_uint("after", 0, 0, UINT64_MAX);
   rule.count = options.take_uint("count", 0, 0, UINT64_MAX);
-  constexpr int kErrnos[] = {EIO, ENOSPC, EACCES, EDQUOT, ETIMEDOUT, ENOMEM, 0};
+  constexpr int kErrnos[] = {EIO, ENOSPC, EACCES, EDQUOT, ETIMEDOUT, ENOMEM, ENOTSUP, 0};
   rule.err = kErrnos[options.take_choice(
-      "errno", {"EIO", "ENOSPC", "EACCES", "EDQUOT", "ETIMEDOUT", "ENOMEM", "none"}, 0)];
+      "errno", {"EIO", "ENOSPC", "EACCES", "EDQUOT", "ETIMEDOUT", "ENOMEM", "ENOTSUP", "none"}, 0)];
   rule.delay = std::chrono::nanoseconds(
       static_cast<int64_t>(options.take_uint("delay-ns", 0, 0, 3'600'000'000'000)));
   auto file = graph.open_child(options, "file", config.read_only);

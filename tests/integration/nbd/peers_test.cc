@@ -1,0 +1,225 @@
+// SPDX-License-Identifier: Apache-2.0
+// Other programs' clients against our server. What they say counts, not what we think we sent.
+#include <signal.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <chrono>
+#include <filesystem>
+#include <fstream>
+#include <memory>
+#include <random>
+#include <sstream>
+#include <thread>
+
+#include <gtest/gtest.h>
+
+#include "process.h"
+
+#define SKIP_WITHOUT(program) \
+  if (!have(program)) GTEST_SKIP() << program << " is not installed"
+
+namespace minivmm::nbd {
+namespace {
+
+constexpr size_t kSize = 64 << 20;
+
+class Peers : public testing::Test {
+ protected:
+  Peers() {
+    std::string name = testing::TempDir() + "nbd_peers_XXXXXX";
+    directory_ = ::mkdtemp(name.data());
+    // A megabyte of noise, a hole, and noise at the end.
+    std::mt19937_64 random(7);
+    std::ofstream file(path("disk.raw"), std::ios::binary);
+    const auto noise = [&](size_t bytes) {
+      for (size_t i = 0; i < bytes; i += 8) {
+        const uint64_t v = random();
+        file.write(reinterpret_cast<const char*>(&v), 8);
+      }
+    };
+    noise(1 << 20);
+    file.seekp(kSize - (2 << 20));
+    noise(2 << 20);
+  }
+  ~Peers() override {
+    if (server_) {
+      server_->signal(SIGTERM);
+      EXPECT_EQ(server_->wait(10), 0) << server_->output();
+      EXPECT_FALSE(std::filesystem::exists(path("m.sock")));
+    }
+    std::filesystem::remove_all(directory_);
+  }
+
+  std::string path(const std::string& name) const { return directory_ + "/" + name; }
+  std::string uri(const std::string& name) const {
+    return "nbd+unix:///" + name + "?socket=" + path("m.sock");
+  }
+  // Exports "disk" (the file, writable), "ro" (another, read-only) and "mem".
+  void serve(std::vector<std::string> extra = {}) {
+    std::filesystem::copy_file(path("disk.raw"), path("ro.raw"),
+                               std::filesystem::copy_options::overwrite_existing);
+    std::vector<std::string> arguments = {NBD_SERVE, "--loops=2",
+                                          "--listen=nbd+unix:///?socket=" + path("m.sock")};
+    arguments.insert(arguments.end(), extra.begin(), extra.end());
+    arguments.insert(arguments.end(), {"ro=driver=file,filename=" + path("ro.raw"), "-w",
+                                       "disk=driver=file,filename=" + path("disk.raw"),
+                                       "mem=driver=memory,size=64M"});
+    server_ = std::make_unique<Process>(arguments, path("log"));
+  }
+  // A command that must succeed; returns its output.
+  std::string must(const std::string& command) {
+    const Outcome outcome = run(command);
+    EXPECT_EQ(outcome.status, 0) << command << "\n" << outcome.output;
+    return outcome.output;
+  }
+  std::string sum(const std::string& file) { return must("sha256sum < " + file); }
+
+  std::string directory_;
+  std::unique_ptr<Process> server_;
+};
+
+void expect_in(const std::string& text, const std::string& part) {
+  EXPECT_NE(text.find(part), std::string::npos) << part << " is not in\n" << text;
+}
+
+TEST_F(Peers, NbdinfoSeesWhatIsOffered) {
+  SKIP_WITHOUT("nbdinfo");
+  serve();
+  const std::string info = must("nbdinfo \"" + uri("disk") + "\"");
+  for (const char* const part :
+       {"export-size: 67108864", "is_read_only: false", "can_multi_conn: true", "can_fua: true",
+        "can_trim: true", "can_zero: true", "can_fast_zero: true", "can_cache: true",
+        "can_df: true", "block_size_minimum: 1", "block_size_maximum: 33554432",
+        "using structured packets"}) {
+    expect_in(info, part);
+  }
+  expect_in(must("nbdinfo \"" + uri("ro") + "\""), "is_read_only: true");
+  const std::string list = must("nbdinfo --list \"" + uri("") + "\"");
+  for (const char* const name : {"\"disk\"", "\"ro\"", "\"mem\""}) expect_in(list, name);
+  EXPECT_NE(run("nbdinfo \"" + uri("nosuch") + "\"").status, 0);
+}
+
+TEST_F(Peers, NbdinfoMapsDataAndHoles) {
+  SKIP_WITHOUT("nbdinfo");
+  serve();
+  const std::string map = must("nbdinfo --map --totals \"" + uri("disk") + "\"");
+  expect_in(map, "3145728");   // data
+  expect_in(map, "63963136");  // hole,zero
+  expect_in(map, "hole,zero");
+}
+
+TEST_F(Peers, NbdcopyReadsAndWritesWithFourConnections) {
+  SKIP_WITHOUT("nbdcopy");
+  serve();
+  const std::string original = sum(path("disk.raw"));
+  must("nbdcopy --connections=4 --requests=32 \"" + uri("disk") + "\" " + path("out.raw"));
+  EXPECT_EQ(sum(path("out.raw")), original);
+  must("nbdcopy --connections=4 --flush " + path("disk.raw") + " \"" + uri("mem") + "\"");
+  must("nbdcopy --request-size=4096 \"" + uri("mem") + "\" " + path("back.raw"));
+  EXPECT_EQ(sum(path("back.raw")), original);
+}
+
+TEST_F(Peers, QemuImgConvertsMapsAndCompares) {
+  SKIP_WITHOUT("qemu-img");
+  serve();
+  const std::string here = "\"" + uri("disk") + "\"";
+  expect_in(must("qemu-img info " + here), "virtual size: 64 MiB");
+  must("qemu-img convert -f raw -O qcow2 " + here + " " + path("out.qcow2"));
+  expect_in(must("qemu-img compare " + path("out.qcow2") + " " + here), "Images are identical");
+  // The hole was told, not read: qcow2 did not grow by it.
+  EXPECT_LT(std::filesystem::file_size(path("out.qcow2")), size_t{8} << 20);
+  must("qemu-img convert -n -f qcow2 -O raw " + path("out.qcow2") + " \"" + uri("mem") + "\"");
+  expect_in(must("qemu-img compare -f raw -F raw " + here + " \"" + uri("mem") + "\""),
+            "Images are identical");
+  expect_in(must("qemu-img map --output=json -f raw " + here), "\"zero\": true, \"data\": false");
+}
+
+TEST_F(Peers, QemuIoDoesEverythingThatItCan) {
+  SKIP_WITHOUT("qemu-io");
+  serve();
+  const std::string out = must(
+      "qemu-io -f raw -c \"write -P 0xab 4095 70000\" -c \"read -P 0xab 4095 70000\" "
+      "-c \"write -z 8192 8192\" -c \"read -P 0 8192 8192\" -c \"write -z -u 65536 65536\" "
+      "-c \"read -P 0 65536 65536\" -c \"write -f -P 0x11 1M 64k\" -c \"read -P 0x11 1M 64k\" "
+      "-c \"discard 2M 1M\" -c \"aio_write -P 5 3M 1M\" -c \"aio_write -P 6 4M 1M\" "
+      "-c aio_flush -c \"read -P 5 3M 1M\" -c \"read -P 6 4M 1M\" -c flush \"" +
+      uri("disk") + "\"");
+  EXPECT_EQ(out.find("verification failed"), std::string::npos) << out;
+  EXPECT_EQ(out.find("rror"), std::string::npos) << out;
+  // Another connection sees it; a read-only export takes nothing.
+  EXPECT_EQ(must("qemu-io -f raw -c \"read -P 6 4M 1M\" \"" + uri("disk") + "\"").find("failed"),
+            std::string::npos);
+  EXPECT_NE(run("qemu-io -f raw -c \"write 0 512\" \"" + uri("ro") + "\"").status, 0);
+}
+
+TEST_F(Peers, NbdClientListsTheExports) {
+  SKIP_WITHOUT("nbd-client");
+  serve();
+  const std::string list = must("/usr/sbin/nbd-client -l -unix " + path("m.sock"));
+  for (const char* const name : {"disk", "ro", "mem"}) expect_in(list, name);
+}
+
+TEST_F(Peers, FioVerifiesWhatItWritesOnFourConnections) {
+  SKIP_WITHOUT("fio");
+  serve();
+  const Outcome outcome =
+      run("fio --name=v --ioengine=nbd --uri=\"" + uri("disk") +
+          "\" --rw=randwrite --bsrange=512-128k --bs_unaligned=0 --iodepth=16 --size=16M "
+          "--numjobs=4 --offset_increment=16M --verify=crc32c --do_verify=1 --thread "
+          "--group_reporting");
+  if (outcome.output.find("engine nbd not loadable") != std::string::npos ||
+      outcome.output.find("failed to load engine") != std::string::npos) {
+    GTEST_SKIP() << "this fio has no nbd engine";
+  }
+  EXPECT_EQ(outcome.status, 0) << outcome.output;
+  expect_in(outcome.output, "err= 0");
+}
+
+TEST_F(Peers, TcpOverBothFamiliesAndTheEpollLoop) {
+  SKIP_WITHOUT("nbdcopy");
+  serve({"--epoll", "--listen=nbd://127.0.0.1:0", "--listen=nbd://[::1]:0"});
+  const std::string original = sum(path("disk.raw"));
+  std::istringstream lines(server_->output());
+  int seen = 0;
+  for (std::string line; std::getline(lines, line);) {
+    if (!line.starts_with("nbd://") || !line.ends_with("/disk")) continue;
+    ++seen;
+    must("nbdcopy --connections=4 \"" + line + "\" " + path("out.raw"));
+    EXPECT_EQ(sum(path("out.raw")), original) << line;
+  }
+  EXPECT_EQ(seen, 2) << server_->output();
+}
+
+TEST_F(Peers, AKilledServersSocketDoesNotBlockTheNext) {
+  SKIP_WITHOUT("nbdinfo");
+  serve();
+  server_->signal(SIGKILL);
+  EXPECT_EQ(server_->wait(10), 128 + SIGKILL);
+  EXPECT_TRUE(std::filesystem::exists(path("m.sock")));
+  serve();
+  must("nbdinfo --size \"" + uri("disk") + "\"");
+}
+
+TEST_F(Peers, ASignalEndsTheServerUnderLoad) {
+  SKIP_WITHOUT("nbdcopy");
+  serve();
+  Outcome copy;
+  std::thread load([&] {
+    copy = run("while nbdcopy --connections=4 \"" + uri("disk") + "\" null:; do :; done");
+  });
+  ::usleep(500'000);
+  server_->signal(SIGUSR1);
+  ::usleep(100'000);
+  server_->signal(SIGTERM);
+  const auto begin = std::chrono::steady_clock::now();
+  EXPECT_EQ(server_->wait(10), 0) << server_->output();
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, std::chrono::seconds(5));
+  load.join();
+  expect_in(server_->output(), "NBD export 'disk'");
+  server_.reset();
+}
+
+}  // namespace
+}  // namespace minivmm::nbd

@@ -1,0 +1,94 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "process.h"
+
+#include <fcntl.h>
+#include <signal.h>
+#include <sys/wait.h>
+#include <unistd.h>
+
+#include <array>
+#include <cstdio>
+#include <fstream>
+#include <iterator>
+
+#include <gtest/gtest.h>
+
+namespace minivmm::nbd {
+namespace {
+
+int status_of(int wait_status) {
+  return WIFEXITED(wait_status) ? WEXITSTATUS(wait_status) : 128 + WTERMSIG(wait_status);
+}
+
+}  // namespace
+
+Outcome run(const std::string& command) {
+  Outcome out;
+  std::FILE* const pipe = ::popen(("timeout 120 bash -c '" + command + "' 2>&1").c_str(), "re");
+  if (pipe == nullptr) return out;
+  std::array<char, 4096> buffer;
+  while (const size_t n = std::fread(buffer.data(), 1, buffer.size(), pipe)) {
+    out.output.append(buffer.data(), n);
+  }
+  out.status = status_of(::pclose(pipe));
+  return out;
+}
+
+bool have(const std::string& program) {
+  return run("PATH=$PATH:/usr/sbin:/sbin command -v " + program).status == 0;
+}
+
+Process::Process(const std::vector<std::string>& arguments, std::string log)
+    : log_(std::move(log)) {
+  std::vector<char*> argv;
+  for (const std::string& each : arguments) argv.push_back(const_cast<char*>(each.c_str()));
+  argv.push_back(nullptr);
+  const int fd = ::open(log_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
+  pid_ = ::fork();
+  if (pid_ == 0) {
+    ::dup2(fd, 1);
+    ::dup2(fd, 2);
+    ::execv(argv[0], argv.data());
+    ::_exit(127);
+  }
+  ::close(fd);
+  for (int i = 0; i < 1000; ++i) {
+    if (output().find("\nready\n") != std::string::npos) return;
+    int status = 0;
+    if (::waitpid(pid_, &status, WNOHANG) == pid_) {
+      pid_ = -1;
+      break;
+    }
+    ::usleep(10'000);
+  }
+  ADD_FAILURE() << arguments[0] << " did not get ready: " << output();
+}
+
+Process::~Process() {
+  if (pid_ < 0) return;
+  ::kill(pid_, SIGKILL);
+  ::waitpid(pid_, nullptr, 0);
+}
+
+void Process::signal(int number) const {
+  if (pid_ > 0) ::kill(pid_, number);
+}
+
+int Process::wait(int seconds) {
+  for (int i = 0; i < seconds * 100 && pid_ > 0; ++i) {
+    int status = 0;
+    if (::waitpid(pid_, &status, WNOHANG) == pid_) {
+      pid_ = -1;
+      return status_of(status);
+    }
+    ::usleep(10'000);
+  }
+  return -1;
+}
+
+std::string Process::output() const {
+  std::ifstream file(log_);
+  return {std::istreambuf_iterator<char>(file), {}};
+}
+
+}  // namespace minivmm::nbd

@@ -1,0 +1,77 @@
+// SPDX-License-Identifier: Apache-2.0
+// A server over a graph on two loops, and clients by socketpair.
+#pragma once
+
+#include <string>
+#include <sys/socket.h>
+
+#include <memory>
+
+#include <gtest/gtest.h>
+
+#include "base/error.h"
+#include "base/loop_group.h"
+#include "block/graph/graph.h"
+#include "client.h"
+#include "nbd-server/server.h"
+
+namespace minivmm::nbd {
+
+class ServerTest : public testing::Test {
+ protected:
+  explicit ServerTest(ServerOptions options = {}) : server_(std::in_place, loops_, options) {}
+  ~ServerTest() override {
+    loops_.loop(0).call("stop", [&] {
+      if (server_) {
+        EXPECT_EQ(server_->stop(base::Clock::now() + std::chrono::seconds(10)),
+                  std::vector<std::string>());
+      }
+      server_.reset();
+      graph_.close();
+    });
+  }
+
+  template <typename Body>
+  auto on_fiber(Body&& body) {
+    return loops_.loop(0).call("test", std::forward<Body>(body));
+  }
+
+  // Opens a node ("driver=memory,size=1M") and exports it under `name`.
+  void add(const std::string& name, const std::string& keys, bool writable = true,
+           const std::string& description = {}) {
+    on_fiber([&] {
+      block::Options options = block::Options::from_keys(keys);
+      options.set("node-name", "node" + std::to_string(++nodes_));
+      const auto node = graph_.add(std::move(options));
+      server_->add_export(name,
+                          graph_.attach(node->name(), "NBD export '" + name + "'",
+                                        block::Permissions::front_end(writable)),
+                          {.description = description, .writable = writable});
+    });
+  }
+
+  Client connect() {
+    int pair[2] = {-1, -1};
+    EXPECT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
+    server_->serve(base::UniqueFd(pair[0]));
+    return Client(base::UniqueFd(pair[1]));
+  }
+
+  base::LoopGroup loops_{2};
+  block::Graph graph_;
+  std::optional<Server> server_;
+  int nodes_ = 0;
+};
+
+// The errno of the base::Error that `body` throws; 0 if it throws none.
+template <typename Body>
+int error_number(Body&& body) {
+  try {
+    body();
+  } catch (const base::Error& e) {
+    return e.err();
+  }
+  return 0;
+}
+
+}  // namespace minivmm::nbd

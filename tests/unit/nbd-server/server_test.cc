@@ -1,0 +1,252 @@
+// SPDX-License-Identifier: Apache-2.0
+// The server as a whole: memory, slow readers, many clients, the end.
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "base/io.h"
+#include "fixture.h"
+#include "nbd-server/budget.h"
+
+namespace minivmm::nbd {
+namespace {
+
+using std::chrono::milliseconds;
+constexpr uint16_t kRead = 0, kWrite = 1;
+
+class ServerLife : public ServerTest {};
+
+TEST_F(ServerLife, ExportsAreCheckedWhenTheyAreAdded) {
+  add("disk", "driver=memory,size=1M,read-only=off");
+  EXPECT_EQ(error_number([&] { add("disk", "driver=memory,size=1M"); }), EEXIST);
+  EXPECT_EQ(error_number([&] { add(std::string(5000, 'x'), "driver=memory,size=1M"); }), EINVAL);
+  EXPECT_EQ(error_number([&] { add(std::string("a\0b", 3), "driver=memory,size=1M"); }), EINVAL);
+  on_fiber([&] {
+    graph_.add(block::Options::from_keys("driver=memory,size=1M,node-name=m"));
+    block::Handle handle = graph_.attach("m", "test", block::Permissions::front_end(false));
+    EXPECT_EQ(error_number([&] {
+                server_->add_export("w", std::move(handle), {.description = {}, .writable = true});
+              }),
+              EROFS);
+    // It was taken over and given up: what is left is no handle.
+    EXPECT_EQ(error_number([&] { server_->add_export("none", std::move(handle)); }), EINVAL);
+  });
+}
+
+TEST_F(ServerLife, DescribesItsClients) {
+  add("disk", "driver=memory,size=1M");
+  Client client = connect();
+  client.enter("disk");
+  client.read(0, 512);
+  const auto lines = server_->describe();
+  EXPECT_TRUE(std::any_of(lines.begin(), lines.end(), [](const std::string& line) {
+    return line.find("of 'disk': 0 requests in flight, 1 done, 0 errors") != line.npos;
+  })) << testing::PrintToString(lines);
+}
+
+TEST_F(ServerLife, StopFinishesWhatIsInFlight) {
+  add("slow", "driver=null,size=1M,latency-ns=200000000");
+  Client client = connect();
+  client.enter("slow");
+  client.send(client.request(kRead, 1, 0, 512));
+  ::usleep(50'000);
+  on_fiber([&] {
+    EXPECT_TRUE(server_->stop(base::Clock::now() + std::chrono::seconds(10)).empty());
+    EXPECT_TRUE(server_->stop(base::Clock::now()).empty());
+  });
+  EXPECT_EQ(client.simple(512).error, 0u);
+  EXPECT_TRUE(client.closed());
+  EXPECT_EQ(error_number([&] { add("late", "driver=memory,size=1M"); }), ESHUTDOWN);
+}
+
+TEST_F(ServerLife, StopNamesWhatItHadToCutOff) {
+  add("slow", "driver=null,size=1M,latency-ns=1500000000");
+  Client client = connect();
+  client.enter("slow");
+  client.send(client.request(kRead, 1, 0, 512));
+  ::usleep(50'000);
+  on_fiber([&] {
+    const auto lines = server_->stop(base::Clock::now() + milliseconds(50));
+    ASSERT_EQ(lines.size(), 1u);
+    EXPECT_NE(lines[0].find("of 'slow': 1 requests in flight"), std::string::npos) << lines[0];
+  });
+  EXPECT_TRUE(client.closed());
+}
+
+TEST_F(ServerLife, StopDoesNotWaitForAClientThatReadsNothing) {
+  add("disk", "driver=memory,size=64M");
+  Client client = connect();
+  client.enter("disk");
+  for (uint64_t i = 0; i < 8; ++i) client.send(client.request(kRead, i, 0, 4 << 20));
+  ::usleep(100'000);
+  on_fiber([&] {
+    const auto begin = base::Clock::now();
+    (void)server_->stop(begin + milliseconds(300));
+    EXPECT_LT(base::Clock::now() - begin, std::chrono::seconds(3));
+  });
+}
+
+TEST_F(ServerLife, ADestroyedServerCutsItsClients) {
+  add("disk", "driver=memory,size=1M");
+  Client client = connect();
+  client.enter("disk");
+  Client shaking = connect();
+  shaking.greet();
+  server_.reset();
+  EXPECT_TRUE(client.closed());
+  EXPECT_TRUE(shaking.closed());
+}
+
+TEST_F(ServerLife, ClientsComeAndGo) {
+  add("disk", "driver=memory,size=1M");
+  for (int i = 0; i < 1000; ++i) {
+    Client client = connect();
+    if (i % 3 == 0) continue;
+    client.enter("disk");
+    if (i % 3 == 1) client.send(client.request(kRead, 1, 0, 65536));
+  }
+  Client client = connect();
+  client.enter("disk");
+  EXPECT_EQ(client.read(0, 512).size(), 512u);
+}
+
+// Requests for 256 MiB, of which at most the budget is ever held; afterwards all of them come.
+class SmallMemory : public ServerTest {
+ protected:
+  SmallMemory() : ServerTest({.memory = 1, .connection_memory = 1}) {
+    add("disk", "driver=null,size=1G");
+  }
+  uint64_t used() {
+    for (const std::string& line : server_->describe()) {
+      const auto at = line.find("memory: ");
+      if (at != line.npos) return std::stoull(line.substr(at + 8));
+    }
+    ADD_FAILURE();
+    return 0;
+  }
+};
+
+TEST_F(SmallMemory, AClientThatDoesNotReadHoldsOnlyItsShare) {
+  Client client = connect();
+  client.enter("disk");
+  constexpr uint64_t kCount = 64;
+  for (uint64_t i = 0; i < kCount; ++i) {
+    client.send(client.request(kRead, i, i * (8 << 20), 4 << 20));
+  }
+  ::usleep(100'000);
+  EXPECT_LE(used(), uint64_t{34} << 20);
+  // Nobody else suffers.
+  Client other = connect();
+  other.enter("disk");
+  EXPECT_EQ(other.read(0, 1 << 20).size(), 1u << 20);
+  for (uint64_t i = 0; i < kCount; ++i) EXPECT_EQ(client.simple(4 << 20).error, 0u);
+  // And nothing stays taken.
+  for (int i = 0; i < 100 && used() != 0; ++i) ::usleep(10'000);
+  EXPECT_EQ(used(), 0u);
+}
+
+TEST_F(SmallMemory, ManySmallRepliesThatNobodyReadsAreBoundedToo) {
+  Client client = connect();
+  client.enter("disk", true);
+  // Errors cost the client nothing; they must not cost the server without bound either.
+  std::thread flood([&] {
+    Bytes batch;
+    for (uint64_t i = 0; i < 1000; ++i) batch = join({batch, client.request(9, i, 0, 0)});
+    for (int i = 0; i < 200; ++i) client.send(batch);
+  });
+  ::usleep(200'000);
+  EXPECT_LE(used(), uint64_t{34} << 20);
+  for (int i = 0; i < 200'000; ++i) {
+    if (client.chunk().error != 22) break;
+    if (HasFailure()) break;
+  }
+  flood.join();
+}
+
+class Impatient : public ServerTest {
+ protected:
+  Impatient()
+      : ServerTest({.idle_limit = milliseconds(200),
+                    .memory = 1,
+                    .connection_memory = 1,
+                    .stall_limit = milliseconds(1)}) {
+    add("disk", "driver=null,size=1G");
+  }
+};
+
+TEST_F(Impatient, SilentClientsAreCutOff) {
+  Client client = connect();
+  client.enter("disk");
+  EXPECT_TRUE(client.closed());
+}
+
+// Two hold all memory and read nothing; a third comes through because they are given up.
+TEST_F(Impatient, ClientsThatStallAreCutOffWhenOthersNeedTheirMemory) {
+  Client hogs[] = {connect(), connect()};
+  for (Client& hog : hogs) {
+    hog.enter("disk");
+    hog.send(hog.request(kRead, 1, 0, 32 << 20));
+    hog.send(hog.request(kRead, 2, 0, 32 << 20));
+  }
+  ::usleep(100'000);
+  Client client = connect();
+  client.enter("disk");
+  EXPECT_EQ(client.read(0, 32 << 20).size(), 32u << 20);
+}
+
+TEST(Budgets, AreHandedOutInOrderAndTakenBackWhenCancelled) {
+  base::LoopGroup loops(1);
+  Budget budget(100);
+  std::string order;
+  base::CancelSource never;
+  base::CancelSource cancel;
+  base::WaitGroup group;
+  loops.loop(0).call("test", [&] {
+    ASSERT_TRUE(budget.try_acquire(90));
+    group.add(3);
+    loops.loop(0).spawn("large", [&] {
+      EXPECT_FALSE(budget.acquire(80, cancel));
+      order += "c";
+      group.done();
+    });
+    loops.loop(0).spawn("second", [&] {
+      EXPECT_TRUE(budget.acquire(20, never));
+      order += "2";
+      group.done();
+    });
+    loops.loop(0).spawn("third", [&] {
+      EXPECT_TRUE(budget.acquire(5, never));
+      order += "3";
+      group.done();
+    });
+    base::io::sleep_for(milliseconds(1));
+    EXPECT_TRUE(budget.contended());
+    EXPECT_FALSE(budget.try_acquire(1));  // ten are free, but others were first
+    budget.release(20);
+    base::io::sleep_for(milliseconds(1));
+    EXPECT_EQ(order, "");  // the large one is not overtaken
+    cancel.cancel();
+    group.wait();
+    EXPECT_EQ(order, "c23");
+    EXPECT_EQ(budget.used(), 95u);
+    budget.release(95);
+    EXPECT_FALSE(budget.contended());
+  });
+}
+
+TEST(Budgets, AnAccountKeepsNothingThatItDoesNotUseWhileItsClientWaits) {
+  Budget budget(1 << 20);
+  Account account(budget, 512 << 10);
+  EXPECT_TRUE(account.try_take(1000));
+  EXPECT_GT(budget.used(), 1000u);  // in steps
+  EXPECT_FALSE(account.try_take(512 << 10));
+  EXPECT_FALSE(account.within_limit(512 << 10));
+  account.set_eager(true);
+  EXPECT_EQ(budget.used(), 1000u);
+  account.give_back(1000);
+  EXPECT_EQ(budget.used(), 0u);
+}
+
+}  // namespace
+}  // namespace minivmm::nbd
