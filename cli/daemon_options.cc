@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli/daemon_options.h"
 
+#include <algorithm>
 #include <cerrno>
 #include <sstream>
+#include <thread>
 
 #include <fmt/core.h>
 
@@ -52,12 +54,18 @@ po::options_description front_end_options() {
   return out;
 }
 
+namespace {
+
+unsigned default_io_threads() { return std::clamp(std::thread::hardware_concurrency(), 1U, 4U); }
+
+}  // namespace
+
 po::options_description process_options() {
   po::options_description out("Process", 100, 60);
   // clang-format off
   out.add_options()
-    ("io-threads", po::value<unsigned>()->default_value(1)->value_name("N"),
-     "event loops, each on a thread")
+    ("io-threads", po::value<unsigned>()->default_value(default_io_threads())->value_name("N"),
+     "event loops, each on a thread; as many as processors, up to 4, if not said")
     ("io-backend", po::value<std::string>()->default_value("auto")->value_name("NAME"),
      "auto, io_uring or epoll")
     ("ready-fd", po::value<int>()->value_name("N"),

@@ -15,6 +15,7 @@ class Case:
     depth: int
     connections: int = 1
     image: str = "small"
+    direct: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,12 +95,20 @@ def qcow2_group(tools):
     return Group(_random("qcow2", (1, 32)), entries)
 
 
+def runtime_group(tools):
+    cases = [Case(f"runtime/randread 4k d{d}{' direct' if direct else ''}", "randread", 4096, d,
+                  direct=direct) for d in (1, 32) for direct in (False, True)]
+    return Group(cases, [Entry("minivmm graph", servers.TheFile(tools, by_fio=False), loads.graph),
+                         Entry("fio/io_uring", servers.TheFile(tools, by_fio=True), loads.fio)])
+
+
 def groups(tools):
-    return [nbd_group(tools), fuse_group(tools), qcow2_group(tools),
+    return [runtime_group(tools), nbd_group(tools), fuse_group(tools), qcow2_group(tools),
             Group(vmm.cases(Case), [Entry(m.name, m, vmm.load) for m in vmm.machines(tools)])]
 
 
 GOALS = [
+    Goal(r"^runtime/", "minivmm graph", r"^fio/", 0.9),
     Goal(r"^nbd/rand.* d32 ", "minivmm", r"^qemu-nbd/", 3.0),
     Goal(r"^nbd/rand.* d32 ", "minivmm", r"^nbdkit$", 2.0),
     Goal(r"^nbd/rand.* d1 ", "minivmm", r"^(qemu-nbd/|nbdkit$)", 0.95),

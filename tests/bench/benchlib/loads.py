@@ -63,13 +63,20 @@ def file(tools, case, running, seconds, ramp, seed):
     return _load(command, seconds, running)
 
 
+def graph(tools, case, running, seconds, ramp, seed):
+    """The image through one event loop and the block graph."""
+    command = [tools.tool("graph_load"), running.where, f"--bs={case.block}",
+               f"--depth={case.depth}", f"--seconds={seconds}", f"--ramp={ramp}", f"--seed={seed}"]
+    return _load(command + (["--direct"] if case.direct else []), seconds, running)
+
+
 def fio(_tools, case, running, seconds, _ramp, seed):
     """fio on the image itself, through the page cache (which fio would drop first if it were let).
     It counts whole seconds."""
     out = processes.run(
         ["fio", "--name=floor", f"--filename={running.where}", f"--rw={case.rw}",
          f"--bs={case.block}", "--ioengine=io_uring", "--invalidate=0",
-         f"--iodepth={case.depth}", "--time_based",
+         f"--iodepth={case.depth}", f"--direct={int(case.direct)}", "--time_based",
          f"--runtime={max(1, round(seconds))}", "--norandommap", f"--randseed={seed}",
          "--output-format=json"], timeout=seconds + 40)
     job = json.loads(out[out.index("{"):])["jobs"][0]
