@@ -130,6 +130,7 @@ void Checker::count_l1(uint64_t offset, uint64_t entries, Active active) {
 }
 
 void Checker::count_l2(uint64_t offset, Active active) {
+  next_fragment_ = 0;  // each table by itself, as in qemu-img's numbers
   for (const uint64_t raw : read_table(offset, geometry_.l2_entries(), "L2 table")) {
     if (raw != 0) count_entry(raw, active);
   }
