@@ -20,7 +20,7 @@ struct BlockOptions {
   uint16_t queue_size = 256;          // entries, power of two, 4 to 1024
   // How long a queue may look for new requests before it sleeps. It adapts itself up to this limit;
   // 0 turns it off.
-  std::chrono::microseconds poll_limit{32};
+  std::chrono::microseconds poll_limit{8};
 };
 
 // Throws base::Error(EINVAL) that names the option and what it may be.

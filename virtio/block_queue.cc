@@ -2,6 +2,7 @@
 #include "virtio/block_queue.h"
 
 #include <linux/virtio_blk.h>
+#include <sched.h>
 
 #include <algorithm>
 #include <exception>
@@ -146,15 +147,21 @@ void BlockQueue::wait_for_work() noexcept {
 bool BlockQueue::look_for_work() noexcept {
   disarm();  // while we look, the guest need not spend an exit on telling us
   const base::Clock::time_point until = idle_since_ + poller_.window();
-  do {
-    // Through the loop, so that completions and the loop's other users go on.
+  for (base::Clock::time_point now = idle_since_; now < until;) {
+    // Through the loop, so that completions and the loop's other users go on; and past whoever
+    // waits for this processor, which may be the guest.
     parts_.loop.yield();
+    ::sched_yield();
+    const base::Clock::time_point after = base::Clock::now();
+    poller_.looked(after - now);
+    now = after;
     if (stopping_ || queue_.unpublished()) return true;
     if (queue_.has_available()) {
+      poller_.found();
       polled_.add(1);
       return true;
     }
-  } while (base::Clock::now() < until);
+  }
   return false;
 }
 

@@ -273,6 +273,16 @@ TEST(QueuePoller, LooksOnlyWhileThatPays) {
   EXPECT_EQ(poller.window(), microseconds(32));
   for (int i = 0; i < 10; ++i) poller.slept(microseconds(500));
   EXPECT_EQ(poller.window(), microseconds(0));
+  // A look that takes long is one in which somebody else had the processor: stay away for a while.
+  for (int i = 0; i < 10; ++i) poller.slept(microseconds(20));
+  poller.looked(microseconds(1));
+  EXPECT_EQ(poller.window(), microseconds(32));
+  poller.looked(microseconds(3000));
+  EXPECT_EQ(poller.window(), microseconds(0));
+  for (int i = 0; i < 60; ++i) poller.slept(microseconds(20));
+  EXPECT_EQ(poller.window(), microseconds(0));
+  for (int i = 0; i < 20; ++i) poller.slept(microseconds(20));
+  EXPECT_EQ(poller.window(), microseconds(32));
   QueuePoller off(microseconds(0));
   off.slept(microseconds(0));
   EXPECT_EQ(off.window(), microseconds(0));
