@@ -183,12 +183,16 @@ bool FileNode::fallocate(int mode, uint64_t offset, uint64_t length, std::atomic
 
 void FileNode::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
   constexpr int kPunch = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE;
-  constexpr int kZero = FALLOC_FL_ZERO_RANGE | FALLOC_FL_KEEP_SIZE;
   const uint64_t end = offset + length;
-  bool done = flags.may_unmap && fallocate(kPunch, offset, length, can_punch_, "write zeroes");
-  done = done || fallocate(kZero, offset, length, can_zero_, "write zeroes");
+  // A file is made longer by the zeroing itself: ftruncate could come after a write further on and
+  // cut that off. (Punching a hole cannot make it longer.)
+  const bool grows = !file_->is_device() && end > size();
+  const int zero = FALLOC_FL_ZERO_RANGE | (grows ? 0 : FALLOC_FL_KEEP_SIZE);
+  bool done =
+      !grows && flags.may_unmap && fallocate(kPunch, offset, length, can_punch_, "write zeroes");
+  done = done || fallocate(zero, offset, length, can_zero_, "write zeroes");
   if (!done) throw Error(ENOTSUP, "write zeroes: the file system has no way to do it");
-  if (!file_->is_device() && end > size()) driver_truncate(end);  // a hole: zeroes
+  if (grows) grow_size(end);
   if (flags.fua) driver_flush();
 }
 

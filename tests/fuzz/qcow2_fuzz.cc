@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/error.h"
+#include "base/log.h"
 #include "base/loop_group.h"
 #include "block/formats/qcow2/check.h"
 #include "block/formats/qcow2/qcow2_node.h"
@@ -100,6 +101,7 @@ void use_image(std::span<const std::byte> image) {
 }  // namespace minivmm::block
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
+  minivmm::base::set_log_level(minivmm::base::LogLevel::kOff);
   static minivmm::base::LoopGroup loops(1);
   if (size == 0 || size > 1 << 20) return 0;
   // SAFETY: octets as bytes.

@@ -101,7 +101,10 @@ void Qcow2Node::zero_part(uint64_t offset, uint64_t length, ZeroFlags flags) {
 void Qcow2Node::zero_data(const Extent& extent, uint64_t offset, ZeroFlags flags) {
   if (extent.kind == ClusterKind::kData && extent.copied) {
     image_.require_data(extent.host_offset, extent.length);
-    file().write_zeroes(extent.host_offset, extent.length,
+    // What lies past the end of the file is zero already.
+    const uint64_t file_size = image_.file().size();
+    if (extent.host_offset >= file_size) return;
+    file().write_zeroes(extent.host_offset, std::min(extent.length, file_size - extent.host_offset),
                         {.may_unmap = flags.may_unmap, .no_fallback = flags.no_fallback});
     return;
   }

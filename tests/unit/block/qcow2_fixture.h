@@ -4,8 +4,10 @@
 
 #include <string>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <random>
@@ -77,7 +79,10 @@ class Qcow2Test : public GraphTest {
 inline std::vector<std::byte> pattern_bytes(size_t size, uint64_t seed) {
   std::vector<std::byte> out(size);
   std::mt19937_64 random(seed);
-  for (auto& b : out) b = static_cast<std::byte>(random());
+  for (size_t i = 0; i < size; i += 8) {
+    const uint64_t value = random();
+    std::memcpy(out.data() + i, &value, std::min<size_t>(8, size - i));
+  }
   return out;
 }
 

@@ -49,5 +49,32 @@ TEST_F(Qcow2Test, AnImageOfQemuIsReadAndWritten) {
       << last_output_;
 }
 
+// Reads and copy-on-write go through all layers on the stacks of fibers.
+TEST_F(Qcow2Test, ALongBackingChainIsReadToItsEnd) {
+  constexpr int kLayers = 60;
+  const auto name = [](int i) { return fmt::format("layer{}.qcow2", i); };
+  for (int i = 0; i < kLayers; ++i) {
+    qcow2::CreateOptions options{.size = 1 << 20};
+    if (i > 0) {
+      options.backing_file = name(i - 1);
+      options.backing_format = "qcow2";
+    }
+    create(name(i), options);
+  }
+  const auto data = pattern_bytes(100'000, 4);
+  on_fiber([&] {
+    Handle disk = open(name(0));
+    write_bytes(disk, 1000, data);
+    close(disk);
+    disk = open(name(kLayers - 1));
+    EXPECT_EQ(read_bytes(disk, 1000, data.size()), data);
+    EXPECT_EQ(disk.block_status(0, 1).depth, static_cast<unsigned>(kLayers - 1));
+    write_bytes(disk, 50'000, std::vector<std::byte>(10, std::byte{1}));
+    EXPECT_EQ(read_bytes(disk, 40'000, 10'000),
+              std::vector<std::byte>(data.begin() + 39'000, data.begin() + 49'000));
+    close(disk);
+  });
+}
+
 }  // namespace
 }  // namespace minivmm::block
