@@ -24,9 +24,17 @@ int saved_fd = -1;
 std::atomic<bool> is_raw{false};
 std::array<struct sigaction, kCrashSignals.size()> saved_actions;
 
-// Async-signal-safe.
+// Async-signal-safe. With SIGTTOU blocked a job in the background may set the terminal, too; else
+// it would be stopped here.
 void restore() noexcept {
-  if (is_raw.exchange(false)) ::tcsetattr(saved_fd, TCSANOW, &saved_settings);
+  if (!is_raw.exchange(false)) return;
+  sigset_t blocked;
+  sigset_t before;
+  ::sigemptyset(&blocked);
+  ::sigaddset(&blocked, SIGTTOU);
+  ::pthread_sigmask(SIG_BLOCK, &blocked, &before);
+  ::tcsetattr(saved_fd, TCSANOW, &saved_settings);
+  ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
 // Gives the terminal back and lets the crash go on to whoever had the signal before.
@@ -51,6 +59,9 @@ void install_crash_handlers() {
 
 RawTerminal::RawTerminal(int fd) {
   if (fd < 0 || ::isatty(fd) == 0) return;
+  // Started in the background: the terminal belongs to somebody else.
+  const pid_t foreground = ::tcgetpgrp(fd);
+  if (foreground >= 0 && foreground != ::getpgrp()) return;
   if (is_raw.load()) throw base::Error(EBUSY, "terminal: another machine already uses it");
   if (::tcgetattr(fd, &saved_settings) != 0) {
     throw base::errno_error(errno, "terminal: cannot read its settings");

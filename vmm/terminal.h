@@ -8,7 +8,8 @@ namespace minivmm::vmm {
 
 class RawTerminal {
  public:
-  // Does nothing where `fd` is not a terminal. Throws base::Error(EBUSY) for a second one.
+  // Does nothing where `fd` is not a terminal, or is one that another job has in the foreground.
+  // Throws base::Error(EBUSY) for a second one.
   explicit RawTerminal(int fd);
   ~RawTerminal();
   RawTerminal(const RawTerminal&) = delete;
