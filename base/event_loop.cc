@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <thread>
 
 #include "base/error.h"
 #include "base/log.h"
@@ -44,6 +45,26 @@ IndexTable& indices() {
   return table;
 }
 
+// Other threads inside wake(), post() and stop(), by loop. A loop may take what they queued, end
+// and be destroyed before they have touched it for the last time; its destructor waits for them.
+struct alignas(64) Visitors {
+  std::atomic<unsigned> count{0};
+};
+std::array<Visitors, EventLoop::kMaxLoops> g_visitors;
+
+class Visit {
+ public:
+  explicit Visit(unsigned loop) noexcept : count_(g_visitors[loop].count) {
+    count_.fetch_add(1, std::memory_order_relaxed);
+  }
+  ~Visit() { count_.fetch_sub(1, std::memory_order_release); }
+  Visit(const Visit&) = delete;
+  Visit& operator=(const Visit&) = delete;
+
+ private:
+  std::atomic<unsigned>& count_;
+};
+
 // Enough ready fibers a turn to amortise the system call, few enough that completions and posts
 // are not kept waiting.
 constexpr unsigned kBatch = 256;
@@ -55,6 +76,7 @@ EventLoop::EventLoop(EventLoopOptions options)
     : options_(std::move(options)), index_(indices().take()), idle_spin_(options_.spin_limit) {}
 
 EventLoop::~EventLoop() {
+  while (g_visitors[index_].count.load(std::memory_order_acquire) != 0) std::this_thread::yield();
   // Bodies posted after run() returned never run.
   PostedBody* body = remote_bodies_.exchange(nullptr);
   while (body != nullptr) {
@@ -147,6 +169,7 @@ bool EventLoop::remote_pending() const noexcept {
 }
 
 void EventLoop::stop() noexcept {
+  const Visit visit(index_);
   stopping_.store(true, std::memory_order_seq_cst);
   wake_thread();
 }
@@ -157,6 +180,7 @@ void EventLoop::wake_thread() noexcept {
 }
 
 void EventLoop::post_body(std::unique_ptr<PostedBody> body) noexcept {
+  const Visit visit(index_);
   PostedBody* const posted = body.release();
   posted->next = remote_bodies_.load(std::memory_order_relaxed);
   while (!remote_bodies_.compare_exchange_weak(posted->next, posted, std::memory_order_seq_cst,
@@ -170,6 +194,7 @@ void EventLoop::wake(Fiber& fiber) noexcept {
     push_ready(fiber);
     return;
   }
+  const Visit visit(index_);
   fiber.next_ready = remote_fibers_.load(std::memory_order_relaxed);
   while (!remote_fibers_.compare_exchange_weak(fiber.next_ready, &fiber, std::memory_order_seq_cst,
                                                std::memory_order_relaxed)) {
