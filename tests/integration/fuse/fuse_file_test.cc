@@ -253,8 +253,11 @@ TEST_F(FuseFileTest, FilesComeAndGoWhileMounted) {
   start();
   add("second", "driver=memory,size=8M");
   EXPECT_TRUE(open("second", O_RDWR));
-  EXPECT_THROW(add("bad/name", "driver=memory,size=8M"), base::Error);
   on_loop([&] {
+    EXPECT_THROW(
+        mount_->add_file("bad/name",
+                         graph_.attach("second", "x", block::Permissions::front_end(false)), {}),
+        base::Error);
     EXPECT_THROW(mount_->remove_file("third"), base::Error);
     try {
       mount_->add_file("second", graph_.attach("second", "x", block::Permissions::front_end(false)),

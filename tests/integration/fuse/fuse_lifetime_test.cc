@@ -30,13 +30,17 @@ using testing::HasSubstr;
 class FuseLifetimeTest : public FuseTest {
  protected:
   // The message of what starting throws; empty if it works.
-  std::string start_error() {
-    try {
-      start();
-      return {};
-    } catch (const base::Error& e) {
-      return e.what();
-    }
+  std::string start_error(Mount& mount) {
+    // Caught where it is thrown: ThreadSanitizer does not see the reference count of an exception
+    // that another thread reads.
+    return on_loop([&]() -> std::string {
+      try {
+        mount.start();
+        return {};
+      } catch (const base::Error& e) {
+        return e.what();
+      }
+    });
   }
 };
 
@@ -120,29 +124,24 @@ TEST_F(FuseLifetimeTest, RefusesWhatItShouldNotMountOn) {
   const std::string point = dir_.path("mnt");
   ASSERT_EQ(::mkdir(point.c_str(), 0755), 0);
   std::ofstream(point + "/precious") << "data";
-  EXPECT_THAT(start_error(), HasSubstr("not empty"));
+  EXPECT_THAT(start_error(*mount_), HasSubstr("not empty"));
   std::filesystem::remove_all(point);
   std::ofstream(point) << "a file";
-  EXPECT_THAT(start_error(), HasSubstr("not a directory"));
+  EXPECT_THAT(start_error(*mount_), HasSubstr("not a directory"));
   std::filesystem::remove(point);
   mount_ = std::make_unique<Mount>(loops_, dir_.path("no/such"));
-  EXPECT_THAT(start_error(), HasSubstr("parent directory"));
+  EXPECT_THAT(start_error(*mount_), HasSubstr("parent directory"));
   mount_ = std::make_unique<Mount>(loops_, point);
-  EXPECT_EQ(start_error(), "");
+  EXPECT_EQ(start_error(*mount_), "");
 }
 
 TEST_F(FuseLifetimeTest, RefusesALiveMountByName) {
   add("disk", "driver=memory,size=4M");
   start();
   Mount second(loops_, dir_.path("mnt") + "/");
-  const std::string named = "minivmm:" + std::to_string(::getpid());
-  try {
-    on_loop([&] { second.start(); });
-    FAIL() << "mounted over a mount";
-  } catch (const base::Error& e) {
-    EXPECT_EQ(e.err(), EBUSY);
-    EXPECT_THAT(e.what(), HasSubstr(named));
-  }
+  EXPECT_THAT(start_error(second),
+              testing::AllOf(HasSubstr("minivmm:" + std::to_string(::getpid())),
+                             HasSubstr("is mounted there and alive")));
   EXPECT_TRUE(open("disk", O_RDWR)) << "the first one lives on";
 }
 

@@ -198,5 +198,40 @@ TEST_F(FuseLoadTest, RingOfThirtyTwoAgreesWithAModel) {
   ::io_uring_queue_exit(&ring);
 }
 
+// Where io_uring is refused the loops wait with epoll.
+TEST(FuseWithoutIoUring, ServesManyThreads) {
+  MINIVMM_SKIP_WITHOUT_FUSE();
+  const TempDir dir;
+  base::LoopGroup loops(2, base::BackendChoice::kEpoll);
+  block::Graph graph;
+  Mount mount(loops, dir.path("mnt"));
+  loops.loop(0).call("test", [&] {
+    graph.add(block::Options::from_text("driver=memory,node-name=disk,size=4M"));
+    mount.add_file("disk", graph.attach("disk", "FUSE", block::Permissions::front_end(true)),
+                   {.writable = true});
+    mount.start();
+  });
+  std::vector<std::thread> threads;
+  std::atomic<int> wrong{0};
+  for (int t = 0; t < 8; ++t) {
+    threads.emplace_back([&, t] {
+      const base::UniqueFd fd(::open(dir.path("mnt/disk").c_str(), O_RDWR | O_CLOEXEC));
+      std::vector<std::byte> in(5000);
+      for (int i = 0; i < 200; ++i) {
+        const std::vector<std::byte> out(5000, static_cast<std::byte>(t + i));
+        const off_t at = t * 400'000 + i * 997;
+        if (::pwrite(fd.get(), out.data(), out.size(), at) != 5000) ++wrong;
+        if (::pread(fd.get(), in.data(), in.size(), at) != 5000 || in != out) ++wrong;
+      }
+    });
+  }
+  for (std::thread& thread : threads) thread.join();
+  EXPECT_EQ(wrong, 0);
+  loops.loop(0).call("test", [&] {
+    EXPECT_TRUE(mount.stop(std::chrono::seconds(10)).empty());
+    graph.close();
+  });
+}
+
 }  // namespace
 }  // namespace minivmm::fuse
