@@ -13,12 +13,15 @@ namespace po = boost::program_options;
 
 namespace {
 
+constexpr uint64_t kMaxCpus = 254;  // APIC ids of 8 bits
+
 constexpr const char* kUsage =
     "Usage: minivmm boot --disk IMAGE[,...] [--kernel FILE] [--nbd URI] [--fuse DIR] "
     "[--export NODE]\n\n"
     "Runs a guest on disk images. The same nodes can be served over NBD and FUSE meanwhile.\n"
     "Without --kernel the guest is the built-in probe, a small program that exercises its disks:\n"
-    "give its jobs with --append 'job=info' (see images/probe/README.md). Ctrl-A x ends a guest on a\n"
+    "give its jobs with --append 'job=info' (see images/probe/README.md). Ctrl-A x ends a guest on "
+    "a\n"
     "terminal. The exit status is the guest's; 124 after a crash, 125 where KVM gave up.\n\n"
     "Examples:\n"
     "  minivmm boot --disk disk.qcow2 --append 'job=info'\n"
@@ -34,7 +37,7 @@ po::options_description guest_options() {
     ("initrd", po::value<std::string>()->value_name("FILE"), "an initial ramdisk")
     ("append", po::value<std::string>()->value_name("TEXT"), "the kernel's command line")
     ("memory", po::value<std::string>()->default_value("256M")->value_name("SIZE"), "guest RAM")
-    ("cpus", po::value<unsigned>()->default_value(1)->value_name("N"), "virtual CPUs")
+    ("cpus", po::value<std::string>()->default_value("1")->value_name("N"), "virtual CPUs")
     ("shared-memory", "guest RAM in a memfd")
     ("serial", po::value<std::string>()->default_value("stdio")->value_name("WHERE"),
      "the guest's serial port: stdio, none, or file:PATH");
@@ -58,7 +61,7 @@ int run_boot(const std::vector<std::string>& arguments) {
   boot.initrd = text("initrd");
   boot.append = text("append");
   boot.memory_bytes = block::parse_size(text("memory"), "memory");
-  boot.cpus = values["cpus"].as<unsigned>();
+  boot.cpus = static_cast<unsigned>(number_value(values, "cpus", 1, kMaxCpus));
   boot.shared_memory = values.count("shared-memory") != 0;
   boot.serial = text("serial");
   config.boot = std::move(boot);

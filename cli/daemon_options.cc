@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <charconv>
+#include <climits>
 #include <sstream>
 #include <thread>
 
@@ -18,6 +20,14 @@ namespace minivmm::cli {
 
 namespace po = boost::program_options;
 using Strings = std::vector<std::string>;
+
+namespace {
+
+constexpr uint64_t kMaxShutdownSeconds = 86'400;
+// Where arguments that belong to no option are kept, to be refused by name.
+constexpr const char* kStray = "stray-argument";
+
+}  // namespace
 
 po::options_description graph_options() {
   po::options_description out("Disks and nodes", 100, 60);
@@ -64,14 +74,15 @@ po::options_description process_options() {
   po::options_description out("Process", 100, 60);
   // clang-format off
   out.add_options()
-    ("io-threads", po::value<unsigned>()->default_value(default_io_threads())->value_name("N"),
+    ("io-threads",
+     po::value<std::string>()->default_value(std::to_string(default_io_threads()))->value_name("N"),
      "event loops, each on a thread; as many as processors, up to 4, if not said")
     ("io-backend", po::value<std::string>()->default_value("auto")->value_name("NAME"),
      "auto, io_uring or epoll")
-    ("ready-fd", po::value<int>()->value_name("N"),
+    ("ready-fd", po::value<std::string>()->value_name("N"),
      "write READY to this descriptor once everything can be used")
     ("pid-file", po::value<std::string>()->value_name("PATH"), "write the process id there")
-    ("shutdown-timeout", po::value<unsigned>()->default_value(10)->value_name("SECONDS"),
+    ("shutdown-timeout", po::value<std::string>()->default_value("10")->value_name("SECONDS"),
      "how long an end may take before it is forced; a second SIGINT forces it at once")
     ("log-level", po::value<std::string>()->default_value("info")->value_name("LEVEL"),
      "debug, info, warning, error or off")
@@ -85,10 +96,15 @@ bool parse(const Strings& arguments, const std::string& usage,
   try {
     // No guessing of abbreviated options: a script must mean what it says.
     const int style = po::command_line_style::unix_style & ~po::command_line_style::allow_guessing;
+    po::options_description all;
+    all.add(options).add_options()(kStray, po::value<Strings>());
+    po::positional_options_description strays;
+    strays.add(kStray, -1);
     po::command_line_parser parser(arguments);
-    const auto parsed =
-        parser.options(options).positional(po::positional_options_description()).style(style).run();
-    po::store(parsed, values);
+    po::store(parser.options(all).positional(strays).style(style).run(), values);
+    if (values.count(kStray) != 0) {
+      throw UsageError{fmt::format("unexpected argument '{}'", values[kStray].as<Strings>()[0])};
+    }
     if (values.count("help") != 0) {
       std::ostringstream text;
       text << usage << options;
@@ -164,10 +180,24 @@ void check_exports(const control::Config& config) {
 
 }  // namespace
 
+uint64_t number_value(const po::variables_map& values, const std::string& name, uint64_t min,
+                      uint64_t max) {
+  const std::string& text = values[name].as<std::string>();
+  uint64_t number = 0;
+  const char* end = text.data() + text.size();
+  const auto parsed = std::from_chars(text.data(), end, number);
+  if (parsed.ec != std::errc() || parsed.ptr != end || number < min || number > max) {
+    throw base::Error(
+        EINVAL, fmt::format("--{} {}: a number from {} to {} is expected", name, text, min, max));
+  }
+  return number;
+}
+
 control::Config make_config(const po::variables_map& values) {
   set_log_level(values["log-level"].as<std::string>());
   control::Config config;
-  config.io_threads = values["io-threads"].as<unsigned>();
+  config.io_threads =
+      static_cast<unsigned>(number_value(values, "io-threads", 1, base::EventLoop::kMaxLoops));
   config.io_backend = backend_choice(values["io-backend"].as<std::string>());
   config.open_policy.backing_roots = list(values, "backing-root");
   for (const std::string& text : list(values, "blockdev")) {
@@ -186,9 +216,12 @@ control::Config make_config(const po::variables_map& values) {
     config.exports.push_back(control::parse_export(text));
   }
   check_exports(config);
-  if (values.count("ready-fd") != 0) config.ready_fd = values["ready-fd"].as<int>();
+  if (values.count("ready-fd") != 0) {
+    config.ready_fd = static_cast<int>(number_value(values, "ready-fd", 0, INT_MAX));
+  }
   if (values.count("pid-file") != 0) config.pid_file = values["pid-file"].as<std::string>();
-  config.shutdown_timeout = std::chrono::seconds(values["shutdown-timeout"].as<unsigned>());
+  config.shutdown_timeout =
+      std::chrono::seconds(number_value(values, "shutdown-timeout", 0, kMaxShutdownSeconds));
   return config;
 }
 

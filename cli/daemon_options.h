@@ -4,6 +4,7 @@
 
 #include <string>
 
+#include <cstdint>
 #include <vector>
 
 #include <boost/program_options.hpp>
@@ -20,6 +21,11 @@ boost::program_options::options_description process_options();
 bool parse(const std::vector<std::string>& arguments, const std::string& usage,
            const boost::program_options::options_description& options,
            boost::program_options::variables_map& values);
+
+// The number of an option that the table holds as text. Throws base::Error naming it and what it
+// may be: Boost would take -1 for 4294967295.
+uint64_t number_value(const boost::program_options::variables_map& values, const std::string& name,
+                      uint64_t min, uint64_t max);
 
 // Throws base::Error that names the option.
 control::Config make_config(const boost::program_options::variables_map& values);

@@ -80,7 +80,7 @@ BoundSocket bind_tcp(const Uri& address, bool allow_remote) {
   for (const Resolved& each : list) {
     if (allow_remote || is_loopback(each.address)) continue;
     throw Error(EACCES, fmt::format("{} is reachable from other machines, and NBD without TLS has "
-                                    "no protection: allow remote clients explicitly, or listen on "
+                                    "no protection: allow it with --nbd-allow-remote, or listen on "
                                     "127.0.0.1 or a unix socket",
                                     address.text()));
   }

@@ -51,9 +51,10 @@ int connect_to(int fd, const sockaddr_un& address) noexcept {
 // replaces at a time.
 class LockedDirectory {
  public:
-  explicit LockedDirectory(const std::string& path)
-      : fd_(::open(path.c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
-    if (!fd_) throw errno_error(errno, path);
+  explicit LockedDirectory(const std::filesystem::path& socket)
+      : fd_(::open(socket.parent_path().c_str(), O_RDONLY | O_DIRECTORY | O_CLOEXEC)) {
+    if (!fd_)
+      throw errno_error(errno, fmt::format("{}: cannot open its directory", socket.string()));
     // Best effort: some file systems have no locks.
     const auto deadline = base::Clock::now() + kPatience;
     while (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK &&
@@ -116,7 +117,7 @@ UniqueFd listen_aside(int directory, const std::string& name) {
 // False: somebody else was faster, look again.
 bool try_bind(const std::filesystem::path& path, BoundSocket& out) {
   static std::atomic<unsigned> number{0};
-  const LockedDirectory directory(path.parent_path().string());
+  const LockedDirectory directory(path);
   const Occupant occupant = look_at(path.string());
   const std::string aside =
       fmt::format(".{}.{}.{}", path.filename().string().substr(0, 32), ::getpid(), number++);

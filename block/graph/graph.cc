@@ -151,8 +151,10 @@ void Graph::reap(std::unique_ptr<Handle::Root> root) noexcept {
   base::EventLoop* loop = base::EventLoop::current();
   if (loop == nullptr) {
     // No loop to wait on: nothing can be in flight from here, but nothing can be flushed either.
-    base::log_error("{}: {}: was not closed; unflushed writes wait for the node's own close",
-                    root->edge.node().describe(), root->edge.user());
+    if (root->written.load(std::memory_order_relaxed)) {
+      base::log_error("{}: {}: was not closed; unflushed writes wait for the node's own close",
+                      root->edge.node().describe(), root->edge.user());
+    }
     const std::lock_guard lock(mutex_);
     std::erase(roots_, root.get());
     return;

@@ -4,6 +4,7 @@
 Every wait has a limit; what did not come in time is an error that shows what the process said.
 """
 
+import fcntl
 import os
 import select
 import signal
@@ -85,16 +86,19 @@ class Lines:
 class Daemon:
     """Starts the process; `wait_ready` returns when it said that it can be used."""
 
-    def __init__(self, arguments, cwd, env=None, prefix=(), extra_fds=(), ready=True):
-        read_end, write_end = os.pipe()
+    def __init__(self, arguments, cwd, env=None, prefix=(), extra_fds=(), own_ready=True):
+        read_end, low = os.pipe()
+        # Out of the way of descriptors that a test hands over by number.
+        write_end = fcntl.fcntl(low, fcntl.F_DUPFD_CLOEXEC, 60)
+        os.close(low)
         command = [*prefix, minivmm(), *arguments]
-        if ready:
+        if own_ready:
             command += ["--ready-fd", str(write_end)]
         self.cwd = cwd
         self.process = subprocess.Popen(
             command, cwd=cwd, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             stderr=subprocess.PIPE, env={**os.environ, **(env or {})},
-            pass_fds=[*([write_end] if ready else []), *extra_fds])
+            pass_fds=[*([write_end] if own_ready else []), *extra_fds])
         os.close(write_end)
         self._ready_fd = read_end
         self.output = Lines(self.process.stdout)
