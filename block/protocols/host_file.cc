@@ -49,9 +49,12 @@ HostFile::~HostFile() = default;
 
 void HostFile::check_share(const HostFileOptions& options) const {
   const auto refuse = [&](const char* why) {
-    return Error(EBUSY, fmt::format("{}: is open in this process already{}; use that node by its "
+    const std::string same = options.filename == filename_
+                                 ? std::string(": is")
+                                 : fmt::format(": is the same file as {}, which is", filename_);
+    return Error(EBUSY, fmt::format("{}{} open in this process already{}; use that node by its "
                                     "node-name instead of opening the file twice",
-                                    filename_, why));
+                                    options.filename, same, why));
   };
   if (writable_ && options.writable) throw refuse(" for writing");
   if (writable_) throw refuse(" for writing, so its content is not stable");
