@@ -56,6 +56,7 @@ bool Input::make_room() {
 }
 
 iovec Input::room(size_t limit) {
+  idle_ = false;
   // What is left of a header moves to the front of the block where that costs nothing.
   constexpr size_t kWorthwhile = 4096;
   const bool at_front = block_ != nullptr && (begin_ == 0 || block_->writes > 0);
@@ -78,6 +79,7 @@ void Input::received(size_t bytes) noexcept {
 }
 
 void Input::idle() noexcept {
+  idle_ = true;
   if (block_ == nullptr || block_->writes > 0 || size() > carried_.size()) return;
   const size_t left = size();
   std::memcpy(carried_.data(), data(), left);
@@ -93,9 +95,13 @@ InputBlock& Input::pin() noexcept {
 }
 
 void Input::release(InputBlock& block) noexcept {
-  if (--block.writes > 0 || !block.abandoned) return;
-  --abandoned_;
-  dispose(&block);
+  if (--block.writes > 0) return;
+  if (block.abandoned) {
+    --abandoned_;
+    dispose(&block);
+  } else if (idle_) {
+    idle();
+  }
 }
 
 }  // namespace minivmm::nbd

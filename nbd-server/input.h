@@ -45,7 +45,8 @@ class Input {
   // std::bad_alloc. Empty: every block is in use by writes; wait until one has ended.
   iovec room(size_t limit);
   void received(size_t bytes) noexcept;
-  // Before waiting: gives up the block where that is possible.
+  // Before waiting for more: gives up the block, at once or when its last write ends. What room()
+  // returned must not be used any more.
   void idle() noexcept;
 
   // The block that data() lies in, for a write that uses its bytes; release() when it has ended.
@@ -70,6 +71,7 @@ class Input {
   size_t begin_ = 0;
   size_t end_ = 0;
   unsigned abandoned_ = 0;
+  bool idle_ = false;   // idle() was called, and nothing since
   bool large_ = false;  // much comes at once: a large block pays
 };
 

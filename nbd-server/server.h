@@ -7,7 +7,8 @@
 // any loop, because they wait.
 //
 // Order of life: add_export, listen (either first), ..., stop. A server that is destroyed without
-// stop() cuts its connections; what they hold is given up when their last request has ended.
+// stop() (unwinding) cuts its connections and does not wait: the handles go to the graph's reaper
+// when the last request has ended, and the graph has to outlive that.
 #pragma once
 
 #include <string>

@@ -13,7 +13,7 @@ namespace minivmm::nbd {
 namespace {
 
 using std::chrono::milliseconds;
-constexpr uint16_t kRead = 0, kWrite = 1;
+constexpr uint16_t kRead = 0;
 
 class ServerLife : public ServerTest {};
 
@@ -96,6 +96,10 @@ TEST_F(ServerLife, ADestroyedServerCutsItsClients) {
   server_.reset();
   EXPECT_TRUE(client.closed());
   EXPECT_TRUE(shaking.closed());
+  // The handle is given up when the last of them has ended; the graph has to outlive that.
+  const auto node = graph_.find("node1");
+  for (int i = 0; i < 1000 && !node->users().empty(); ++i) ::usleep(5000);
+  EXPECT_TRUE(node->users().empty());
 }
 
 TEST_F(ServerLife, ClientsComeAndGo) {
