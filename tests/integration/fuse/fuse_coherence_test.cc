@@ -2,7 +2,6 @@
 // One view of the data: what any user of the node writes is what every reader of the file gets
 // next.
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -15,6 +14,7 @@
 #include <gtest/gtest.h>
 
 #include "base/error.h"
+#include "child.h"
 #include "fuse_fixture.h"
 
 namespace minivmm::fuse {
@@ -87,6 +87,7 @@ TEST_F(FuseCoherenceTest, TwoFilesOfOneNodeShowOneContent) {
   }
 }
 
+// The mapping is another process's, see fuse_mapper.cc.
 class FuseMappingTest : public FuseCoherenceTest {
  protected:
   static constexpr size_t kMapped = 65536;
@@ -95,32 +96,35 @@ class FuseMappingTest : public FuseCoherenceTest {
     if (IsSkipped()) return;
     add("disk", "driver=memory,size=4M");
     start();
-    fd_ = open("disk", O_RDWR);
-    void* const mapped = ::mmap(nullptr, kMapped, PROT_READ | PROT_WRITE, MAP_SHARED, fd_.get(), 0);
-    if (mapped == MAP_FAILED && errno == ENODEV) {
+    map();
+  }
+  void map() {
+    mapper_ = std::make_unique<Child>(std::vector<std::string>{FUSE_MAPPER, file("disk")});
+    const std::string answer = mapper_->next_line();
+    if (answer == "unsupported") {
       GTEST_SKIP() << "this kernel does not map files that are opened with direct I/O";
     }
-    ASSERT_NE(mapped, MAP_FAILED) << std::strerror(errno);
-    bytes_ = static_cast<volatile std::byte*>(mapped);
+    ASSERT_EQ(answer, "mapped");
   }
   void TearDown() override {
-    if (bytes_ != nullptr) ::munmap(const_cast<std::byte*>(bytes_), kMapped);
-    fd_.reset();
+    mapper_.reset();
     FuseCoherenceTest::TearDown();
   }
+  int mapped_byte(size_t place) { return std::stoi(mapper_->ask("get " + std::to_string(place))); }
+  void set_mapped_byte(size_t place, int value) {
+    EXPECT_EQ(mapper_->ask("put " + std::to_string(place) + " " + std::to_string(value)), "0");
+  }
 
-  base::UniqueFd fd_;
-  volatile std::byte* bytes_ = nullptr;
+  std::unique_ptr<Child> mapper_;
 };
 
 TEST_F(FuseMappingTest, SeesWritesThroughADescriptor) {
   const auto other = open("disk", O_RDWR);
   for (int round = 1; round <= 20; ++round) {
-    const auto value = static_cast<std::byte>(round);
-    EXPECT_FALSE(bytes_[5000] == value);
-    const std::vector<std::byte> out(4096, value);
+    EXPECT_EQ(mapped_byte(5000), round - 1);
+    const std::vector<std::byte> out(4096, static_cast<std::byte>(round));
     ASSERT_EQ(::pwrite(other.get(), out.data(), out.size(), 4096), 4096);
-    ASSERT_TRUE(bytes_[5000] == value) << "round " << round;
+    ASSERT_EQ(mapped_byte(5000), round);
   }
 }
 
@@ -128,35 +132,27 @@ TEST_F(FuseMappingTest, SeesWritesThroughADescriptor) {
 TEST_F(FuseMappingTest, SeesWritesOfAnotherUserAtOnce) {
   handles_.push_back(attach("disk"));
   for (int round = 1; round <= 100; ++round) {
-    const auto value = static_cast<std::byte>(round);
-    EXPECT_FALSE(bytes_[5000] == value);
-    const std::vector<std::byte> out(100, value);
+    EXPECT_EQ(mapped_byte(5000), round - 1);
+    const std::vector<std::byte> out(100, static_cast<std::byte>(round));
     write_through(handles_[0], 4950, out);
-    ASSERT_TRUE(bytes_[5000] == value) << "round " << round;
+    ASSERT_EQ(mapped_byte(5000), round);
   }
   EXPECT_TRUE(invalidator_runs());
   on_loop([&] { handles_[0].write_zeroes(4096, 4096); });
-  EXPECT_TRUE(bytes_[5000] == std::byte{0});
+  EXPECT_EQ(mapped_byte(5000), 0);
 }
 
 // Faults, writes by another user and writes through a descriptor, all at once and of the same
 // pages: nothing may wait for itself, and the last write is what is seen.
 TEST_F(FuseMappingTest, ManyUsersOfMappedPagesDoNotBlockEachOther) {
   handles_.push_back(attach("disk"));
+  ASSERT_EQ(mapper_->ask("spin"), "0");
   std::atomic<bool> done{false};
-  std::vector<std::thread> readers;
-  std::atomic<unsigned> sum{0};
-  for (int i = 0; i < 4; ++i) {
-    readers.emplace_back([&, i] {
-      for (size_t at = static_cast<size_t>(i); !done; at = (at + 4099) % kMapped) {
-        sum += static_cast<unsigned>(bytes_[at]);
-      }
-    });
-  }
   std::thread descriptor([&] {
+    const auto fd = open("disk", O_RDWR);
     const std::vector<std::byte> out(8192, std::byte{2});
     for (off_t at = 0; !done; at = (at + 8192) % static_cast<off_t>(kMapped)) {
-      EXPECT_EQ(::pwrite(fd_.get(), out.data(), out.size(), at), 8192);
+      EXPECT_EQ(::pwrite(fd.get(), out.data(), out.size(), at), 8192);
     }
   });
   on_loop([&] {
@@ -176,46 +172,39 @@ TEST_F(FuseMappingTest, ManyUsersOfMappedPagesDoNotBlockEachOther) {
   });
   done = true;
   descriptor.join();
-  for (std::thread& reader : readers) reader.join();
+  ASSERT_EQ(mapper_->ask("rest"), "0");
   const std::vector<std::byte> last(kMapped, std::byte{7});
   write_through(handles_[0], 0, last);
-  for (size_t at = 0; at < kMapped; at += 1000) ASSERT_TRUE(bytes_[at] == std::byte{7}) << at;
+  for (size_t at = 0; at < kMapped; at += 1000) ASSERT_EQ(mapped_byte(at), 7) << at;
 }
 
-// Once nobody has the file open, writers need not tell the kernel any more.
-TEST_F(FuseMappingTest, IsForgottenAfterTheLastClose) {
+// Once nobody has the file open, writers need not tell the kernel any more; a new mapping starts
+// with what is there then.
+TEST_F(FuseMappingTest, StartsAfreshAfterTheLastClose) {
   handles_.push_back(attach("disk"));
-  const std::vector<std::byte> out(100, std::byte{1});
-  EXPECT_TRUE(bytes_[0] == std::byte{0});
-  ::munmap(const_cast<std::byte*>(bytes_), kMapped);
-  bytes_ = nullptr;
-  fd_.reset();
+  EXPECT_EQ(mapped_byte(0), 0);
+  mapper_.reset();
   ASSERT_TRUE(
       eventually([&] { return mount_->describe()[1].find("open 0 times") != std::string::npos; }));
-  write_through(handles_[0], 0, out);
-  // A new mapping starts with what is there now.
-  fd_ = open("disk", O_RDONLY);
-  void* const mapped = ::mmap(nullptr, kMapped, PROT_READ, MAP_SHARED, fd_.get(), 0);
-  ASSERT_NE(mapped, MAP_FAILED);
-  bytes_ = static_cast<volatile std::byte*>(mapped);
-  EXPECT_TRUE(bytes_[0] == std::byte{1});
+  write_through(handles_[0], 0, std::vector<std::byte>(100, std::byte{1}));
+  map();
+  EXPECT_EQ(mapped_byte(0), 1);
   write_through(handles_[0], 0, std::vector<std::byte>(100, std::byte{2}));
-  EXPECT_TRUE(bytes_[0] == std::byte{2});
+  EXPECT_EQ(mapped_byte(0), 2);
 }
 
 TEST_F(FuseMappingTest, IsSeenByDescriptorsAndAfterMsyncByOthers) {
   handles_.push_back(attach("disk", false));
   const auto other = open("disk", O_RDWR);
   for (int round = 1; round <= 20; ++round) {
-    const auto value = static_cast<std::byte>(round);
-    bytes_[5000] = value;
+    set_mapped_byte(5000, round);
     std::byte in{};
     ASSERT_EQ(::pread(other.get(), &in, 1, 5000), 1);
-    ASSERT_EQ(in, value) << "round " << round;
-    bytes_[9000] = value;
-    ASSERT_EQ(::msync(const_cast<std::byte*>(bytes_), kMapped, MS_SYNC), 0);
+    ASSERT_EQ(static_cast<int>(in), round);
+    set_mapped_byte(9000, round);
+    ASSERT_EQ(mapper_->ask("sync"), "0");
     on_loop([&] { handles_[0].read(9000, base::SingleBuffer(&in, 1)); });
-    ASSERT_EQ(in, value) << "round " << round;
+    ASSERT_EQ(static_cast<int>(in), round);
   }
 }
 

@@ -1,15 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Serves nodes as files of a mount, until SIGTERM or SIGINT: the process that the tests kill.
 //     fuse_server MOUNTPOINT LOOPS [+]NAME=NODE-OPTIONS...     (+: writable)
-// Prints "ready" once the files can be used, and what stop() had to say. As `fuse_server --map
-// FILE` it is the other side: it maps the file, changes byte 12345 to 0x77, prints "mapped" and
-// stays.
-#include <fcntl.h>
+// Prints "ready" once the files can be used, and what stop() had to say.
 #include <pthread.h>
 #include <signal.h>
 #include <string>
 #include <string_view>
-#include <sys/mman.h>
 #include <sys/prctl.h>
 
 #include <cerrno>
@@ -74,26 +70,12 @@ int serve(const std::string& mountpoint, unsigned loop_count, const std::vector<
   return troubles.empty() ? 0 : 1;
 }
 
-int map(const char* path, const sigset_t& signals) {
-  constexpr size_t kPlace = 12345;
-  const int fd = ::open(path, O_RDWR | O_CLOEXEC);
-  void* const mapped = ::mmap(nullptr, 65536, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-  if (mapped == MAP_FAILED) throw base::errno_error(errno, path);
-  static_cast<volatile unsigned char*>(mapped)[kPlace] = 0x77;
-  std::puts("mapped");
-  std::fflush(stdout);
-  int signal = 0;
-  (void)::sigwait(&signals, &signal);
-  return 0;
-}
-
 }  // namespace
 }  // namespace minivmm
 
 int main(int argc, char** argv) {
   using namespace minivmm;
-  const bool maps = argc == 3 && std::string_view(argv[1]) == "--map";
-  if (argc < 4 && !maps) {
+  if (argc < 4) {
     std::fprintf(stderr, "usage: fuse_server MOUNTPOINT LOOPS [+]NAME=NODE-OPTIONS...\n");
     return 2;
   }
@@ -105,7 +87,6 @@ int main(int argc, char** argv) {
   ::sigaddset(&signals, SIGINT);
   (void)::pthread_sigmask(SIG_BLOCK, &signals, nullptr);
   try {
-    if (maps) return map(argv[2], signals);
     std::vector<Export> exports;
     for (int i = 3; i < argc; ++i) exports.push_back(parse_export(argv[i]));
     return serve(argv[1], static_cast<unsigned>(std::atoi(argv[2])), exports, signals);
