@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The io_uring backend: submissions gather in the ring and go to the kernel in the same call that
-// waits for completions.
+// The io_uring backend: submissions gather in the ring and go to the kernel a few at a time, or in
+// the same call that waits for completions.
 #include <poll.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
@@ -20,6 +20,12 @@ namespace {
 // user_data of completions that belong to no IoOp.
 constexpr uint64_t kIgnored = 0;
 constexpr uint64_t kWakeup = 1;
+
+// So many operations do not wait for the end of the turn: a device that gets all 32 at once has
+// nothing to do while they are completed and the next are prepared. Measured at depth 32, O_DIRECT
+// on a virtio disk: 73,000 reads a second if all wait, 84,000 with 4, 87,000 with 1, which costs
+// fast devices more calls than it wins.
+constexpr unsigned kSubmitBatch = 4;
 
 class UringBackend final : public IoBackend {
  public:
@@ -165,6 +171,7 @@ void UringBackend::submit(IoOp& op) noexcept {
     (void)::io_uring_submit(&ring_);
     if (overflow_head_ != nullptr || !prepare(op)) queue_overflow(op);
   }
+  if (::io_uring_sq_ready(&ring_) >= kSubmitBatch) (void)::io_uring_submit(&ring_);
 }
 
 void UringBackend::submit_overflow() noexcept {

@@ -58,6 +58,7 @@ void ReplyQueue::push(Request& request) noexcept {
     owner_.on_sent(request);
     return;
   }
+  ++count_;
   bytes_ += size_of(request);
   (tail_ != nullptr ? tail_->next : head_) = &request;
   tail_ = &request;
@@ -125,6 +126,7 @@ void ReplyQueue::advance(size_t sent) noexcept {
 void ReplyQueue::pop_front() noexcept {
   Request& request = *head_;
   head_ = request.next;
+  --count_;
   if (head_ == nullptr) tail_ = nullptr;
   owner_.on_sent(request);
 }

@@ -43,6 +43,7 @@ class ReplyQueue {
   // together.
   void flush_soon() noexcept;
 
+  size_t gathered() const noexcept { return count_; }
   size_t gathered_bytes() const noexcept { return bytes_; }
   // The client is gone or was given up: replies are dropped.
   bool broken() const noexcept { return broken_; }
@@ -66,7 +67,8 @@ class ReplyQueue {
 
   Request* head_ = nullptr;
   Request* tail_ = nullptr;
-  size_t bytes_ = 0;       // queued
+  size_t count_ = 0;       // queued
+  size_t bytes_ = 0;       // of these
   size_t front_sent_ = 0;  // bytes of head_ that are out
   bool sending_ = false;   // a fiber waits for room: only it sends
   bool flush_posted_ = false;

@@ -74,7 +74,9 @@ void Session::serve() {
   while (!ended_) {
     while (input_.size() >= wire::kRequestSize) {
       if (!take_request()) return;
-      if (replies_.gathered_bytes() >= kSendBatch) replies_.flush();
+      if (replies_.gathered() >= kSendReplies || replies_.gathered_bytes() >= kSendBatch) {
+        replies_.flush();
+      }
     }
     if (!receive()) return;
   }

@@ -31,8 +31,9 @@ namespace {
 
 // A larger write is worth a kernel thread of its own: copying it would hold the loop up.
 constexpr uint64_t kMaxInlineWrite = 512 * 1024;
-// A write that took this long did not only copy; the next ones go through the ring for a while.
-constexpr int64_t kBlockedNs = 3'000'000;
+// A write that took this long did not only copy; the next ones go through the ring for a while. It
+// is several times what losing the CPU to another thread takes: that is no reason.
+constexpr int64_t kBlockedNs = 20'000'000;
 constexpr int64_t kBackOffNs = 200'000'000;
 
 int64_t now_ns() noexcept {
