@@ -5,8 +5,10 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include <liburing.h>
 
@@ -27,6 +29,11 @@ constexpr uint64_t kWakeup = 1;
 // fast devices more calls than it wins.
 constexpr unsigned kSubmitBatch = 4;
 
+// A submission holds 32 bits of length; what is beyond is a short transfer, which goes on.
+unsigned one_length(const IoOp& op) noexcept {
+  return static_cast<unsigned>(std::min<size_t>(op.iov->iov_len, size_t{1} << 30));
+}
+
 class UringBackend final : public IoBackend {
  public:
   explicit UringBackend(unsigned entries);
@@ -45,6 +52,9 @@ class UringBackend final : public IoBackend {
   void arm_wakeup() noexcept;
   void queue_overflow(IoOp& op) noexcept;
   void submit_overflow() noexcept;
+  bool prepare_cancel(IoOp& op) noexcept;
+  void forget_cancel(IoOp& op) noexcept;
+  void submit_cancels() noexcept;
   unsigned reap(CompletionSink& sink) noexcept;
   void wait(std::optional<std::chrono::nanoseconds> timeout) noexcept;
 
@@ -55,6 +65,8 @@ class UringBackend final : public IoBackend {
   // Operations that found the submission queue full, oldest first.
   IoOp* overflow_head_ = nullptr;
   IoOp* overflow_tail_ = nullptr;
+  // Operations in the kernel whose cancelling found it full too; those have `cancelled` set.
+  IoOp* cancels_ = nullptr;
 };
 
 UringBackend::UringBackend(unsigned entries) {
@@ -71,13 +83,14 @@ UringBackend::UringBackend(unsigned entries) {
 
 void UringBackend::set_up(unsigned entries) {
   // Deferred task work runs in our own io_uring_enter, never by interrupting a fiber. Kernels
-  // before 6.1 lack it: fall back by steps.
-  const unsigned attempts[] = {IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
-                               IORING_SETUP_COOP_TASKRUN, 0};
+  // before 6.1 lack it, those before 5.18 the others: fall back by steps.
+  const unsigned attempts[] = {
+      IORING_SETUP_SUBMIT_ALL | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
+      IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN, 0};
   int result = -EINVAL;
   for (const unsigned flags : attempts) {
     io_uring_params params{};
-    params.flags = flags | IORING_SETUP_CQSIZE | IORING_SETUP_SUBMIT_ALL;
+    params.flags = flags | IORING_SETUP_CQSIZE;
     params.cq_entries = entries * 4;
     result = ::io_uring_queue_init_params(entries, &ring_, &params);
     if (result != -EINVAL) break;
@@ -110,16 +123,14 @@ bool UringBackend::prepare(IoOp& op) noexcept {
   switch (op.opcode) {
     case IoOpcode::kReadv:
       if (op.iov_count == 1) {
-        ::io_uring_prep_read(sqe, op.fd, op.iov->iov_base, static_cast<unsigned>(op.iov->iov_len),
-                             op.offset);
+        ::io_uring_prep_read(sqe, op.fd, op.iov->iov_base, one_length(op), op.offset);
       } else {
         ::io_uring_prep_readv(sqe, op.fd, op.iov, op.iov_count, op.offset);
       }
       break;
     case IoOpcode::kWritev:
       if (op.iov_count == 1) {
-        ::io_uring_prep_write(sqe, op.fd, op.iov->iov_base, static_cast<unsigned>(op.iov->iov_len),
-                              op.offset);
+        ::io_uring_prep_write(sqe, op.fd, op.iov->iov_base, one_length(op), op.offset);
       } else {
         ::io_uring_prep_writev(sqe, op.fd, op.iov, op.iov_count, op.offset);
       }
@@ -184,23 +195,43 @@ void UringBackend::submit_overflow() noexcept {
     overflow_head_ = op.next;
     if (overflow_head_ == nullptr) overflow_tail_ = nullptr;
     op.parked = false;
-    if (op.cancelled) cancel(op);
+    if (std::exchange(op.cancelled, false)) cancel(op);
   }
 }
 
 void UringBackend::cancel(IoOp& op) noexcept {
+  if (op.cancelled) return;
   if (op.parked) {
     op.cancelled = true;  // the kernel does not know it yet: cancelled when it does
     return;
   }
-  io_uring_sqe* sqe = ::io_uring_get_sqe(&ring_);
-  if (sqe == nullptr) {
-    (void)::io_uring_submit(&ring_);
-    sqe = ::io_uring_get_sqe(&ring_);
-    if (sqe == nullptr) return;  // the ring is stuck: the operation ends by itself or not at all
-  }
+  if (prepare_cancel(op)) return;
+  (void)::io_uring_submit(&ring_);
+  if (prepare_cancel(op)) return;
+  // The ring is full: poll() tries again, unless the operation ends first.
+  op.cancelled = true;
+  op.prev = nullptr;
+  op.next = cancels_;
+  if (cancels_ != nullptr) cancels_->prev = &op;
+  cancels_ = &op;
+}
+
+bool UringBackend::prepare_cancel(IoOp& op) noexcept {
+  io_uring_sqe* const sqe = ::io_uring_get_sqe(&ring_);
+  if (sqe == nullptr) return false;
   ::io_uring_prep_cancel(sqe, &op, 0);
   ::io_uring_sqe_set_data64(sqe, kIgnored);
+  return true;
+}
+
+void UringBackend::forget_cancel(IoOp& op) noexcept {
+  op.cancelled = false;
+  (op.prev != nullptr ? op.prev->next : cancels_) = op.next;
+  if (op.next != nullptr) op.next->prev = op.prev;
+}
+
+void UringBackend::submit_cancels() noexcept {
+  while (cancels_ != nullptr && prepare_cancel(*cancels_)) forget_cancel(*cancels_);
 }
 
 void UringBackend::arm_wakeup() noexcept {
@@ -229,6 +260,7 @@ unsigned UringBackend::reap(CompletionSink& sink) noexcept {
     } else if (cqe->user_data != kIgnored) {
       auto* op = reinterpret_cast<IoOp*>(cqe->user_data);
       op->result = cqe->res;
+      if (op->cancelled) forget_cancel(*op);
       sink.on_complete(*op);
     }
   }
@@ -250,9 +282,10 @@ void UringBackend::wait(std::optional<std::chrono::nanoseconds> timeout) noexcep
 
 void UringBackend::poll(std::optional<std::chrono::nanoseconds> timeout, CompletionSink& sink) {
   submit_overflow();
+  submit_cancels();
   arm_wakeup();
-  const bool must_not_sleep =
-      overflow_head_ != nullptr || !wake_armed_ || timeout == std::chrono::nanoseconds(0);
+  const bool must_not_sleep = overflow_head_ != nullptr || cancels_ != nullptr || !wake_armed_ ||
+                              timeout == std::chrono::nanoseconds(0);
   if (must_not_sleep) {
     // Also runs deferred task work, which is what makes completions visible.
     (void)::io_uring_submit_and_get_events(&ring_);
