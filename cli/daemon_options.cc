@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <charconv>
 #include <climits>
+#include <set>
 #include <sstream>
 #include <thread>
 
@@ -35,9 +36,10 @@ po::options_description graph_options() {
   out.add_options()
     ("disk", po::value<Strings>()->composing()->value_name("PATH[,KEY=VALUE...]"),
      "a disk image; makes a node and, for boot, the guest's device. Keys: id=NAME, "
-     "format=qcow2|raw, ro, cache=writeback|writethrough|none|unsafe, backing=FILE, "
+     "format=qcow2|raw, ro, cache=writeback|writethrough|none|directsync|unsafe, backing=FILE, "
      "backing_fmt=FORMAT, offset=, size= (raw), serial=, logical_block_size=, "
-     "physical_block_size=, num-queues=, queue-size=, l2-cache-size=, locking=auto|on|off. "
+     "physical_block_size=, num-queues=, queue-size=, cache-size=, l2-cache-size=, "
+     "refcount-cache-size=, l2-cache-entry-size=, locking=auto|on|off. "
      "A comma inside a value is doubled.")
     ("blockdev", po::value<Strings>()->composing()->value_name("KEYS|JSON"),
      "a node by QEMU's options: driver=...,node-name=...,file.driver=...; or a JSON object")
@@ -148,17 +150,36 @@ base::BackendChoice backend_choice(const std::string& name) {
   throw UsageError{fmt::format("--io-backend {}: auto, io_uring or epoll", name)};
 }
 
-void add_listeners(control::Config& config, const Strings& wanted) {
+// Descriptors that the command line names, each for one purpose: two owners would close it twice.
+class GivenFds {
+ public:
+  void take(const std::string& option, int fd) {
+    if (!taken_.insert(fd).second) {
+      throw base::Error(EINVAL, fmt::format("{}: descriptor {} is given twice", option, fd));
+    }
+    control::take_given_fd(option, fd);
+  }
+
+ private:
+  std::set<int> taken_;
+};
+
+void add_listeners(control::Config& config, const Strings& wanted, GivenFds& given) {
   for (const std::string& text : wanted) {
     if (text != "systemd") {
       config.nbd.push_back(control::parse_nbd(text));
+      const int fd = config.nbd.back().fd;
+      if (fd >= 0) given.take("--nbd " + text, fd);
       continue;
     }
     const std::vector<int> inherited = control::inherited_sockets();
     if (inherited.empty()) {
       throw base::Error(EINVAL, "--nbd systemd: no sockets were handed over (LISTEN_FDS)");
     }
-    for (const int fd : inherited) config.nbd.push_back({.uri = {}, .fd = fd});
+    for (const int fd : inherited) {
+      given.take("--nbd systemd", fd);
+      config.nbd.push_back({.uri = {}, .fd = fd});
+    }
   }
 }
 
@@ -171,6 +192,13 @@ void check_exports(const control::Config& config) {
       throw base::Error(EINVAL, fmt::format("--export {}: no front end to publish it through; add "
                                             "--nbd URI or --fuse DIR",
                                             wanted.node_name));
+    }
+    // Named ones must all be there.
+    if (!wanted.every_front_end &&
+        ((wanted.nbd && config.nbd.empty()) || (wanted.fuse && config.fuse.empty()))) {
+      throw base::Error(
+          EINVAL, fmt::format("--export {} names a front end that is not open: add {}",
+                              wanted.node_name, config.nbd.empty() ? "--nbd URI" : "--fuse DIR"));
     }
   }
   if (config.exports.empty() && !(config.nbd.empty() && config.fuse.empty())) {
@@ -210,7 +238,8 @@ control::Config make_config(const po::variables_map& values) {
   for (const std::string& text : list(values, "fuse")) {
     config.fuse.push_back(control::parse_fuse(text));
   }
-  add_listeners(config, list(values, "nbd"));
+  GivenFds given;
+  add_listeners(config, list(values, "nbd"), given);
   config.nbd_allow_remote = values.count("nbd-allow-remote") != 0;
   for (const std::string& text : list(values, "export")) {
     config.exports.push_back(control::parse_export(text));
@@ -218,6 +247,7 @@ control::Config make_config(const po::variables_map& values) {
   check_exports(config);
   if (values.count("ready-fd") != 0) {
     config.ready_fd = static_cast<int>(number_value(values, "ready-fd", 0, INT_MAX));
+    given.take(fmt::format("--ready-fd {}", config.ready_fd), config.ready_fd);
   }
   if (values.count("pid-file") != 0) config.pid_file = values["pid-file"].as<std::string>();
   config.shutdown_timeout =

@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 // The `minivmm` command: finds the subcommand, runs it, turns errors into text and a status.
+#include <fcntl.h>
 #include <string>
 #include <string_view>
 
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <exception>
@@ -63,7 +65,19 @@ int dispatch(const std::vector<std::string>& arguments) {
 
 std::span<const Command> commands() { return kCommands; }
 
+// A standard descriptor that is closed would be the number of the next file that is opened, and a
+// disk image would get the log or the guest's output.
+bool occupy_standard_descriptors() {
+  for (int fd = 0; fd <= 2; ++fd) {
+    if (::fcntl(fd, F_GETFD) >= 0 || errno != EBADF) continue;
+    // The lowest free number, which is this one.
+    if (::open("/dev/null", O_RDWR) != fd) return false;
+  }
+  return true;
+}
+
 int guarded_main(const std::vector<std::string>& arguments) {
+  if (!occupy_standard_descriptors()) return 1;
   // Peers that go away are errors of a write, not the end of the process.
   std::signal(SIGPIPE, SIG_IGN);
   try {

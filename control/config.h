@@ -42,6 +42,7 @@ struct Export {
   bool writable = false;
   bool nbd = false;
   bool fuse = false;
+  bool every_front_end = false;  // none was named: those that are open
 };
 
 // `--nbd URI`, or an inherited socket.

@@ -47,7 +47,7 @@ PidFile& PidFile::operator=(PidFile&& other) noexcept {
   return *this;
 }
 
-PidFile::~PidFile() {
+void PidFile::remove() noexcept {
   if (!fd_) return;
   struct stat ours {};
   struct stat now {};
@@ -55,6 +55,7 @@ PidFile::~PidFile() {
       ours.st_ino == now.st_ino && ours.st_dev == now.st_dev) {
     ::unlink(path_.c_str());
   }
+  fd_.reset();
 }
 
 void notify_service_manager(const std::string& state) noexcept {
@@ -74,11 +75,18 @@ void notify_service_manager(const std::string& state) noexcept {
   }
 }
 
-void notify_ready_fd(int raw) {
-  const base::UniqueFd fd(raw);
+void take_given_fd(const std::string& option, int fd) {
+  if (::fcntl(fd, F_GETFD) < 0) {
+    throw base::errno_error(errno, fmt::format("{}: descriptor {} is not open", option, fd));
+  }
+  if (fd > STDERR_FILENO) (void)::fcntl(fd, F_SETFD, FD_CLOEXEC);
+}
+
+void notify_ready_fd(int fd) {
+  const base::UniqueFd closed_after(fd > STDERR_FILENO ? fd : -1);
   constexpr char kText[] = "READY\n";
-  if (::write(fd.get(), kText, sizeof kText - 1) != static_cast<ssize_t>(sizeof kText - 1)) {
-    throw base::errno_error(errno, fmt::format("--ready-fd {}", raw));
+  if (::write(fd, kText, sizeof kText - 1) != static_cast<ssize_t>(sizeof kText - 1)) {
+    throw base::errno_error(errno, fmt::format("--ready-fd {}", fd));
   }
 }
 
@@ -89,10 +97,7 @@ std::vector<int> inherited_sockets() {
   if (pid == nullptr || count == nullptr || std::atol(pid) != ::getpid()) return fds;
   constexpr int kFirst = 3;  // SD_LISTEN_FDS_START
   const int n = std::atoi(count);
-  for (int i = 0; i < n && i < 64; ++i) {
-    ::fcntl(kFirst + i, F_SETFD, FD_CLOEXEC);
-    fds.push_back(kFirst + i);
-  }
+  for (int i = 0; i < n && i < 64; ++i) fds.push_back(kFirst + i);
   return fds;
 }
 

@@ -19,7 +19,10 @@ class PidFile {
   explicit PidFile(std::string path);
   PidFile(PidFile&& other) noexcept;
   PidFile& operator=(PidFile&& other) noexcept;
-  ~PidFile();
+  ~PidFile() { remove(); }
+
+  // Removes the file before its time, for an end without destructors.
+  void remove() noexcept;
 
  private:
   std::string path_;
@@ -29,7 +32,13 @@ class PidFile {
 // Sends `state` ("READY=1", "STOPPING=1") to $NOTIFY_SOCKET, if there is one.
 void notify_service_manager(const std::string& state) noexcept;
 
-// Writes "READY\n" to the descriptor and closes it. Throws if it cannot.
+// Takes a descriptor that was handed to this process by its number: checks that it is open (EBADF
+// otherwise, naming `option`), and keeps it from children. To be called before anything of ours is
+// opened, because that might get the number of one that is not.
+void take_given_fd(const std::string& option, int fd);
+
+// Writes "READY\n" to the descriptor and closes it, unless it is a standard one: the next file
+// opened would get its number, and then the log. Throws if it cannot.
 void notify_ready_fd(int fd);
 
 // The listening sockets handed over by the protocol of sd_listen_fds(3) (LISTEN_PID, LISTEN_FDS);

@@ -177,8 +177,8 @@ Disk parse_disk(std::string_view text, unsigned number) {
     disk.node_name =
         disk.node.peek("node-name").value_or(id.value_or(fmt::format("disk{}", number)));
     if (!disk.node.has("node-name")) disk.node.set("node-name", disk.node_name);
-    const auto read_only = disk.node.peek("read-only");
-    disk.read_only = read_only && (*read_only == "on" || *read_only == "true");
+    Options copy = disk.node;  // the node wants to read it too
+    disk.read_only = copy.take_bool("read-only", false);
     return disk;
   });
 }
@@ -196,7 +196,7 @@ Export parse_export(std::string_view text) {
     out.nbd = given.take_bool("nbd", false);
     out.fuse = given.take_bool("fuse", false);
     // None named: through every front end that is open.
-    if (!out.nbd && !out.fuse) out.nbd = out.fuse = true;
+    if (!out.nbd && !out.fuse) out.every_front_end = out.nbd = out.fuse = true;
     given.finish("--export");
     return out;
   });

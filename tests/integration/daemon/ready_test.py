@@ -118,6 +118,27 @@ class Ready(ReadyScene):
             self.assertEqual(f.read(), f"{daemon.pid}\n")
 
 
+    def test_closed_standard_descriptors_are_not_given_to_images(self):
+        # The log, or the guest's output, would be written into a disk.
+        daemon = self.daemon("serve", *self.disk, *self.unix, *self.export,
+                             prefix=("bash", "-c", 'exec "$@" <&- >&- 2>&-', "bash"))
+        for fd in range(3):
+            self.assertEqual(os.readlink(f"/proc/{daemon.pid}/fd/{fd}"), "/dev/null")
+        self.use(path=self.path("m.sock"))
+        self.assert_ended(daemon, 0, signal.SIGTERM)
+
+    def test_readiness_on_a_standard_descriptor(self):
+        # Closed after that, its number would be the next client's, who would get the log.
+        daemon = self.daemon("serve", *self.disk, *self.unix, *self.export, "--ready-fd", "2",
+                             ready=False, own_ready=False)
+        daemon.errors.wait(lambda l: l == "READY")
+        for _ in range(3):
+            self.use(path=self.path("m.sock"))
+        self.assertTrue(os.readlink(f"/proc/{daemon.pid}/fd/2").startswith("pipe:"))
+        self.assert_ended(daemon, 0, signal.SIGTERM)
+        self.assertIn("shutting down", daemon.errors.text())
+
+
 class Activation(ReadyScene):
     """Sockets that a service manager made and hands over."""
 
@@ -131,13 +152,13 @@ class Activation(ReadyScene):
             s.listen(5)
             self.addCleanup(s.close)
 
-    def activated(self, pid="$$", count=2, nbd="systemd", **more):
+    def activated(self, pid="$$", count=2, nbd="systemd", arguments=(), **more):
         """As systemd does it: descriptors from 3 on, and the process's own id."""
         # Two steps through free numbers, since 3 and 4 may be taken by the sockets themselves.
         script = (f"exec 20<&{self.listening.fileno()} 21<&{self.tcp.fileno()}; "
                   f"exec 3<&20 4<&21 20<&- 21<&-; "
                   f'export LISTEN_PID={pid} LISTEN_FDS={count}; exec "$@"')
-        return self.daemon("serve", *self.disk, "--nbd", nbd, *self.export,
+        return self.daemon("serve", *self.disk, "--nbd", nbd, *self.export, *arguments,
                            prefix=("bash", "-c", script, "bash"),
                            extra_fds=(self.listening.fileno(), self.tcp.fileno()), **more)
 
@@ -163,6 +184,12 @@ class Activation(ReadyScene):
         daemon = self.activated(nbd="fd:3")
         self.use(path=self.path("given.sock"))
         self.assert_ended(daemon, 0, signal.SIGTERM)
+
+    def test_a_descriptor_has_one_use(self):
+        for arguments in (("--nbd", "fd:3"), ("--nbd", "systemd"), ("--ready-fd", "3")):
+            daemon = self.activated(nbd="fd:3", arguments=arguments, ready=False, own_ready=False)
+            self.assertEqual(daemon.wait(), 1)
+            self.assertIn("given twice", daemon.errors.text())
 
     def test_a_descriptor_that_is_no_socket(self):
         daemon = self.daemon("serve", *self.disk, "--nbd", "fd:0", *self.export, ready=False)
@@ -233,6 +260,16 @@ class Rollback(ReadyScene):
         self.assertIn("--ready-fd 977", daemon.errors.text())
         self.assert_nothing_left()
 
+    def test_a_ready_descriptor_that_is_closed_is_not_one_of_ours(self):
+        # Each of these numbers is soon an image, a ring or a socket.
+        for number in range(3, 16):
+            daemon = self.daemon("serve", *self.disk, *self.unix, *self.fuse, *self.export,
+                                 "--ready-fd", number, ready=False, own_ready=False)
+            self.assertEqual(daemon.wait(), 1)
+            self.assertIn(f"descriptor {number} is not open", daemon.errors.text())
+            self.assertNotIn("NBD", daemon.errors.text())
+        self.assert_nothing_left()
+
     def test_a_mount_directory_that_was_made_is_removed(self):
         self.assert_rolled_back(["missing/m.sock"], *self.fuse, "--nbd",
                                 "nbd+unix:///?socket=missing/m.sock")
@@ -254,6 +291,8 @@ class Arguments(ReadyScene):
         (("serve", "--disk", "disk", "--export", "disk0"), "no front end"),
         (("serve", "--disk", "disk", "--nbd", "nbd://127.0.0.1:0"), "--export"),
         (("serve", "--disk", "", "--export", "x", "--fuse", "mnt"), "path"),
+        (("serve", "--disk", "disk", "--nbd", "nbd://127.0.0.1:0", "--export", "disk0,nbd,fuse"),
+         "--fuse"),
         (("serve", "--bogus"), "bogus"),
         (("serve", "disk"), "disk"),
         (("nosuch",), "nosuch"),
