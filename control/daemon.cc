@@ -6,20 +6,33 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <atomic>
 #include <cerrno>
+#include <climits>
 #include <cstring>
+#include <exception>
+#include <mutex>
 #include <thread>
 
 #include <fmt/core.h>
 
 #include "base/error.h"
 #include "base/log.h"
+#include "control/side_by_side.h"
+#include "vmm/terminal.h"
 
 namespace minivmm::control {
 
 using base::Error;
 using block::Permissions;
+using std::chrono::milliseconds;
+using std::chrono::steady_clock;
+
+namespace {
+
+// The parts share the shutdown timeout; this is for the last flushes.
+constexpr std::chrono::seconds kLastFlushes{5};
+
+}  // namespace
 
 Daemon::Daemon(Config config)
     : config_(std::move(config)), unmounted_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
@@ -29,10 +42,16 @@ Daemon::~Daemon() = default;
 int Daemon::run() {
   pid_file_ = PidFile(config_.pid_file);
   try {
-    start();
-    if (config_.ready_fd >= 0) notify_ready_fd(config_.ready_fd);
+    run_watched([this] {
+      start();
+      if (config_.ready_fd >= 0) notify_ready_fd(config_.ready_fd);
+    });
+    started_ = true;
   } catch (...) {
-    const Outcome outcome = take_down();
+    started_ = true;
+    begin_end();
+    Outcome outcome;
+    run_watched([&] { outcome = take_down(); });
     for (const std::string& line : outcome.problems) base::log_error("{}", line);
     if (!outcome.idle) give_up_now("requests still run");
     throw;
@@ -40,6 +59,59 @@ int Daemon::run() {
   announce();
   wait_for_end();
   return shut_down();
+}
+
+// Runs `body` on a thread of its own and returns when it has ended; throws what it threw. Signals
+// are answered meanwhile, and the process is ended if an end takes too long.
+void Daemon::run_watched(const std::function<void()>& body) {
+  const base::UniqueFd done(::eventfd(0, EFD_CLOEXEC));
+  if (!done) throw base::errno_error(errno, "eventfd");
+  std::exception_ptr error;
+  std::thread worker([&] {
+    try {
+      body();
+    } catch (...) {
+      error = std::current_exception();
+    }
+    const uint64_t one = 1;
+    (void)!::write(done.get(), &one, sizeof one);
+  });
+  pollfd fds[] = {{done.get(), POLLIN, 0}, {signals_.fd(), POLLIN, 0}};
+  for (;;) {
+    const auto left = std::chrono::ceil<milliseconds>(give_up_ - steady_clock::now());
+    const int limit =
+        ending_ ? static_cast<int>(std::clamp<int64_t>(left.count(), 0, INT_MAX)) : -1;
+    const int ready = ::poll(fds, 2, limit);
+    if (ready < 0) continue;  // EINTR
+    if ((fds[0].revents & POLLIN) != 0) break;
+    if (ready == 0) give_up_now("shutdown timeout");
+    take_signal();
+  }
+  worker.join();
+  if (error) std::rethrow_exception(error);
+}
+
+void Daemon::begin_end() {
+  ending_ = true;
+  give_up_ = steady_clock::now() + config_.shutdown_timeout + kLastFlushes;
+}
+
+// Only who insists forces an end: the first signal may come while an end is under way already (the
+// guest has switched itself off), and SIGHUP comes twice when a terminal is closed.
+void Daemon::take_signal() {
+  const int number = signals_.take();
+  if (number == 0) return;
+  if (number == SIGUSR1) {
+    if (started_) {
+      print_state();
+    } else {
+      base::log_info("the start has not ended yet");
+    }
+    return;
+  }
+  if (number != SIGHUP && ++insistent_ == 2) give_up_now("second signal");
+  base::log_info("{}: shutting down", ::strsignal(number));
+  if (!ending_) begin_end();
 }
 
 void Daemon::start() {
@@ -131,8 +203,8 @@ void Daemon::wait_for_end() {
   pollfd fds[] = {{signals_.fd(), POLLIN, 0},
                   {unmounted_.get(), POLLIN, 0},
                   {guest_ ? guest_->machine().ended_fd() : -1, POLLIN, 0}};
-  for (;;) {
-    if (::poll(fds, 3, -1) < 0 && errno != EINTR) throw base::errno_error(errno, "poll");
+  while (!ending_) {
+    if (::poll(fds, 3, -1) < 0) continue;  // EINTR
     if ((fds[2].revents & POLLIN) != 0) return;
     if ((fds[1].revents & POLLIN) != 0) {
       uint64_t value = 0;
@@ -141,73 +213,56 @@ void Daemon::wait_for_end() {
           "a FUSE mount of ours was unmounted by somebody else; the other front ends "
           "go on");
     }
-    if ((fds[0].revents & POLLIN) == 0) continue;
-    const int number = signals_.take();
-    if (number == SIGUSR1) {
-      print_state();
-    } else if (number != 0) {
-      base::log_info("{}: shutting down", ::strsignal(number));
-      return;
-    }
+    if ((fds[0].revents & POLLIN) != 0) take_signal();
   }
 }
 
 Daemon::Outcome Daemon::take_down() {
   Outcome outcome;
-  const auto until = base::Clock::now() + config_.shutdown_timeout;
-  const auto left = [&] {
-    return std::max(
-        std::chrono::milliseconds(0),
-        std::chrono::duration_cast<std::chrono::milliseconds>(until - base::Clock::now()));
-  };
-  const auto collect = [&](std::vector<std::string> lines) {
+  std::mutex mutex;  // guards outcome while the parts stop
+  const auto collect = [&](std::vector<std::string> lines, bool idle) {
+    const std::lock_guard lock(mutex);
+    outcome.idle = outcome.idle && idle;
     for (std::string& line : lines) outcome.problems.push_back(std::move(line));
   };
-  if (guest_) outcome.idle = guest_->stop(left(), outcome.problems);
-  if (nbd_) on_loop("stop NBD", [&] { collect(nbd_->stop(until)); });
-  for (auto& mount : mounts_) on_loop("stop FUSE", [&] { collect(mount->stop(left())); });
-  if (graph_ && outcome.idle) {
-    on_loop("close graph", [&] {
-      try {
-        graph_->close();
-      } catch (const std::exception& e) {
-        outcome.problems.emplace_back(e.what());
-      }
-      // What could not be closed is in use by a request that hangs.
-      outcome.idle = graph_->describe().empty();
+  const milliseconds limit = config_.shutdown_timeout;
+  std::vector<std::function<void()>> parts;
+  if (guest_) {
+    parts.emplace_back([&] {
+      std::vector<std::string> lines;
+      const bool idle = guest_->stop(limit, lines);
+      collect(std::move(lines), idle);
     });
   }
+  if (nbd_) {
+    parts.emplace_back([&] {
+      on_loop("stop NBD", [&] { collect(nbd_->stop(base::Clock::now() + limit), true); });
+    });
+  }
+  for (auto& mount : mounts_) {
+    parts.emplace_back([&] { on_loop("stop FUSE", [&] { collect(mount->stop(limit), true); }); });
+  }
+  run_side_by_side(parts);
+  if (graph_) on_loop("close graph", [&] { close_graph(outcome); });
   return outcome;
+}
+
+// Also where something hangs: what that does not use is flushed and closed.
+void Daemon::close_graph(Outcome& outcome) {
+  try {
+    graph_->close();
+  } catch (const std::exception& e) {
+    outcome.problems.emplace_back(e.what());
+  }
+  // What could not be closed is in use by a request that hangs.
+  outcome.idle = outcome.idle && graph_->describe().empty();
 }
 
 int Daemon::shut_down() {
   notify_service_manager("STOPPING=1");
-  // Whatever may wait for a device runs beside this thread, which keeps watching for a second
-  // signal and the time.
+  begin_end();
   Outcome outcome;
-  const base::UniqueFd done(::eventfd(0, EFD_CLOEXEC));
-  std::thread worker([&] {
-    outcome = take_down();
-    const uint64_t one = 1;
-    (void)!::write(done.get(), &one, sizeof one);
-  });
-  // The parts share the timeout; what is left beyond it is for the last flushes.
-  const auto give_up =
-      std::chrono::steady_clock::now() + config_.shutdown_timeout + std::chrono::seconds(5);
-  pollfd fds[] = {{done.get(), POLLIN, 0}, {signals_.fd(), POLLIN, 0}};
-  for (;;) {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
-        give_up - std::chrono::steady_clock::now());
-    const int ready = ::poll(fds, 2, static_cast<int>(std::max<int64_t>(left.count(), 0)));
-    if ((fds[0].revents & POLLIN) != 0) break;
-    const int number = (fds[1].revents & POLLIN) != 0 ? signals_.take() : 0;
-    if (number == SIGUSR1) {
-      print_state();
-    } else if (number != 0 || ready == 0) {
-      give_up_now(number != 0 ? "second signal" : "shutdown timeout");
-    }
-  }
-  worker.join();
+  run_watched([&] { outcome = take_down(); });
   for (const std::string& line : outcome.problems) base::log_error("{}", line);
   if (!outcome.idle) give_up_now("requests still run");
   int status = 0;
@@ -219,9 +274,15 @@ int Daemon::shut_down() {
   return outcome.problems.empty() ? status : std::max(status, 1);
 }
 
-void Daemon::give_up_now(const char* why) const {
-  base::log_error("{}: ending now; what follows was not flushed:", why);
-  print_state();
+void Daemon::give_up_now(const char* why) {
+  if (started_) {
+    base::log_error("{}: ending now; what follows was not flushed:", why);
+    print_state();
+  } else {
+    base::log_error("{}: ending now, in the middle of the start", why);
+  }
+  vmm::restore_terminal();
+  pid_file_.remove();
   // Not exit(): destructors would wait for what hangs.
   ::_exit(1);
 }

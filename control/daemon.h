@@ -2,13 +2,18 @@
 // One run of `minivmm boot` or `minivmm serve`: builds the graph, opens the front ends, waits for
 // an end, and takes everything down in order.
 //
-// Order up: loops, graph, NBD, FUSE, guest. If one part cannot start, those before it are taken
-// down again. Order down: stop accepting and drain the front ends (guest, NBD, FUSE), close the
-// graph (which flushes), stop the loops. Main thread.
+// Order up: loops, graph, guest's devices, FUSE, NBD, guest. If one part cannot start, those before
+// it are taken down again. Order down: stop accepting and drain the front ends, all at once so that
+// one that hangs costs the others nothing, close the graph (which flushes), stop the loops.
+//
+// Whatever may wait for a device runs on a thread of its own, up and down, while the main thread
+// watches for signals and the time: a device that hangs cannot make the process deaf.
 #pragma once
 
 #include <string>
 
+#include <chrono>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -34,7 +39,8 @@ class Daemon {
   // Brings everything up, says where it is on stderr, waits for the guest's end or a signal, takes
   // everything down. Returns the process's exit status: the guest's, or 0; 1 if something could
   // not be flushed. Throws what prevented the start; then nothing is left running. Ends the process
-  // itself (status 1) where requests hang beyond the shutdown timeout or a second signal comes.
+  // itself (status 1) where requests hang beyond the shutdown timeout, or a second SIGINT or
+  // SIGTERM comes.
   int run();
 
  private:
@@ -48,6 +54,9 @@ class Daemon {
   void open_fuse();
   void publish(const Export& wanted);
   void announce();
+  void run_watched(const std::function<void()>& body);
+  void take_signal();
+  void begin_end();
   void wait_for_end();
   // What taking down came to.
   struct Outcome {
@@ -55,13 +64,19 @@ class Daemon {
     std::vector<std::string> problems;
   };
   Outcome take_down();
+  void close_graph(Outcome& outcome);
   int shut_down();
-  [[noreturn]] void give_up_now(const char* why) const;
+  [[noreturn]] void give_up_now(const char* why);
   void print_state() const;
 
   const Config config_;
   SignalFd signals_;
   PidFile pid_file_;
+  // Main thread only.
+  bool started_ = false;    // start() has ended, well or not: the parts below stand still
+  bool ending_ = false;     // an end was asked for, or has begun
+  unsigned insistent_ = 0;  // SIGINT and SIGTERM so far
+  std::chrono::steady_clock::time_point give_up_{};  // once ending_
   // Destroyed from the last to the first: each may use those before it.
   std::unique_ptr<base::LoopGroup> loops_;
   std::unique_ptr<block::Graph> graph_;

@@ -6,11 +6,14 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <functional>
 
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "control/side_by_side.h"
 #include "images/probe/probe_blob.h"
+#include "vmm/terminal.h"
 
 namespace minivmm::control {
 
@@ -107,12 +110,16 @@ Guest::~Guest() = default;
 bool Guest::stop(std::chrono::milliseconds timeout, std::vector<std::string>& problems) {
   // In this order: a vCPU may be waiting inside a device for its reset, which stop() ends.
   machine_->stop();
-  const auto until = std::chrono::steady_clock::now() + timeout;
+  // No key is the guest's any more: Ctrl-C must reach us where a disk hangs.
+  vmm::restore_terminal();
+  std::vector<virtio::StopReport> reports(slots_.size());
+  std::vector<std::function<void()>> stops;
+  for (size_t i = 0; i < slots_.size(); ++i) {
+    stops.emplace_back([&, i] { reports[i] = slots_[i]->device().stop(timeout); });
+  }
+  run_side_by_side(stops);
   bool idle = true;
-  for (auto& slot : slots_) {
-    const auto left = std::chrono::duration_cast<std::chrono::milliseconds>(
-        until - std::chrono::steady_clock::now());
-    virtio::StopReport report = slot->device().stop(std::max(left, std::chrono::milliseconds(0)));
+  for (virtio::StopReport& report : reports) {
     idle = idle && report.idle;
     for (std::string& line : report.in_flight) problems.push_back(std::move(line));
     if (!report.error.empty()) problems.push_back(std::move(report.error));

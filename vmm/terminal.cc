@@ -24,9 +24,11 @@ int saved_fd = -1;
 std::atomic<bool> is_raw{false};
 std::array<struct sigaction, kCrashSignals.size()> saved_actions;
 
+}  // namespace
+
 // Async-signal-safe. With SIGTTOU blocked a job in the background may set the terminal, too; else
 // it would be stopped here.
-void restore() noexcept {
+void restore_terminal() noexcept {
   if (!is_raw.exchange(false)) return;
   sigset_t blocked;
   sigset_t before;
@@ -37,9 +39,11 @@ void restore() noexcept {
   ::pthread_sigmask(SIG_SETMASK, &before, nullptr);
 }
 
+namespace {
+
 // Gives the terminal back and lets the crash go on to whoever had the signal before.
 void on_crash(int signal) {
-  restore();
+  restore_terminal();
   for (size_t i = 0; i < kCrashSignals.size(); ++i) {
     if (kCrashSignals[i] == signal) ::sigaction(signal, &saved_actions[i], nullptr);
   }
@@ -67,7 +71,7 @@ RawTerminal::RawTerminal(int fd) {
     throw base::errno_error(errno, "terminal: cannot read its settings");
   }
   saved_fd = fd;
-  static const bool registered = ::atexit(restore) == 0;
+  static const bool registered = ::atexit(restore_terminal) == 0;
   (void)registered;
   termios raw = saved_settings;
   // Output processing stays, so that our own log lines do not run down the screen like stairs.
@@ -80,7 +84,7 @@ RawTerminal::RawTerminal(int fd) {
   install_crash_handlers();
   if (::tcsetattr(fd, TCSANOW, &raw) != 0) {
     const int err = errno;
-    restore();
+    restore_terminal();
     throw base::errno_error(err, "terminal: cannot set raw mode");
   }
   active_ = true;
@@ -88,7 +92,7 @@ RawTerminal::RawTerminal(int fd) {
 
 RawTerminal::~RawTerminal() {
   if (!active_) return;
-  restore();
+  restore_terminal();
   for (size_t i = 0; i < kCrashSignals.size(); ++i) {
     ::sigaction(kCrashSignals[i], &saved_actions[i], nullptr);
   }

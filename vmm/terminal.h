@@ -6,6 +6,9 @@
 
 namespace minivmm::vmm {
 
+// Gives a terminal that is raw back now; no effect where none is. Any thread, and before _exit().
+void restore_terminal() noexcept;
+
 class RawTerminal {
  public:
   // Does nothing where `fd` is not a terminal, or is one that another job has in the foreground.

@@ -4,9 +4,11 @@
 guest's status; and what it shows of itself meanwhile."""
 
 import os
+import pty
 import signal
 import subprocess
 import sys
+import termios
 import threading
 import time
 import unittest
@@ -138,18 +140,71 @@ class Ending(EndScene):
         self.assert_ended(vm, 0, signal.SIGTERM)
 
 
-class Hang(EndScene):
-    """Writes to the disk take minutes. The end is forced, and says what was not flushed."""
-
-    SLOW = "driver=fault,node-name=disk0,op={},errno=none,delay-ns=600000000000," \
+class SlowScene(EndScene):
+    SLOW = "driver=fault,node-name=disk0,op={},errno=none,delay-ns={}," \
            "file.driver=qcow2,file.file.driver=file,file.file.filename=disk"
+    # The image's file answers reads after this time, which opening it needs.
+    SLOW_START = "driver=qcow2,node-name=disk0,file.driver=fault,file.op=read,file.errno=none," \
+                 "file.delay-ns={},file.file.driver=file,file.file.filename=disk"
 
-    def slow(self, command, op, *options):
-        node = self.SLOW.format(op)
+    def slow(self, command, op, *options, delay=600.0):
+        node = self.SLOW.format(op, int(delay * 1e9))
         what = ("--blockdev", node) if command == "serve" else ("--disk", node)
         start = self.daemon if command == "serve" else self.boot
         return start(*(("serve",) if command == "serve" else ()), *what, *UNIX, *FUSE, *EXPORT,
                      *options)
+
+
+class Patience(SlowScene):
+    """An end that takes a while is let finish, unless somebody insists."""
+
+    def begin_slow_end(self, daemon, number):
+        nbd = NbdClient(self.path("m.sock"))
+        nbd.write(0, b"x" * 512)
+        daemon.send(number)
+        daemon.errors.wait(lambda l: "shutting down" in l)
+        time.sleep(0.3)
+        self.assertIsNone(daemon.process.poll(), "the flush was to take longer")
+        self.addCleanup(nbd.close)
+
+    def test_a_closed_terminal_hangs_up_twice(self):
+        daemon = self.slow("serve", "flush", delay=1.5)
+        self.begin_slow_end(daemon, signal.SIGHUP)
+        daemon.send(signal.SIGHUP)
+        self.assert_ended(daemon, 0)
+        self.assert_nothing_left()
+
+    def test_a_service_manager_hangs_up_too(self):
+        daemon = self.slow("serve", "flush", delay=1.5)
+        self.begin_slow_end(daemon, signal.SIGTERM)
+        daemon.send(signal.SIGHUP)
+        self.assert_ended(daemon, 0)
+        self.assert_nothing_left()
+
+    def test_a_first_signal_while_the_guests_end_is_under_way(self):
+        vm = self.slow("boot", "flush", delay=1.5)
+        vm.job("write offset=0 length=512")
+        vm.type("exit 7")
+        vm.output.wait(lambda l: "probe: done" in l)
+        time.sleep(0.5)
+        vm.send(signal.SIGTERM)
+        self.assert_ended(vm, 7)
+        self.assert_nothing_left()
+
+    def test_a_signal_in_the_middle_of_a_slow_start(self):
+        for _ in range(2):
+            daemon = self.daemon("serve", "--blockdev", self.SLOW_START.format(200000000), *UNIX,
+                                 *FUSE, *EXPORT, "--pid-file", "pid", ready=False)
+            wait_until(lambda: os.path.exists(self.path("pid")), 20, "the start")
+            daemon.send(signal.SIGTERM)
+            daemon.errors.wait(lambda l: "shutting down" in l)
+            self.assertFalse(os.path.lexists(self.path("m.sock")), "it was to be early")
+            self.assert_ended(daemon, 0)
+            self.assert_nothing_left()
+
+
+class Hang(SlowScene):
+    """Writes to the disk take minutes. The end is forced, and says what was not flushed."""
 
     def write_and_hang(self, daemon, through):
         nbd = fuse = None
@@ -220,6 +275,68 @@ class Hang(EndScene):
                 began = time.monotonic()
                 daemon.send(signal.SIGINT)
                 self.assert_forced(daemon, 0, 3, began)
+
+    def test_a_start_that_hangs(self):
+        slow = ("serve", "--blockdev", self.SLOW_START.format(600000000000), *UNIX, *FUSE, *EXPORT,
+                "--pid-file", "pid")
+        # A second signal, or the time after the first one.
+        for timeout, signals, limit in (("100", 2, 3), ("0", 1, 9)):
+            daemon = self.daemon(*slow, "--shutdown-timeout", timeout, ready=False)
+            wait_until(lambda: os.path.exists(self.path("pid")), 20, "the start")
+            time.sleep(0.3)
+            daemon.send(signal.SIGUSR1)
+            daemon.errors.wait(lambda l: "start has not ended" in l)
+            began = time.monotonic()
+            for _ in range(signals):
+                at = daemon.errors.count()
+                daemon.send(signal.SIGTERM)
+                if signals > 1 and _ == 0:
+                    daemon.errors.wait(lambda l: "shutting down" in l, at)
+            self.assertEqual(daemon.wait(20), 1)
+            self.assertLess(time.monotonic() - began, limit)
+            self.assertIn("in the middle of the start", daemon.errors.text())
+            self.assert_nothing_left()
+
+    def test_one_disk_that_hangs_costs_the_others_nothing(self):
+        self.create("other", 16 * MIB, "-f", "qcow2")
+        # Its flush needs a while, which it has all the same.
+        other = self.SLOW.format("flush", 400000000).replace("=disk0", "=disk1")
+        vm = self.slow("boot", "write", "--disk", other.replace("filename=disk", "filename=other"),
+                       "--shutdown-timeout", "2")
+        vm.job("write disk=1 offset=0 length=65536 pattern=7")
+        self.write_and_hang(vm, "guest")
+        began = time.monotonic()
+        vm.send(signal.SIGTERM)
+        self.assert_forced(vm, 1.9, 10, began)
+        # Never flushed by the guest, and in a cluster that only the metadata in memory knew.
+        self.check("other")
+        self.daemon("serve", "--disk", "other,id=disk1", *UNIX, "--export", "disk1")
+        nbd = NbdClient(self.path("m.sock"), export="disk1")
+        self.assertEqual(nbd.read(0, 65536), bytes([7]) * 65536)
+        nbd.close()
+
+    def test_the_terminal_is_given_back(self):
+        master, slave = pty.openpty()
+        self.addCleanup(os.close, master)
+        self.addCleanup(os.close, slave)
+        cooked = termios.ICANON | termios.ECHO | termios.ISIG
+
+        def local():
+            return termios.tcgetattr(slave)[3] & cooked
+        script = f'exec "$@" <{os.ttyname(slave)}'
+        vm = self.daemon("boot", "--memory", "64M", "--disk",
+                         self.SLOW.format("write", 600 * 10**9), "--append",
+                         "job=write:offset=0:length=512", "--shutdown-timeout", "100",
+                         prefix=("bash", "-c", script, "bash"))
+        wait_until(lambda: local() == 0, 20, "a raw terminal")
+        time.sleep(1)  # the write hangs
+        vm.send(signal.SIGTERM)
+        # While the end hangs, Ctrl-C is for us and not for the guest.
+        wait_until(lambda: local() == cooked, 5, "the terminal's settings")
+        self.assertIsNone(vm.process.poll())
+        vm.send(signal.SIGINT)
+        self.assertEqual(vm.wait(10), 1)
+        self.assertEqual(local(), cooked)
 
 
 if __name__ == "__main__":
