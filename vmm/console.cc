@@ -20,7 +20,9 @@ namespace minivmm::vmm {
 namespace {
 
 constexpr auto kStallLimit = std::chrono::seconds(1);
+constexpr int kStallPoll = 1100;  // ms, a little longer
 constexpr auto kStopLimit = std::chrono::seconds(1);
+constexpr auto kInputGrace = std::chrono::milliseconds(100);
 // A pipe that polls writable takes at least PIPE_BUF bytes without blocking.
 constexpr size_t kWriteChunk = 2048;
 constexpr size_t kFifoRoom = 64;
@@ -53,24 +55,28 @@ void Console::start() {
 void Console::stop() noexcept {
   if (stopping_.exchange(true)) return;
   wake_input();
-  if (input_thread_.joinable()) input_thread_.join();
-  if (output_thread_.joinable()) {
-    std::unique_lock lock(mutex_);
-    changed_.notify_all();
-    if (!changed_.wait_for(lock, kStopLimit, [this] { return output_done_; })) {
-      give_up_.store(true);
-      // It may be inside a write that blocks; the signal gets it out. Sent again in case it was
-      // just before the call.
-      while (!output_done_) {
-        kick_thread(output_thread_.native_handle());
-        changed_.wait_for(lock, std::chrono::milliseconds(10), [this] { return output_done_; });
-      }
-    }
-    lock.unlock();
-    output_thread_.join();
-  }
+  end_thread(input_thread_, input_done_, kInputGrace);
+  end_thread(output_thread_, output_done_, kStopLimit);
   terminal_.reset();
   if (dropped() != 0) base::log_warning("serial: {} bytes of output were dropped", dropped());
+}
+
+// Waits until the thread says `done`. After `grace` it may be inside a read or write that blocks (a
+// reader that takes nothing, or another one that took what poll() had seen): the signal gets it
+// out. Sent again in case it was just before the call.
+void Console::end_thread(std::thread& thread, const bool& done, std::chrono::milliseconds grace) {
+  if (!thread.joinable()) return;
+  std::unique_lock lock(mutex_);
+  changed_.notify_all();
+  if (!changed_.wait_for(lock, grace, [&] { return done; })) {
+    if (&thread == &output_thread_) give_up_.store(true);
+    while (!done) {
+      kick_thread(thread.native_handle());
+      changed_.wait_for(lock, std::chrono::milliseconds(10), [&] { return done; });
+    }
+  }
+  lock.unlock();
+  thread.join();
 }
 
 bool Console::ready() {
@@ -121,15 +127,21 @@ void Console::output_loop() {
     ring_head_ = (ring_head_ + n) % kRingBytes;
     ring_count_ -= n;
     last_progress_ = Clock::now();
-    if (std::exchange(busy_reported_, false)) {
-      // The UART's lock comes before ours.
-      lock.unlock();
-      serial_->output_ready();
-      lock.lock();
-    }
+    lock.unlock();
+    tell_transmitter();
+    lock.lock();
   }
   output_done_ = true;
   changed_.notify_all();
+}
+
+// A transmitter that was told to wait may look again.
+void Console::tell_transmitter() {
+  {
+    const std::lock_guard lock(mutex_);
+    if (!std::exchange(busy_reported_, false)) return;
+  }
+  serial_->output_ready();  // without our lock: the UART's comes before it
 }
 
 // False where the bytes are lost: no output, its reader is gone, or the machine gives up.
@@ -142,7 +154,13 @@ bool Console::write_out(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     if (give_up_.load()) return false;
     pollfd wait{config_.out_fd, POLLOUT, 0};
-    if (::poll(&wait, 1, -1) < 0) continue;  // EINTR: look at give_up_ again
+    const int ready = ::poll(&wait, 1, kStallPoll);
+    if (ready < 0) continue;  // EINTR: look at give_up_ again
+    if (ready == 0) {
+      // A transmitter that waits for an interrupt would never find out that ready() has given up.
+      tell_transmitter();
+      continue;
+    }
     const ssize_t n = ::write(config_.out_fd, bytes.data(), bytes.size());
     if (n < 0 && (errno == EINTR || errno == EAGAIN)) continue;
     if (n < 0) return false;
@@ -176,6 +194,9 @@ void Console::input_loop() {
     }
     if (fds[1].revents != 0) open = take_input(pending);
   }
+  const std::lock_guard lock(mutex_);
+  input_done_ = true;
+  changed_.notify_all();
 }
 
 // False at the end of input.

@@ -61,6 +61,8 @@ class Console final : public SerialOutput {
   void output_loop();
   void input_loop();
   bool write_out(std::span<const std::byte> bytes);
+  void tell_transmitter();
+  void end_thread(std::thread& thread, const bool& done, std::chrono::milliseconds grace);
   bool take_input(std::vector<std::byte>& pending);
   void filter_escape(std::vector<std::byte>& bytes);
   void wake_input() noexcept;
@@ -84,6 +86,7 @@ class Console final : public SerialOutput {
   size_t ring_head_ = 0;
   size_t ring_count_ = 0;
   bool output_done_ = false;
+  bool input_done_ = false;
   bool busy_reported_ = false;  // ready() said no since the last drain
   Clock::time_point last_progress_;
   std::vector<std::byte> typed_;

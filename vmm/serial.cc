@@ -54,7 +54,9 @@ void Serial::write(uint64_t offset, std::span<const std::byte> data) {
 
 size_t Serial::receive(std::span<const std::byte> bytes) {
   std::lock_guard lock(mutex_);
-  const size_t taken = std::min(bytes.size(), kReceiveFifo - fifo_count_);
+  // In loop-back the receiver hears the transmitter alone.
+  const size_t room = (mcr_ & kMcrLoop) != 0 ? 0 : kReceiveFifo - fifo_count_;
+  const size_t taken = std::min(bytes.size(), room);
   for (const auto byte : bytes.first(taken)) push_received(std::to_integer<uint8_t>(byte));
   sender_waits_ = taken < bytes.size();
   update_interrupt();
@@ -137,6 +139,7 @@ void Serial::write_register(uint64_t offset, uint8_t value) {
       lcr_ = value;
       break;
     case kMcr:
+      if ((mcr_ & ~value & kMcrLoop) != 0 && std::exchange(sender_waits_, false)) drained_ = true;
       mcr_ = value & 0x1f;
       break;
     case kScratch:

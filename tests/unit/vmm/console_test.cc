@@ -14,6 +14,7 @@
 #include <termios.h>
 
 #include "base/error.h"
+#include "vmm/terminal.h"
 
 namespace minivmm::vmm {
 namespace {
@@ -110,6 +111,54 @@ TEST(Console, ATransmitterThatWaitedIsWoken) {
   }));
   pipe.read.reset();
   console.stop();
+}
+
+// A tty driver sends the next byte only after an interrupt; without one its user would wait for
+// ever.
+TEST(Console, ATransmitterThatWaitsIsToldWhenBytesAreDropped) {
+  Pipe pipe;
+  pipe.fill();
+  std::atomic<int> interrupts{0};
+  Console console({.in_fd = -1, .out_fd = pipe.write.get(), .on_output = {}}, [] {});
+  Serial serial(console, [&] { ++interrupts; });
+  console.attach(serial);
+  console.start();
+  const std::string text(Console::kRingBytes, 'x');
+  console.put(std::as_bytes(std::span(text)));
+  const std::byte enable{0x02};
+  serial.write(1, std::span(&enable, 1));
+  EXPECT_EQ(interrupts.load(), 0) << "busy";
+  EXPECT_TRUE(eventually([&] { return interrupts.load() > 0; }));
+  // And so on for the next ones.
+  const int before = interrupts.load();
+  const std::byte letter{'y'};
+  serial.write(0, std::span(&letter, 1));
+  EXPECT_GT(interrupts.load(), before);
+  console.stop();
+}
+
+// Two read the same pipe: one may take what poll() has shown to the other, whose read then blocks.
+TEST(Console, AnotherReaderOfTheInputDoesNotHoldUpTheEnd) {
+  Pipe pipe;
+  Console console({.in_fd = pipe.read.get(), .out_fd = -1, .on_output = {}}, [] {});
+  Serial serial(console, [] {});
+  console.attach(serial);
+  console.start();
+  std::thread thief([&] {
+    char c = 0;
+    while (::read(pipe.read.get(), &c, 1) == 1 && c != 'q') {
+    }
+  });
+  for (int i = 0; i < 300; ++i) {
+    ASSERT_EQ(::write(pipe.write.get(), "x", 1), 1);
+    std::this_thread::sleep_for(1ms);
+    (void)read_register(serial, 0);  // so that there is room for more
+  }
+  const auto begin = std::chrono::steady_clock::now();
+  console.stop();
+  EXPECT_LT(std::chrono::steady_clock::now() - begin, 3s);
+  ASSERT_EQ(::write(pipe.write.get(), "q", 1), 1);
+  thief.join();
 }
 
 TEST(Console, InputLargerThanTheFifoArrivesWhole) {
@@ -213,6 +262,16 @@ TEST_F(TerminalTest, IsRestoredByExit) {
         ::exit(is_raw() ? 7 : 8);
       },
       testing::ExitedWithCode(7), "");
+  EXPECT_FALSE(is_raw());
+}
+
+// For an end that does not run destructors, and for Ctrl-C while the end hangs.
+TEST_F(TerminalTest, IsGivenBackOnRequest) {
+  const RawTerminal raw(slave_.get());
+  ASSERT_TRUE(is_raw());
+  restore_terminal();
+  EXPECT_FALSE(is_raw());
+  restore_terminal();
   EXPECT_FALSE(is_raw());
 }
 

@@ -52,6 +52,21 @@ TEST_F(SerialTest, FifoBitsAreThereOnlyWhileEnabled) {
   EXPECT_EQ(in(2), 0x01);
 }
 
+// A driver's self-test must hear only itself; what was typed meanwhile comes after it.
+TEST_F(SerialTest, LoopBackKeepsTheOutsideOut) {
+  int drained = 0;
+  serial.set_on_drained([&] { ++drained; });
+  out(4, 0x10);
+  EXPECT_EQ(type("x"), 0u);
+  out(0, 'a');
+  EXPECT_EQ(in(0), 'a');
+  EXPECT_EQ(in(5) & 0x01, 0);
+  out(4, 0x08);
+  EXPECT_EQ(drained, 1);
+  EXPECT_EQ(type("x"), 1u);
+  EXPECT_EQ(in(0), 'x');
+}
+
 TEST_F(SerialTest, DivisorReplacesDataAndIerWhileDlabIsSet) {
   out(3, 0x83);
   out(0, 0x34);
