@@ -16,9 +16,26 @@
 namespace minivmm::vmm {
 namespace {
 
+constexpr uint64_t kHugePage = uint64_t{2} << 20;
 constexpr uint64_t kMinimum = uint64_t{2} << 20;
 // Far above what a host has, far below what address arithmetic could wrap at.
 constexpr uint64_t kMaximum = uint64_t{1} << 44;
+
+// Address space for `length` bytes at a huge page's boundary, or nullptr: KVM can use a huge page
+// only where guest and host addresses agree on its boundaries. Kernels before 6.7 place no mapping
+// so.
+void* reserve(uint64_t length) {
+  const uint64_t room = length + kHugePage;
+  void* const all =
+      ::mmap(nullptr, room, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (all == MAP_FAILED) return nullptr;
+  auto* const begin = static_cast<std::byte*>(all);
+  const auto address = reinterpret_cast<uintptr_t>(all);
+  const uint64_t before = base::align_up<uint64_t>(address, kHugePage) - address;
+  if (before != 0) ::munmap(begin, before);
+  ::munmap(begin + before + length, kHugePage - before);
+  return begin + before;
+}
 
 uint64_t checked_size(uint64_t size) {
   if (size < kMinimum || size > kMaximum || !base::is_aligned(size, kPageSize)) {
@@ -56,9 +73,16 @@ Memory::~Memory() { unmap(); }
 
 void Memory::map(uint64_t guest_base, uint64_t length, uint64_t file_offset, bool huge_pages) {
   const int flags = memfd_ ? MAP_SHARED : MAP_PRIVATE | MAP_ANONYMOUS;
-  void* host = ::mmap(nullptr, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE, memfd_.get(),
-                      static_cast<off_t>(file_offset));
+  void* const place = reserve(length);
+  void* host = MAP_FAILED;
+  if (place != nullptr) {
+    host = ::mmap(place, length, PROT_READ | PROT_WRITE, flags | MAP_NORESERVE | MAP_FIXED,
+                  memfd_.get(), static_cast<off_t>(file_offset));
+  }
   if (host == MAP_FAILED) {
+    const int err = errno;
+    if (place != nullptr) ::munmap(place, length);
+    errno = err;
     throw base::errno_error(
         errno, fmt::format("guest RAM: cannot map {} bytes; give the guest less memory", length));
   }

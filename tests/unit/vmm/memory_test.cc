@@ -28,6 +28,17 @@ TEST(Memory, LeavesTheDeviceHoleFree) {
   EXPECT_EQ(memory.view().at(kHoleEnd, 16 * kMiB + 1), nullptr);
 }
 
+// KVM maps a huge page only where guest and host addresses agree on its boundaries.
+TEST(Memory, HugePagesCanBeUsed) {
+  for (const bool shared : {false, true}) {
+    const Memory memory({.size = kHoleStart + 16 * kMiB + 4096, .shared = shared});
+    ASSERT_EQ(memory.view().regions().size(), 2u);
+    for (const auto& region : memory.view().regions()) {
+      EXPECT_EQ(reinterpret_cast<uintptr_t>(region.host) % (2 * kMiB), 0u);
+    }
+  }
+}
+
 TEST(Memory, RefusesImpossibleSizes) {
   for (const uint64_t size : {uint64_t{0}, uint64_t{4096}, 2 * kMiB + 1, ~uint64_t{0} - 4095}) {
     EXPECT_THROW(Memory({.size = size}), base::Error) << size;
