@@ -42,17 +42,21 @@ void ask_kvm(HostProbe& out) {
   out.recommended_vcpus = kvm.capability(KVM_CAP_NR_VCPUS);
   out.max_vcpus = kvm.capability(KVM_CAP_MAX_VCPUS);
   out.guest_syscalls = guest_syscall_works(kvm);
-  out.kind = out.cpu_flag.empty() ? KvmKind::kWithoutHardware : KvmKind::kHardware;
+  out.kind = kind_of(out.cpu_flag, out.guest_syscalls);
   if (out.guest_syscalls.value_or(true)) return;
   out.advice =
       "a guest program's system calls do not work on this KVM: the built-in probe guest runs, "
-      "slowly in "
-      "its "
-      "kernel part; a Linux guest cannot run programs here. Use a host with VT-x or AMD-V (or "
+      "slowly in its kernel part; a Linux guest cannot run programs here. Use a host with VT-x or "
+      "AMD-V (or "
       "nested virtualization switched on in the machine above) for other guests";
 }
 
 }  // namespace
+
+KvmKind kind_of(const std::string& cpu_flag, std::optional<bool> guest_syscalls) noexcept {
+  return cpu_flag.empty() || !guest_syscalls.value_or(true) ? KvmKind::kWithoutHardware
+                                                            : KvmKind::kHardware;
+}
 
 HostProbe probe_host() {
   HostProbe out;

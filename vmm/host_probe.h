@@ -36,6 +36,10 @@ struct HostProbe {
 
 HostProbe probe_host();
 
+// What a KVM that makes machines is. One whose guests' system calls do not work is page-table
+// based, whatever the processor could do.
+KvmKind kind_of(const std::string& cpu_flag, std::optional<bool> guest_syscalls) noexcept;
+
 std::string_view to_string(KvmKind kind) noexcept;
 
 }  // namespace minivmm::vmm
