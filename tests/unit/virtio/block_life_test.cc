@@ -156,6 +156,32 @@ TEST_F(BlockLifeTest, StopEndsAtItsDeadlineWithAHungDisk) {
   eventually([&] { return node_->users().empty(); }, "the handle closed");
 }
 
+// The requests have ended, but the flush that lets go of the disk hangs.
+TEST_F(BlockLifeTest, StopEndsAtItsDeadlineWithAHungFlush) {
+  make();
+  start();
+  ASSERT_EQ(write(0, pattern(512, 1)), VIRTIO_BLK_S_OK);
+  node_->hold();
+  const auto before = steady_clock::now();
+  const StopReport report = device_->stop(milliseconds(50));
+  EXPECT_LT(steady_clock::now() - before, std::chrono::seconds(2));
+  EXPECT_FALSE(report.idle);
+  EXPECT_EQ(report.error, "");
+  ASSERT_EQ(report.in_flight.size(), 1U);
+  EXPECT_NE(report.in_flight[0].find("flush"), std::string::npos) << report.in_flight[0];
+  EXPECT_EQ(node_->waiting(), 1U);
+  // Nothing is in flight in the guest's memory, so a reset need not wait for the disk.
+  reset();
+  EXPECT_EQ(status(), 0U);
+  set(VIRTIO_MMIO_STATUS, 1);
+  (void)device_->describe();
+  device_.reset();  // leaves the flush its device
+  EXPECT_FALSE(node_->users().empty());
+  node_->release();
+  eventually([&] { return node_->users().empty(); }, "the handle closed");
+  EXPECT_EQ(node_->calls(TestNode::Kind::kFlush).size(), 1U);
+}
+
 TEST_F(BlockLifeTest, StopWorksOnAFiberOfTheDevicesLoop) {
   make();
   start();
