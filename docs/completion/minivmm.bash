@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+# Completion of `minivmm` for bash.
+
+_minivmm_disk_keys="id= format= ro readonly cache= backing= backing_fmt= offset= size= serial=
+  logical_block_size= physical_block_size= num-queues= queue-size= cache-size= l2-cache-size=
+  refcount-cache-size= l2-cache-entry-size= locking="
+_minivmm_export_keys="name= description= writable nbd fuse"
+_minivmm_fuse_keys="mode= uid= gid= allow_other"
+
+_minivmm_disks="--disk --blockdev --backing-root"
+_minivmm_front_ends="--nbd --nbd-allow-remote --fuse --export"
+_minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
+_minivmm_guest="--kernel --initrd --append --memory --cpus --shared-memory --serial"
+
+# The options of a command, as its --help has them.
+_minivmm_options() {
+  case $1 in
+    boot) echo "$_minivmm_guest $_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
+    serve) echo "$_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
+    check-host) echo "--output --help -h" ;;
+    image) echo "--help -h" ;;
+    "image create")
+      echo "--format -f --backing -b --backing-format -F --unsafe -u --options -o --quiet -q --help -h" ;;
+    "image info")
+      echo "--backing-chain --backing-root --format -f --output --force-share -U --help -h" ;;
+    "image check")
+      echo "--repair -r -T --format -f --output --quiet -q --force-share -U --help -h" ;;
+    *) echo "--help -h --version -V" ;;
+  esac
+}
+
+# PATH,KEY=VALUE,...: the path, then keys, then the values that are known.
+_minivmm_keyed() {
+  local cur=$1 keys=$2 first=$3 before part
+  if [[ $cur != *,* ]]; then
+    case $first in
+      file) compopt -o filenames -o nospace 2>/dev/null; mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+      directory) compopt -o filenames -o nospace 2>/dev/null; mapfile -t COMPREPLY < <(compgen -d -- "$cur") ;;
+      node) mapfile -t COMPREPLY < <(compgen -W "$(_minivmm_nodes)" -- "$cur") ;;
+    esac
+    return
+  fi
+  before="${cur%,*}," part=${cur##*,}
+  compopt -o nospace 2>/dev/null
+  local values=
+  case $part in
+    format=* | backing_fmt=*) values="qcow2 raw" ;;
+    cache=*) values="writeback none writethrough directsync unsafe" ;;
+    locking=*) values="auto on off" ;;
+    backing=*)
+      mapfile -t COMPREPLY < <(compgen -P "${before}backing=" -f -- "${part#*=}")
+      return ;;
+    *=*) return ;;
+    *) mapfile -t COMPREPLY < <(compgen -P "$before" -W "$keys" -- "$part"); return ;;
+  esac
+  mapfile -t COMPREPLY < <(compgen -P "$before${part%%=*}=" -W "$values" -- "${part#*=}")
+}
+
+# The names of the nodes that the line so far makes: the id= of each --disk, or disk0, disk1, ...
+_minivmm_nodes() {
+  local i number=0 value
+  for ((i = 1; i < ${#words[@]} - 1; i++)); do
+    value=
+    [[ ${words[i]} == --disk && $((i + 1)) -lt ${#words[@]} ]] && value=${words[i + 1]}
+    [[ ${words[i]} == --disk=* ]] && value=${words[i]#--disk=}
+    [[ -n $value ]] || continue
+    if [[ ,$value =~ ,id=([^,]*) ]]; then echo "${BASH_REMATCH[1]}"; else echo "disk$number"; fi
+    number=$((number + 1))
+  done
+}
+
+_minivmm() {
+  local cur prev command i
+  local -a words
+  # Our own split: bash would also cut at each '=' and ':'.
+  local line=${COMP_LINE:0:COMP_POINT}
+  read -ra words <<<"$line"
+  [[ $line == *[[:space:]] ]] && words+=("")
+  cur=${words[-1]} prev=
+  ((${#words[@]} > 1)) && prev=${words[-2]}
+  COMPREPLY=()
+
+  command=
+  ((${#words[@]} > 2)) && command=${words[1]}
+  [[ $command == image && ${#words[@]} -gt 3 ]] && command="image ${words[2]}"
+  if [[ $cur == --*=* ]]; then
+    prev=${cur%%=*} cur=${cur#*=}
+  elif [[ $cur == -* ]]; then
+    mapfile -t COMPREPLY < <(compgen -W "$(_minivmm_options "$command")" -- "$cur")
+    return
+  fi
+
+  local words_for=
+  case $command in
+    "") words_for="boot serve image check-host" prev= ;;
+    image) words_for="create info check" prev= ;;
+  esac
+  case $command:$prev in
+    *:--disk) _minivmm_keyed "$cur" "$_minivmm_disk_keys" file ;;
+    *:--fuse) _minivmm_keyed "$cur" "$_minivmm_fuse_keys" directory ;;
+    *:--export) _minivmm_keyed "$cur" "$_minivmm_export_keys" node ;;
+    *:--nbd)
+      words_for="nbd://127.0.0.1 nbd+unix:///?socket= fd: systemd"
+      compopt -o nospace 2>/dev/null ;;
+    *:--blockdev) words_for="driver="; compopt -o nospace 2>/dev/null ;;
+    *:--io-backend) words_for="auto io_uring epoll" ;;
+    *:--log-level) words_for="debug info warning error off" ;;
+    *:--serial) words_for="stdio none file:" ;;
+    *:--output) words_for="human json" ;;
+    *:--repair | *:-r) words_for="leaks all" ;;
+    *:-T) words_for="none writeback writethrough directsync unsafe" ;;
+    image\ *:--format | image\ *:-f | image\ *:-F | image\ *:--backing-format) words_for="qcow2 raw" ;;
+    image\ create:-o | image\ create:--options) words_for="help" ;;
+    *:--backing-root)
+      compopt -o filenames 2>/dev/null
+      mapfile -t COMPREPLY < <(compgen -d -- "$cur") ;;
+    *:--append | *:--memory | *:--cpus | *:--io-threads | *:--ready-fd | *:--shutdown-timeout) ;;
+    *:--kernel | *:--initrd | *:--pid-file | image\ *)
+      compopt -o filenames 2>/dev/null
+      mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
+  esac
+  [[ -z $words_for ]] || mapfile -t COMPREPLY < <(compgen -W "$words_for" -- "$cur")
+  # What lies before the last break is not replaced by readline.
+  if [[ $cur == *[=:]* ]]; then
+    local head=${cur%"${cur##*[=:]}"}
+    COMPREPLY=("${COMPREPLY[@]#"$head"}")
+  fi
+}
+
+complete -F _minivmm minivmm
