@@ -69,7 +69,9 @@ void Session::mount(const std::string& path, bool allow_other) {
                                  ": cannot mount (is /dev/fuse there, and fusermount3 for those "
                                  "who are not root?)");
   }
-  const fuse_custom_io io{&Session::write_reply, &refuse_read, nullptr, nullptr};
+  fuse_custom_io io{};  // newer libraries have more members
+  io.writev = &Session::write_reply;
+  io.read = &refuse_read;
   const int error = ::fuse_session_custom_io(session_, &io, ::fuse_session_fd(session_));
   if (error != 0) throw errno_error(-error, path + ": libfuse refuses our I/O functions");
   invalidator_ = std::make_shared<Invalidator>(clone_device());
