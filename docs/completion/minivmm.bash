@@ -12,6 +12,29 @@ _minivmm_front_ends="--nbd --nbd-allow-remote --fuse --export"
 _minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
 _minivmm_guest="--kernel --initrd --append --memory --cpus --shared-memory --serial"
 
+# --- image commands: written by docs/update-image-commands ---
+_minivmm_image_commands="create info check"
+_minivmm_image_options() {
+  case $1 in
+    create) echo "-f --format -b --backing -F --backing-format -u --unsafe -o --options -q --quiet -h --help" ;;
+    info) echo "--backing-chain --backing-root -f --format --output -U --force-share -h --help" ;;
+    check) echo "-r --repair -T -f --format --output -q --quiet -U --force-share -h --help" ;;
+  esac
+}
+_minivmm_image_values() {
+  case $1:$2 in
+    create:-f | create:--format) echo "qcow2 raw" ;;
+    create:-F | create:--backing-format) echo "qcow2 raw" ;;
+    info:-f | info:--format) echo "qcow2 raw" ;;
+    info:--output) echo "human json" ;;
+    check:-r | check:--repair) echo "leaks all" ;;
+    check:-T) echo "none writeback writethrough directsync unsafe" ;;
+    check:-f | check:--format) echo "qcow2 raw" ;;
+    check:--output) echo "human json" ;;
+  esac
+}
+# --- image commands: end ---
+
 # The options of a command, as its --help has them.
 _minivmm_options() {
   case $1 in
@@ -19,12 +42,7 @@ _minivmm_options() {
     serve) echo "$_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
     check-host) echo "--output --help -h" ;;
     image) echo "--help -h" ;;
-    "image create")
-      echo "--format -f --backing -b --backing-format -F --unsafe -u --options -o --quiet -q --help -h" ;;
-    "image info")
-      echo "--backing-chain --backing-root --format -f --output --force-share -U --help -h" ;;
-    "image check")
-      echo "--repair -r -T --format -f --output --quiet -q --force-share -U --help -h" ;;
+    "image "*) _minivmm_image_options "${1#image }" ;;
     *) echo "--help -h --version -V" ;;
   esac
 }
@@ -93,7 +111,7 @@ _minivmm() {
   local words_for=
   case $command in
     "") words_for="boot serve image check-host" prev= ;;
-    image) words_for="create info check" prev= ;;
+    image) words_for=$_minivmm_image_commands prev= ;;
   esac
   case $command:$prev in
     *:--disk) _minivmm_keyed "$cur" "$_minivmm_disk_keys" file ;;
@@ -106,15 +124,17 @@ _minivmm() {
     *:--io-backend) words_for="auto io_uring epoll" ;;
     *:--log-level) words_for="debug info warning error off" ;;
     *:--serial) words_for="stdio none file:" ;;
-    *:--output) words_for="human json" ;;
-    *:--repair | *:-r) words_for="leaks all" ;;
-    *:-T) words_for="none writeback writethrough directsync unsafe" ;;
-    image\ *:--format | image\ *:-f | image\ *:-F | image\ *:--backing-format) words_for="qcow2 raw" ;;
-    image\ create:-o | image\ create:--options) words_for="help" ;;
-    *:--backing-root)
+    check-host:--output) words_for="human json" ;;
+    boot:--backing-root | serve:--backing-root)
       compopt -o filenames 2>/dev/null
       mapfile -t COMPREPLY < <(compgen -d -- "$cur") ;;
     *:--append | *:--memory | *:--cpus | *:--io-threads | *:--ready-fd | *:--shutdown-timeout) ;;
+    image\ *:-?*)
+      words_for=$(_minivmm_image_values "${command#image }" "$prev")
+      if [[ -z $words_for ]]; then
+        compopt -o filenames 2>/dev/null
+        mapfile -t COMPREPLY < <(compgen -f -- "$cur")
+      fi ;;
     *:--kernel | *:--initrd | *:--pid-file | image\ *)
       compopt -o filenames 2>/dev/null
       mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;

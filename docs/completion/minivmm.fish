@@ -11,6 +11,12 @@ function __minivmm_in
     contains -- "$command" $argv
 end
 
+# `image` and its commands: their options have texts of their own.
+function __minivmm_in_image
+    set -l words (commandline -opc)
+    test "$words[2]" = image; and set -q words[3]
+end
+
 # The keys that may follow the last comma of the word.
 function __minivmm_keys
     set -l word (commandline -ct)
@@ -29,8 +35,7 @@ complete -c minivmm -n "__fish_use_subcommand" -f -a serve -d "Serve disks over 
 complete -c minivmm -n "__fish_use_subcommand" -f -a image -d "Create, inspect and check disk images"
 complete -c minivmm -n "__fish_use_subcommand" -f -a check-host -d "What this machine offers"
 complete -c minivmm -n "__fish_use_subcommand" -s V -l version -d "Show the version"
-complete -c minivmm -s h -l help -d "Show the options"
-complete -c minivmm -n "__minivmm_in image" -f -a "create info check"
+complete -c minivmm -n "not __minivmm_in_image" -s h -l help -d "Show the options"
 
 complete -c minivmm -n "__minivmm_in boot" -l kernel -r -d "ELF or bzImage kernel"
 complete -c minivmm -n "__minivmm_in boot" -l initrd -r -d "Initial ramdisk"
@@ -54,15 +59,28 @@ complete -c minivmm -n "__minivmm_in boot serve" -l pid-file -r -d "File for the
 complete -c minivmm -n "__minivmm_in boot serve" -l shutdown-timeout -x -d "How long an end may take"
 complete -c minivmm -n "__minivmm_in boot serve" -l log-level -x -a "debug info warning error off" -d "What is logged"
 
-complete -c minivmm -n "__minivmm_in check-host image-info image-check" -l output -x -a "human json" -d "Form of the output"
-complete -c minivmm -n "__minivmm_in image-create image-info image-check" -s f -l format -x -a "qcow2 raw" -d "Format"
-complete -c minivmm -n "__minivmm_in image-create" -s b -l backing -r -d "Backing file"
-complete -c minivmm -n "__minivmm_in image-create" -s F -l backing-format -x -a "qcow2 raw" -d "Format of the backing file"
-complete -c minivmm -n "__minivmm_in image-create" -s u -l unsafe -d "Do not look at the backing file"
-complete -c minivmm -n "__minivmm_in image-create" -s o -l options -x -a help -d "Options of the format"
-complete -c minivmm -n "__minivmm_in image-create image-check" -s q -l quiet -d "Print errors only"
-complete -c minivmm -n "__minivmm_in image-info" -l backing-chain -d "Show the backing files as well"
-complete -c minivmm -n "__minivmm_in image-info" -l backing-root -x -a "(__fish_complete_directories)" -d "Where backing files may lie"
-complete -c minivmm -n "__minivmm_in image-info image-check" -s U -l force-share -d "Read although it is in use"
-complete -c minivmm -n "__minivmm_in image-check" -s r -l repair -x -a "leaks all" -d "Not supported"
-complete -c minivmm -n "__minivmm_in image-check" -s T -x -a "none writeback writethrough directsync unsafe" -d "How the file is read"
+complete -c minivmm -n "__minivmm_in check-host" -l output -x -a "human json" -d "Form of the output"
+
+# --- image commands: written by docs/update-image-commands ---
+complete -c minivmm -n "__minivmm_in image" -f -a "create info check"
+complete -c minivmm -n "__minivmm_in image-create" -s f -l format -x -a "qcow2 raw" -d "qcow2 or raw"
+complete -c minivmm -n "__minivmm_in image-create" -s b -l backing -r -d "the backing file, as it is recorded"
+complete -c minivmm -n "__minivmm_in image-create" -s F -l backing-format -x -a "qcow2 raw" -d "the backing file's format"
+complete -c minivmm -n "__minivmm_in image-create" -s u -l unsafe -d "record the backing file without looking at it"
+complete -c minivmm -n "__minivmm_in image-create" -s o -l options -x -d "options of the format"
+complete -c minivmm -n "__minivmm_in image-create" -s q -l quiet -d "print nothing but errors"
+complete -c minivmm -n "__minivmm_in image-create" -s h -l help -d "this text"
+complete -c minivmm -n "__minivmm_in image-info" -l backing-chain -d "the backing files as well, from the image downwards"
+complete -c minivmm -n "__minivmm_in image-info" -l backing-root -r -d "where backing files that images name may lie, besides the ..."
+complete -c minivmm -n "__minivmm_in image-info" -s f -l format -x -a "qcow2 raw" -d "the image's format, qcow2 or raw"
+complete -c minivmm -n "__minivmm_in image-info" -l output -x -a "human json" -d "what the output is for"
+complete -c minivmm -n "__minivmm_in image-info" -s U -l force-share -d "read the image although somebody may be writing to it"
+complete -c minivmm -n "__minivmm_in image-info" -s h -l help -d "this text"
+complete -c minivmm -n "__minivmm_in image-check" -s r -l repair -x -a "leaks all" -d "not supported"
+complete -c minivmm -n "__minivmm_in image-check" -s T -x -a "none writeback writethrough directsync unsafe" -d "how the file is read"
+complete -c minivmm -n "__minivmm_in image-check" -s f -l format -x -a "qcow2 raw" -d "the image's format, qcow2 or raw"
+complete -c minivmm -n "__minivmm_in image-check" -l output -x -a "human json" -d "what the output is for"
+complete -c minivmm -n "__minivmm_in image-check" -s q -l quiet -d "print nothing but errors"
+complete -c minivmm -n "__minivmm_in image-check" -s U -l force-share -d "read the image although somebody may be writing to it"
+complete -c minivmm -n "__minivmm_in image-check" -s h -l help -d "this text"
+# --- image commands: end ---

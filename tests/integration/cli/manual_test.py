@@ -13,10 +13,7 @@ MINIVMM = os.environ["MINIVMM"]
 MAN = os.environ["MINIVMM_MAN"]
 COMPLETION = os.environ["MINIVMM_COMPLETION"]
 
-# The pages of the commands; image has one for its three.
-COMMANDS = ("boot", "serve", "check-host", "image create", "image info", "image check")
-PAGES = {"boot": ("boot",), "serve": ("serve",), "check-host": ("check-host",),
-         "image": ("image create", "image info", "image check")}
+UPDATE = os.environ["MINIVMM_UPDATE"]
 
 
 def read(*path):
@@ -37,6 +34,17 @@ def help_options(command):
         if head:
             found.update(re.findall(r"--?[a-zA-Z][a-z-]*", head.group(1)))
     return found
+
+
+def listed_commands(*command):
+    text = help_text(" ".join(command)).split("Commands:\n", 1)[1].split("\n\n")[0]
+    return re.findall(r"(?m)^  ([a-z-]+) {2,}", text)
+
+
+# All of them, whichever there are; those of image have one page.
+PAGES = {name: (name,) for name in listed_commands() if name != "image"}
+PAGES["image"] = tuple(f"image {name}" for name in listed_commands("image"))
+COMMANDS = tuple(command for commands in PAGES.values() for command in commands)
 
 
 def disk_keys():
@@ -84,7 +92,7 @@ class Manual(unittest.TestCase):
 
     def test_every_command_is_in_the_first_page(self):
         text = self.page("").replace("\\-", "-")
-        listed = re.findall(r"(?m)^  ([a-z-]+) {2,}", help_text(""))
+        listed = listed_commands()
         self.assertIn("serve", listed)
         for command in listed:
             self.assertIn(f"\n.B {command}\n", text)
@@ -99,6 +107,13 @@ class Manual(unittest.TestCase):
                     and "can't break line" not in l and "cannot break line" not in l]
             self.assertEqual(said, [])
             self.assertNotIn("@", re.sub(r"\S+@\S+\.\S+", "", read(page)), "a place not filled in")
+
+
+class Image(unittest.TestCase):
+    def test_what_is_written_from_the_help_is_up_to_date(self):
+        done = subprocess.run(["python3", UPDATE, MINIVMM, "--check"], timeout=60,
+                              stdout=subprocess.PIPE, check=False)
+        self.assertEqual((done.stdout.decode(), done.returncode), ("", 0))
 
 
 class Bash(unittest.TestCase):
@@ -120,9 +135,9 @@ class Bash(unittest.TestCase):
                 self.assertEqual(self.complete(f"minivmm {command} -"), help_options(command))
 
     def test_commands(self):
-        self.assertEqual(self.complete("minivmm "), {"boot", "serve", "image", "check-host"})
+        self.assertEqual(self.complete("minivmm "), set(listed_commands()))
         self.assertEqual(self.complete("minivmm se"), {"serve"})
-        self.assertEqual(self.complete("minivmm image "), {"create", "info", "check"})
+        self.assertEqual(self.complete("minivmm image "), set(listed_commands("image")))
 
     def test_keys_of_a_disk(self):
         offered = self.complete("minivmm serve --disk a.qcow2,id=x,")
@@ -140,6 +155,8 @@ class Bash(unittest.TestCase):
         self.assertEqual(self.complete("minivmm serve --io-backend "),
                          {"auto", "io_uring", "epoll"})
         self.assertEqual(self.complete("minivmm check-host --output=j"), {"json"})
+        self.assertEqual(self.complete("minivmm image info --output=j"), {"json"})
+        self.assertEqual(self.complete("minivmm image create -f q"), {"qcow2"})
         self.assertIn("manual_test.py", self.complete("minivmm boot --kernel man",
                                                       cwd=os.path.dirname(__file__)))
 
@@ -157,9 +174,18 @@ class Zsh(unittest.TestCase):
         arrays["help"] = {"-h", "--help"}
         for command in COMMANDS:
             with self.subTest(command=command):
+                if command.startswith("image "):
+                    self.assertEqual(self.image_options(text, command[6:]), help_options(command))
+                    continue
                 line = re.search(rf"(?m)^ +{command.split()[-1]}\) _arguments (?:-s )?(.*)$", text)
                 used = re.findall(r"\$(\w+)", line.group(1))
                 self.assertEqual(set().union(*(arrays[a] for a in used)), help_options(command))
+
+    def image_options(self, text, name):
+        text = text[text.index("\n_minivmm_image() {"):]
+        body = re.search(rf"(?ms)^    {name}\) _arguments -s(.*?);;$", text).group(1)
+        heads = re.findall(r"(?m)^ +'(?:\([^)]*\)'\{([^}]*)\}|\*?(-[^\[]*)\[)", body)
+        return {name for head in heads for name in "".join(head).split(",")}
 
     @unittest.skipUnless(shutil.which("zsh"), "zsh is not installed")
     def test_syntax(self):
@@ -175,12 +201,14 @@ class Fish(unittest.TestCase):
             if not line.startswith("complete -c minivmm"):
                 continue
             where = re.search(r'-n "__minivmm_in ([^"]*)"', line)
-            if where is None and "-n " in line:
+            if where is None and "-n " in line and "not __minivmm_in_image" not in line:
                 continue
             head = re.sub(r'-(?:n|d|a) "[^"]*"', "", line)
             options = {"--" + o for o in re.findall(r" -l ([a-z-]+)", head)}
             options |= {"-" + o for o in re.findall(r" -s ([a-zA-Z])", head)}
             for command, known in offered.items():
+                if where is None and command.startswith("image "):
+                    continue
                 if where is None or command.replace(" ", "-") in where.group(1).split():
                     known |= options
         for command in COMMANDS:
