@@ -165,6 +165,56 @@ TEST_F(SyncTest, EpochTimesOutAndStillWaitsForThatPinLater) {
   });
 }
 
+// A handle that closes over a request that hangs must not make a drain hang, which has a deadline.
+TEST_F(SyncTest, EpochKeepsADeadlineWhileAnotherCallWaitsWithoutOne) {
+  Epoch epoch;
+  loops_.loop(0).call("test", [&] {
+    Epoch::Pin stuck(epoch);
+    WaitGroup group;
+    group.add();
+    loops_.loop(1).post("close", [&] {
+      epoch.synchronize();
+      group.done();
+    });
+    io::sleep_for(milliseconds(5));
+    std::atomic<bool> given_up{false};
+    group.add();
+    loops_.loop(1).post("drain", [&] {
+      EXPECT_FALSE(epoch.synchronize_until(Clock::now() + milliseconds(5)));
+      given_up = true;
+      group.done();
+    });
+    for (int i = 0; i < 2000 && !given_up; ++i) io::sleep_for(milliseconds(1));
+    EXPECT_TRUE(given_up);
+    stuck.release();
+    group.wait();
+  });
+}
+
+// Whoever saw that nothing is in flight may destroy the epoch, while the last one to leave is still
+// on its way out. (What would break is seen by ASan and TSan.)
+TEST_F(SyncTest, EpochMayBeDestroyedAsSoonAsNothingIsInFlight) {
+  for (int i = 0; i < 500; ++i) {
+    auto epoch = std::make_unique<Epoch>();
+    std::atomic<bool> entered{false};
+    loops_.loop(1).post("request", [&] {
+      Epoch::Pin pin(*epoch);
+      entered.store(true, std::memory_order_relaxed);
+      while (entered.load(std::memory_order_relaxed)) {  // until the other side looks
+      }
+      pin.release();
+    });
+    loops_.loop(0).call("close", [&] {
+      while (!entered.load(std::memory_order_relaxed)) EventLoop::current()->yield();
+      entered.store(false, std::memory_order_relaxed);
+      while (epoch->in_flight() != 0) EventLoop::current()->yield();
+      epoch->synchronize();
+      epoch.reset();
+    });
+    loops_.loop(1).call("settle", [] {});
+  }
+}
+
 // What the quarantine of freed clusters rests on: nothing pinned before synchronize() may still
 // be using what was retired before it.
 TEST_F(SyncTest, EpochProtectsRetiredObjectsUnderLoad) {
