@@ -39,13 +39,21 @@ void Pool::submit(Task& task) {
   const std::lock_guard lock(mutex_);
   (tail_ != nullptr ? tail_->next : head_) = &task;
   tail_ = &task;
-  if (idle_ == 0 && threads_.size() < max_threads_) {
+  ++queued_;
+  // A thread that was woken counts as idle until it runs. A task more than there are such threads
+  // would stand behind another one, however long that blocks.
+  if (queued_ > idle_ && threads_.size() < max_threads_) {
     const auto number = static_cast<unsigned>(threads_.size());
     try {
       threads_.emplace_back([this, number] { thread_main(number); });
     } catch (...) {
-      // No more threads to be had: those that exist will do; without any, nobody would.
-      if (threads_.empty()) throw;
+      // No more threads to be had: those that exist will do. Without any, nobody would: nothing
+      // but this task is queued then.
+      if (threads_.empty()) {
+        head_ = tail_ = nullptr;
+        queued_ = 0;
+        throw;
+      }
     }
   } else {
     available_.notify_one();
@@ -65,6 +73,7 @@ void Pool::thread_main(unsigned number) {
     Task& task = *head_;
     head_ = task.next;
     if (head_ == nullptr) tail_ = nullptr;
+    --queued_;
     lock.unlock();
     task.run(task);
     lock.lock();

@@ -32,7 +32,8 @@ class Pool {
   template <typename Work>
   auto run(Work&& work) -> std::invoke_result_t<Work>;
 
-  // Any thread: runs `task.run(task)` on a thread of the pool. The task lives until then.
+  // Any thread: runs `task.run(task)` on a thread of the pool. The task lives until then. Throws
+  // std::system_error where the pool's first thread cannot be made; the task is not kept then.
   struct Task {
     void (*run)(Task& task) noexcept = nullptr;
     Task* next = nullptr;
@@ -56,7 +57,8 @@ class Pool {
   std::condition_variable available_;
   Task* head_ = nullptr;
   Task* tail_ = nullptr;
-  unsigned idle_ = 0;
+  size_t queued_ = 0;
+  size_t idle_ = 0;  // threads that wait, also those that are being woken
   bool stopping_ = false;
   std::vector<std::thread> threads_;
 };
