@@ -4,6 +4,7 @@
 #pragma once
 
 #include <atomic>
+#include <future>
 #include <memory>
 #include <thread>
 #include <vector>
@@ -15,7 +16,8 @@ namespace minivmm::base {
 class LoopGroup {
  public:
   // `count` from 1 to EventLoop::kMaxLoops. Returns when every loop runs; throws what a loop threw
-  // while starting (an io_uring that was asked for and is refused).
+  // while starting (an io_uring that was asked for and is refused, no more loops or threads to be
+  // had). Nothing runs then.
   explicit LoopGroup(unsigned count, BackendChoice backend = BackendChoice::kAuto);
   ~LoopGroup();
 
@@ -27,6 +29,9 @@ class LoopGroup {
   }
 
  private:
+  std::future<void> start_loop(unsigned number, BackendChoice backend);
+  void stop() noexcept;
+
   std::vector<std::unique_ptr<EventLoop>> loops_;
   std::vector<std::thread> threads_;
   std::atomic<size_t> turn_{0};

@@ -288,5 +288,13 @@ TEST(LoopGroup, RefusesSillyCounts) {
   EXPECT_THROW(LoopGroup(EventLoop::kMaxLoops + 1), Error);
 }
 
+// The loops that run already must be ended, not abandoned with their threads.
+TEST(LoopGroup, WhereLoopsRunOutTheErrorIsThrownAndNothingIsLeft) {
+  const LoopGroup some(EventLoop::kMaxLoops - 3, BackendChoice::kEpoll);
+  EXPECT_THROW(LoopGroup(8, BackendChoice::kEpoll), Error);
+  LoopGroup rest(3, BackendChoice::kEpoll);
+  EXPECT_EQ(rest.loop(2).call("alive", [] { return 7; }), 7);
+}
+
 }  // namespace
 }  // namespace minivmm::base
