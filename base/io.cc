@@ -27,6 +27,13 @@ int64_t run_cancellable(IoOp& op, CancelSource* cancel) noexcept {
   return cancel->cancelled() && result == -EINTR ? -ECANCELED : result;
 }
 
+int64_t run_uninterrupted(IoOp& op) noexcept {
+  for (;;) {
+    const int64_t result = loop().run_io(op);
+    if (result != -EINTR) return result;
+  }
+}
+
 // Moves all of `span`, in as many operations as that takes; stops early at a zero result.
 int64_t transfer_all(IoOp& op, IoSpan span, bool has_offset) noexcept {
   const uint64_t offset = op.offset;
@@ -40,9 +47,10 @@ int64_t transfer_all(IoOp& op, IoSpan span, bool has_offset) noexcept {
     const int64_t n = loop().run_io(op);
     if (n == -EINTR) continue;
     if (n == -EAGAIN) {
-      // A non-blocking descriptor; files say so only when the kernel is short of memory.
+      // A non-blocking descriptor; files say so only when the kernel is short of memory, which
+      // does not end by asking again at once.
       if (has_offset) {
-        loop().yield();
+        (void)sleep_for(std::chrono::milliseconds(1));
       } else {
         (void)poll(op.fd, POLLOUT);
       }
@@ -71,7 +79,7 @@ int64_t write_at(int fd, IoSpan from, uint64_t offset) noexcept {
 
 int64_t fsync(int fd, bool data_only) noexcept {
   IoOp op{.opcode = IoOpcode::kFsync, .fd = fd, .flags = data_only ? 1U : 0U};
-  return loop().run_io(op);
+  return run_uninterrupted(op);
 }
 
 int64_t fallocate(int fd, int mode, uint64_t offset, uint64_t length) noexcept {
@@ -80,11 +88,7 @@ int64_t fallocate(int fd, int mode, uint64_t offset, uint64_t length) noexcept {
           .flags = static_cast<uint32_t>(mode),
           .offset = offset,
           .length = length};
-  int64_t result = 0;
-  do {
-    result = loop().run_io(op);
-  } while (result == -EINTR);
-  return result;
+  return run_uninterrupted(op);
 }
 
 int64_t recv(int fd, std::span<std::byte> to, CancelSource* cancel) noexcept {

@@ -20,6 +20,7 @@ namespace minivmm::base::io {
 // buffers are cut up.
 int64_t read_at(int fd, IoSpan to, uint64_t offset) noexcept;
 int64_t write_at(int fd, IoSpan from, uint64_t offset) noexcept;
+// EINTR is continued: it is no verdict on what was written.
 int64_t fsync(int fd, bool data_only) noexcept;
 int64_t fallocate(int fd, int mode, uint64_t offset, uint64_t length) noexcept;
 
