@@ -6,17 +6,14 @@
 #pragma once
 
 #include <exception>
-#include <type_traits>
+#include <utility>
 
 #include "base/event_loop.h"
 
 namespace minivmm::base {
 
-#if defined(__SANITIZE_ADDRESS__)
-inline constexpr size_t kStackReserve = 96 * 1024;
-#else
-inline constexpr size_t kStackReserve = 20 * 1024;
-#endif
+// ASan multiplies frames, and stacks with them (stack_pool.h).
+inline constexpr size_t kStackReserve = kFiberStackSize > 64 * 1024 ? 96 * 1024 : 20 * 1024;
 
 inline bool stack_is_low() noexcept {
   const Fiber* fiber = Fiber::current();
@@ -51,6 +48,16 @@ void run_on_fresh_stack(Body&& body) {
   });
   hop.wait();
   if (hop.error) std::rethrow_exception(hop.error);
+}
+
+// Runs `body` here, or on a fresh stack where this one is nearly used up.
+template <typename Body>
+void run_with_stack(Body&& body) {
+  if (stack_is_low()) [[unlikely]] {
+    run_on_fresh_stack(std::forward<Body>(body));
+  } else {
+    body();
+  }
 }
 
 }  // namespace minivmm::base

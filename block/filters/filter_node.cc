@@ -8,7 +8,7 @@ namespace minivmm::block {
 FilterNode::FilterNode(const NodeConfig& config, const char* driver, std::shared_ptr<Node> file)
     : Node(config.node_name, driver, config.read_only),
       file_(std::move(file), fmt::format("{} filter '{}'", driver, config.node_name),
-            Permissions::filter(!config.read_only)) {
+            Permissions::format_file(!config.read_only)) {
   set_size(file_.size());
   set_limits(file_.node().limits());
 }

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <optional>
 
 #include <fmt/core.h>
 
@@ -40,7 +41,27 @@ class CountErrors {
   bool passed_ = false;
 };
 
+// A request of the node: its failure is counted, and it has stack enough for the layers below.
+template <typename Request>
+void run_counted(Node& node, Request&& request) {
+  CountErrors count(node);
+  base::run_with_stack(request);
+  count.passed();
+}
+
 }  // namespace
+
+// What a change without a read-modify-write holds while it runs.
+class Edge::SharedRange {
+ public:
+  SharedRange(Edge& edge, uint64_t offset, uint64_t length) {
+    if (edge.node_->limits().request_alignment == 1) return;
+    range_.emplace(edge.node_->tracker_, offset, length, false);
+  }
+
+ private:
+  std::optional<RequestTracker::Range> range_;
+};
 
 Edge::Edge(std::shared_ptr<Node> node, std::string user, Permissions permissions, EdgeKind kind)
     : node_(std::move(node)), user_(std::move(user)), permissions_(permissions), kind_(kind) {
@@ -53,6 +74,7 @@ Edge::~Edge() {
 }
 
 void Edge::replace(std::shared_ptr<Node> node) {
+  if (node == node_) return;
   node->attach(*this);
   node_->detach(*this);
   if (auto watcher = node_->remove_watcher(*this)) node->add_watcher(*this, std::move(watcher));
@@ -88,11 +110,7 @@ bool Edge::aligned(uint64_t offset, uint64_t length) const noexcept {
 void Edge::read(uint64_t offset, IoSpan to) {
   if (to.bytes() == 0) return;
   check(offset, to.bytes(), Access::kRead, "read");
-  if (base::stack_is_low()) {
-    base::run_on_fresh_stack([&] { read_inside(offset, to); });
-  } else {
-    read_inside(offset, to);
-  }
+  base::run_with_stack([&] { read_inside(offset, to); });
 }
 
 void Edge::read_inside(uint64_t offset, IoSpan to) {
@@ -157,11 +175,7 @@ void Edge::write(uint64_t offset, IoSpan from, WriteFlags flags) {
     count.passed();
     return;
   }
-  if (base::stack_is_low()) {
-    base::run_on_fresh_stack([&] { write_slow(offset, from, flags); });
-  } else {
-    write_slow(offset, from, flags);
-  }
+  base::run_with_stack([&] { write_slow(offset, from, flags); });
 }
 
 void Edge::write_slow(uint64_t offset, IoSpan from, WriteFlags flags) {
@@ -232,17 +246,21 @@ void Edge::write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
   check(offset, length, Access::kChange, "write zeroes");
   if (kind_ == EdgeKind::kRoot && node_->write_through()) flags.fua = true;
   if (!node_->before_write_.empty()) node_->run_before_write(offset, length, {});
-  CountErrors count(*node_);
+  run_counted(*node_, [&] {
+    if (node_->limits().request_alignment == 1) {
+      zero_aligned(offset, length, flags);
+    } else {
+      zero_padded(offset, length, flags);
+    }
+  });
+}
+
+// Unaligned ends are written, the whole blocks between them are zeroed.
+void Edge::zero_padded(uint64_t offset, uint64_t length, ZeroFlags flags) {
   const uint64_t alignment = node_->limits().request_alignment;
-  if (alignment == 1) {
-    zero_aligned(offset, length, flags);
-    count.passed();
-    return;
-  }
   const uint64_t begin = align_down(offset, alignment);
   const uint64_t end = align_up(offset + length, alignment);
   const RequestTracker::Range range(node_->tracker_, begin, end - begin, !aligned(offset, length));
-  // Unaligned ends are written, the whole blocks between them are zeroed.
   const uint64_t first_whole = std::min(align_up(offset, alignment), offset + length);
   const uint64_t last_whole = std::max(align_down(offset + length, alignment), first_whole);
   const auto write_end = [&](uint64_t at, uint64_t n) {
@@ -253,7 +271,6 @@ void Edge::write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
   write_end(offset, first_whole - offset);
   if (last_whole > first_whole) zero_aligned(first_whole, last_whole - first_whole, flags);
   write_end(last_whole, offset + length - last_whole);
-  count.passed();
 }
 
 void Edge::zero_aligned(uint64_t offset, uint64_t length, ZeroFlags flags) {
@@ -263,11 +280,14 @@ void Edge::zero_aligned(uint64_t offset, uint64_t length, ZeroFlags flags) {
   } catch (const Error& e) {
     if (e.err() != ENOTSUP || flags.no_fallback) throw;
   }
-  zero_by_writing(offset, length, {.fua = flags.fua});
+  zero_by_writing(offset, length, flags.fua);
 }
 
-void Edge::zero_by_writing(uint64_t offset, uint64_t length, WriteFlags flags) {
-  // Many times the same buffer: one gathered write covers 512 KiB.
+void Edge::zero_by_writing(uint64_t offset, uint64_t length, bool durable) {
+  // Many times the same buffer: one gathered write covers 512 KiB. Of several, one flush makes all
+  // durable.
+  const bool several = length > IoList::kInline * kZeroBuffer;
+  const WriteFlags flags{.fua = durable && !several};
   while (length > 0) {
     IoList list;
     uint64_t piece = 0;
@@ -280,6 +300,7 @@ void Edge::zero_by_writing(uint64_t offset, uint64_t length, WriteFlags flags) {
     offset += piece;
     length -= piece;
   }
+  if (durable && several) node_->driver_flush();
 }
 
 void Edge::discard(uint64_t offset, uint64_t length) {
@@ -290,26 +311,22 @@ void Edge::discard(uint64_t offset, uint64_t length) {
   // A hint: shrink to what the node can discard whole.
   const uint64_t granularity =
       std::max<uint64_t>(limits.request_alignment, limits.discard_granularity);
-  const uint64_t end = std::min(offset + length, node_->size());
+  const uint64_t size = node_->size();
+  const uint64_t end = std::min(offset + length, size);
   const uint64_t first = base::div_ceil(offset, granularity) * granularity;
   // The short last block of a node counts as whole.
-  const uint64_t last = end == node_->size() ? end : end / granularity * granularity;
+  const uint64_t last = end == size ? end : end / granularity * granularity;
   if (first >= last) return;
   if (!node_->before_write_.empty()) node_->run_before_write(first, last - first, {});
-  CountErrors count(*node_);
-  if (limits.request_alignment == 1) {
+  run_counted(*node_, [&] {
+    const SharedRange range(*this, first, last - first);
     node_->driver_discard(first, last - first);
-  } else {
-    const RequestTracker::Range range(node_->tracker_, first, last - first, false);
-    node_->driver_discard(first, last - first);
-  }
-  count.passed();
+  });
 }
 
 void Edge::flush() {
-  CountErrors count(*node_);
-  if (!node_->read_only()) node_->driver_flush();
-  count.passed();
+  if (node_->read_only()) return;
+  run_counted(*node_, [&] { node_->driver_flush(); });
 }
 
 BlockStatus Edge::block_status(uint64_t offset, uint64_t length) {
@@ -319,11 +336,7 @@ BlockStatus Edge::block_status(uint64_t offset, uint64_t length) {
   if (offset >= size) return {.length = length, .zero = true};
   const uint64_t inside = std::min(length, size - offset);
   BlockStatus status;
-  if (base::stack_is_low()) {
-    base::run_on_fresh_stack([&] { status = node_->driver_block_status(offset, inside); });
-  } else {
-    status = node_->driver_block_status(offset, inside);
-  }
+  base::run_with_stack([&] { status = node_->driver_block_status(offset, inside); });
   status.length = std::clamp<uint64_t>(status.length, 1, inside);
   return status;
 }
@@ -339,7 +352,7 @@ void Edge::truncate(uint64_t new_size) {
     throw Error(EFBIG, fmt::format("{}: {} bytes is larger than any disk may be ({})",
                                    node_->describe(), new_size, kMaxDiskSize));
   }
-  node_->driver_truncate(new_size);
+  run_counted(*node_, [&] { node_->driver_truncate(new_size); });
 }
 
 void Edge::copy_range(uint64_t offset, uint64_t length, Edge& from, uint64_t from_offset) {
@@ -351,31 +364,24 @@ void Edge::copy_range(uint64_t offset, uint64_t length, Edge& from, uint64_t fro
     throw Error(ENOTSUP, "copy range: not supported for this range");
   }
   if (!node_->before_write_.empty()) node_->run_before_write(offset, length, {});
-  CountErrors count(*node_);
-  const bool tracked = node_->limits().request_alignment > 1;
-  if (tracked) {
-    const RequestTracker::Range range(node_->tracker_, offset, length, false);
+  run_counted(*node_, [&] {
+    const SharedRange range(*this, offset, length);
     node_->driver_copy_range(offset, length, *from.node_, from_offset);
-  } else {
-    node_->driver_copy_range(offset, length, *from.node_, from_offset);
-  }
-  count.passed();
+  });
 }
 
 void Edge::write_compressed(uint64_t offset, IoSpan from) {
   if (from.bytes() == 0) return;
   check(offset, from.bytes(), Access::kChange, "write compressed");
   if (!node_->before_write_.empty()) node_->run_before_write(offset, from.bytes(), from);
-  CountErrors count(*node_);
-  node_->driver_write_compressed(offset, from);
-  count.passed();
+  run_counted(*node_, [&] { node_->driver_write_compressed(offset, from); });
 }
 
 void Edge::prefetch(uint64_t offset, uint64_t length) {
   check(offset, length, Access::kRead, "prefetch");
   const uint64_t size = node_->size();
   if (length == 0 || offset >= size) return;
-  node_->driver_prefetch(offset, std::min(length, size - offset));
+  base::run_with_stack([&] { node_->driver_prefetch(offset, std::min(length, size - offset)); });
 }
 
 }  // namespace minivmm::block

@@ -58,6 +58,7 @@ class Edge {
 
  private:
   enum class Access { kRead, kChange };
+  class SharedRange;
   void check(uint64_t offset, uint64_t length, Access access, const char* what) const;
   void read_inside(uint64_t offset, IoSpan to);
   void read_unaligned(uint64_t offset, IoSpan to);
@@ -65,7 +66,8 @@ class Edge {
   void write_padded(uint64_t offset, IoSpan from, WriteFlags flags);
   void write_pieces(uint64_t offset, IoSpan from, WriteFlags flags);
   void zero_aligned(uint64_t offset, uint64_t length, ZeroFlags flags);
-  void zero_by_writing(uint64_t offset, uint64_t length, WriteFlags flags);
+  void zero_padded(uint64_t offset, uint64_t length, ZeroFlags flags);
+  void zero_by_writing(uint64_t offset, uint64_t length, bool durable);
   bool aligned(uint64_t offset, uint64_t length) const noexcept;
 
   std::shared_ptr<Node> node_;

@@ -24,9 +24,17 @@ Graph::~Graph() {
   if (!nodes_.empty()) base::log_error("graph: destroyed with {} nodes open", nodes_.size());
 }
 
-std::string Graph::make_name() {
-  const std::lock_guard lock(mutex_);
-  return fmt::format("#block{}", next_number_++);
+// For a child its parent's name and its own key, so that messages about it tell whose it is.
+std::string Graph::make_name(const char* key) {
+  constexpr size_t kMaxMadeUp = 64;
+  if (key != nullptr && !opening_.empty()) {
+    std::string name = opening_.back().node_name + "." + key;
+    if (name.size() <= kMaxMadeUp && owner_of(name).empty()) return name;
+  }
+  for (;;) {
+    std::string name = fmt::format("#block{}", next_number_++);
+    if (owner_of(name).empty()) return name;
+  }
 }
 
 std::shared_ptr<Node> Graph::add(Options options) {
@@ -37,7 +45,7 @@ std::shared_ptr<Node> Graph::add(Options options) {
     before = nodes_.size();
   }
   try {
-    return open(std::move(options), true);
+    return open(std::move(options), nullptr);
   } catch (...) {
     opening_.clear();
     drop_opened_since(before);
@@ -45,14 +53,22 @@ std::shared_ptr<Node> Graph::add(Options options) {
   }
 }
 
-void Graph::check_name_free(const std::string& name) const {
+// Who has the name, also of those that are being opened; empty: nobody. Under editing_.
+std::string Graph::owner_of(const std::string& name) const {
+  for (const Opening& parent : opening_) {
+    if (parent.node_name == name) return "the node that it is opened for";
+  }
   const std::lock_guard lock(mutex_);
   for (const Entry& entry : nodes_) {
-    if (entry.node->name() == name) {
-      throw Error(EEXIST,
-                  fmt::format("node-name '{}' is taken by {}", name, entry.node->describe()));
-    }
+    if (entry.node->name() == name) return entry.node->describe();
   }
+  return {};
+}
+
+void Graph::check_name_free(const std::string& name) const {
+  const std::string owner = owner_of(name);
+  if (owner.empty()) return;
+  throw Error(EEXIST, fmt::format("node-name '{}' is taken by {}", name, owner));
 }
 
 void Graph::adopt(std::shared_ptr<Node> node) {
@@ -62,8 +78,17 @@ void Graph::adopt(std::shared_ptr<Node> node) {
   nodes_.push_back({std::move(node), true});
 }
 
-// Under editing_.
-std::shared_ptr<Node> Graph::open(Options options, bool named) {
+void Graph::check_depth() const {
+  if (opening_.size() <= kMaxGraphDepth) return;
+  std::vector<std::string> first;
+  for (size_t i = 0; i < 8; ++i) first.push_back(opening_[i].label);
+  throw Error(ELOOP, fmt::format("more than {} layers (a loop of backing files?): {} -> ...",
+                                 kMaxGraphDepth, fmt::join(first, " -> ")));
+}
+
+// Under editing_. `key`: whose child it is of the node that is being opened; null: it is kept by
+// its own name.
+std::shared_ptr<Node> Graph::open(Options options, const char* key) {
   const std::string driver_name = options.take_string("driver").value_or("");
   if (driver_name.empty()) {
     throw Error(EINVAL, "a node needs a 'driver' option (qcow2, raw, file, ...)");
@@ -71,31 +96,27 @@ std::shared_ptr<Node> Graph::open(Options options, bool named) {
   const Driver& driver = find_driver(driver_name);
   NodeConfig config;
   config.node_name = options.take_string("node-name").value_or("");
-  if (config.node_name.empty()) config.node_name = make_name();
+  if (config.node_name.empty()) config.node_name = make_name(key);
   config.read_only = options.take_bool("read-only", false);
   const bool write_through = !options.take_bool("cache.writeback", true);
   check_name_free(config.node_name);
-  opening_.push_back(options.peek("filename").value_or(config.node_name));
-  if (opening_.size() > kMaxGraphDepth) {
-    throw Error(ELOOP, fmt::format("more than {} layers (a loop of backing files?): {} -> ...",
-                                   kMaxGraphDepth,
-                                   fmt::join(opening_.begin(), opening_.begin() + 8, " -> ")));
-  }
+  opening_.push_back({config.node_name, options.peek("filename").value_or(config.node_name)});
+  check_depth();
   std::shared_ptr<Node> node = driver.open(*this, config, options);
   opening_.pop_back();
   node->set_write_through(write_through);
   {
     const std::lock_guard lock(mutex_);
-    nodes_.push_back({node, named});
+    nodes_.push_back({node, key == nullptr});
   }
   options.finish(node->describe());  // after registering: a failure is cleaned up like any other
   return node;
 }
 
-std::shared_ptr<Node> Graph::open_inline(Options options) {
+std::shared_ptr<Node> Graph::open_inline(Options options, const char* key) {
   // Each level on a stack of its own: opening has larger frames than reading.
   std::shared_ptr<Node> node;
-  base::run_on_fresh_stack([&] { node = open(std::move(options), false); });
+  base::run_on_fresh_stack([&] { node = open(std::move(options), key); });
   return node;
 }
 
@@ -107,7 +128,7 @@ std::shared_ptr<Node> Graph::open_child(Options& parent, const char* key, bool i
   if (inherit_read_only && !child->options->has("read-only")) {
     child->options->set("read-only", "on");
   }
-  return open_inline(std::move(*child->options));
+  return open_inline(std::move(*child->options), key);
 }
 
 std::shared_ptr<Node> Graph::find(const std::string& node_name) const {
@@ -204,7 +225,7 @@ void Graph::close_unused(bool named_too, std::exception_ptr& first_error) {
     }
     try {
       node->close();
-    } catch (const Error& e) {
+    } catch (const std::exception& e) {
       base::log_error("{}: closing: {}", node->describe(), e.what());
       if (!first_error) first_error = std::current_exception();
     }
@@ -271,7 +292,9 @@ void Graph::Drain::let_go() noexcept {
 }
 
 void Graph::replace_node(Handle& handle, const std::string& node_name) {
-  handle.root_->edge.replace(find(node_name));
+  std::shared_ptr<Node> node = find(node_name);
+  const std::lock_guard lock(mutex_);  // describe() looks at what the handle points to
+  handle.root_->edge.replace(std::move(node));
 }
 
 std::vector<std::string> Graph::describe() const {

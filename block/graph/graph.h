@@ -21,8 +21,9 @@
 
 namespace minivmm::block {
 
-// Requests recurse through the layers (going on with a fresh stack where one is used up), so the
-// depth is bounded. Longer chains, and loops, are refused with the chain.
+// How many layers one add() may open: an image's recorded chain that is longer, or a loop, is
+// refused with the chain. (Requests recurse through the layers and go on with a fresh stack where one
+// is used up.)
 inline constexpr size_t kMaxGraphDepth = 200;
 
 class Graph {
@@ -35,8 +36,9 @@ class Graph {
 
   const OpenPolicy& policy() const noexcept { return policy_; }
 
-  // Opens the node that `options` describe, with its children, and keeps it under its node-name
-  // (one is made up where none is given: "#block0"). Throws; then nothing is kept.
+  // Opens the node that `options` describe, with its children, and keeps it under its node-name.
+  // Where none is given one is made up: "disk0.file" for the child `file` of disk0, "#block0" where
+  // that is taken or long. Throws; then nothing is kept.
   std::shared_ptr<Node> add(Options options);
   // Keeps a node that was made elsewhere (a job's filter, a test's) under its name, as if added.
   // EEXIST if the name is taken.
@@ -54,7 +56,7 @@ class Graph {
   // are closed with their parent.
   std::shared_ptr<Node> open_child(Options& parent, const char* key, bool inherit_read_only);
   // The same for options that a driver made itself (a recorded backing file).
-  std::shared_ptr<Node> open_inline(Options options);
+  std::shared_ptr<Node> open_inline(Options options, const char* key);
 
   // Holds back new requests of every handle and waits for those in flight: for edits of the live
   // graph. Throws ETIMEDOUT naming what is stuck (then nothing is held back). While it lives nodes
@@ -87,21 +89,28 @@ class Graph {
     std::shared_ptr<Node> node;
     bool named;  // kept by its own name; others live with their parent
   };
-  std::shared_ptr<Node> open(Options options, bool named);
-  std::string make_name();
+  // What is being opened.
+  struct Opening {
+    std::string node_name;
+    std::string label;  // its file name, where it has one
+  };
+  std::shared_ptr<Node> open(Options options, const char* key);
+  std::string make_name(const char* key);
+  std::string owner_of(const std::string& name) const;
   void check_name_free(const std::string& name) const;
+  void check_depth() const;
   void unregister_root(Handle::Root& root);
   void reap(std::unique_ptr<Handle::Root> root) noexcept;
   void close_unused(bool named_too, std::exception_ptr& first_error);
   void drop_opened_since(size_t count) noexcept;
 
   const OpenPolicy policy_;
-  base::FiberMutex editing_;          // one open, close or edit at a time; held across I/O
-  std::vector<std::string> opening_;  // what is being opened, outermost first; under editing_
+  base::FiberMutex editing_;      // one open, close or edit at a time; held across I/O
+  std::vector<Opening> opening_;  // outermost first; under editing_
   mutable std::mutex mutex_;
   std::vector<Entry> nodes_;          // guarded by mutex_, in order of opening: children first
   std::vector<Handle::Root*> roots_;  // guarded by mutex_
-  unsigned next_number_ = 0;          // guarded by mutex_
+  unsigned next_number_ = 0;          // under editing_
   base::WaitGroup reaping_;
 };
 

@@ -13,23 +13,41 @@ Handle::Root::Root(Graph& g, std::shared_ptr<Node> node, std::string user, Permi
     : graph(g), edge(std::move(node), std::move(user), permissions, EdgeKind::kRoot) {}
 
 base::Epoch::Pin Handle::Root::enter() {
+  base::Epoch::Pin pin(in_flight_);
+  // After the pin: a drain that holds after this load sees the pin and waits for it.
+  if (held_.load(std::memory_order_seq_cst) != 0) [[unlikely]]
+    return park(std::move(pin));
+  return pin;
+}
+
+// At each moment it is parked or has a pin: finish() sees the one or the other.
+base::Epoch::Pin Handle::Root::park(base::Epoch::Pin entered) {
+  std::unique_lock lock(mutex_);
+  ++parked_;
+  entered.release();
   for (;;) {
+    while (held_.load(std::memory_order_seq_cst) != 0) let_in_.wait(lock, "the end of a drain");
     base::Epoch::Pin pin(in_flight_);
-    // After the pin: a drain that holds after this load sees the pin and waits for it.
-    if (held_.load(std::memory_order_seq_cst) == 0) return pin;
-    pin.release();
-    std::unique_lock lock(mutex_);
-    while (held_.load(std::memory_order_seq_cst) != 0) parked_.wait(lock, "the end of a drain");
+    if (held_.load(std::memory_order_seq_cst) != 0) continue;
+    if (--parked_ == 0) none_parked_.notify_all();
+    return pin;
   }
 }
 
 void Handle::Root::let_go() noexcept {
   const std::lock_guard lock(mutex_);
-  if (held_.fetch_sub(1, std::memory_order_seq_cst) == 1) parked_.notify_all();
+  if (held_.fetch_sub(1, std::memory_order_seq_cst) == 1) let_in_.notify_all();
 }
 
 void Handle::Root::finish() {
-  (void)wait_idle(base::Clock::time_point::max());
+  std::unique_lock lock(mutex_);
+  while (parked_ != 0 || in_flight() != 0) {
+    while (parked_ != 0) none_parked_.wait(lock, "requests that a drain holds back");
+    lock.unlock();
+    (void)wait_idle(base::Clock::time_point::max());
+    lock.lock();
+  }
+  lock.unlock();
   if (written.load(std::memory_order_acquire)) edge.flush();
 }
 
@@ -140,14 +158,14 @@ void Handle::watch(std::shared_ptr<Node::ContentWatcher> watcher) {
 
 void Handle::close() {
   if (!root_) return;
-  const std::unique_ptr<Root> root = std::move(root_);
   std::exception_ptr error;
   try {
-    root->finish();
+    root_->finish();
   } catch (...) {
     error = std::current_exception();
   }
-  root->graph.unregister_root(*root);
+  root_->graph.unregister_root(*root_);
+  root_.reset();  // not before: requests in flight look at it
   if (error) std::rethrow_exception(error);
 }
 

@@ -52,7 +52,7 @@ class Handle {
   void watch(std::shared_ptr<Node::ContentWatcher> watcher);
 
   // Waits for the requests in flight, flushes what was written, detaches. Fiber. Throws the
-  // flush's error; the handle is closed all the same.
+  // flush's error; the handle is closed all the same. No request begins once it was called.
   void close();
 
   // The state behind a handle. Owned by the handle; known to the graph for drains.

@@ -26,13 +26,10 @@ struct Permissions {
   }
   // A backing file: its content must not change.
   static constexpr Permissions backing() noexcept { return {0, 0}; }
-  // The file under a format: the format's alone.
+  // The file under a format or a filter: theirs alone. What stands above them may need that nobody
+  // else changes it (a backing file does).
   static constexpr Permissions format_file(bool writable) noexcept {
     return {writable ? uint8_t{kWrite | kResize} : uint8_t{0}, 0};
-  }
-  // A filter: passes on what its users may do.
-  static constexpr Permissions filter(bool writable) noexcept {
-    return {writable ? uint8_t{kWrite | kResize} : uint8_t{0}, kWrite};
   }
 };
 

@@ -29,7 +29,8 @@ class Handle::Root {
   }
   uint64_t in_flight() const noexcept { return in_flight_.in_flight(); }
 
-  // Waits for requests in flight and flushes what was written. Throws the flush's error.
+  // Waits for requests in flight, also those that a drain holds back, and flushes what was written.
+  // Throws the flush's error.
   void finish();
 
   Graph& graph;
@@ -37,10 +38,14 @@ class Handle::Root {
   std::atomic<bool> written{false};  // something was written since attach
 
  private:
+  base::Epoch::Pin park(base::Epoch::Pin entered);
+
   base::Epoch in_flight_;
   std::atomic<uint32_t> held_{0};
   std::mutex mutex_;
-  base::WaitQueue parked_;
+  base::WaitQueue let_in_;
+  uint32_t parked_ = 0;  // requests in park(); guarded by mutex_
+  base::WaitQueue none_parked_;
 };
 
 }  // namespace minivmm::block

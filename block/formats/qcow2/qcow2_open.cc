@@ -68,7 +68,7 @@ std::shared_ptr<Node> open_backing(Graph& graph, const NodeConfig& config, Optio
                            header.backing_format);
   });
   if (!found.has("read-only")) found.set("read-only", "on");
-  return graph.open_inline(std::move(found));
+  return graph.open_inline(std::move(found), "backing");
 }
 
 }  // namespace

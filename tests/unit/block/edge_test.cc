@@ -29,6 +29,8 @@ class StrictNode final : public Node {
   std::vector<std::byte> bytes_;
   bool broken_ = false;
   int writes_ = 0;
+  int durable_writes_ = 0;
+  int flushes_ = 0;
   bool can_zero_ = false;
 
  private:
@@ -46,9 +48,10 @@ class StrictNode final : public Node {
     base::EventLoop::current()->yield();  // lets overlapping requests in, if edges do
     base::copy_to(to, 0, {bytes_.data() + offset, to.bytes()});
   }
-  void driver_write(uint64_t offset, IoSpan from, WriteFlags) override {
+  void driver_write(uint64_t offset, IoSpan from, WriteFlags flags) override {
     look(offset, from.bytes());
     ++writes_;
+    durable_writes_ += flags.fua;
     base::EventLoop::current()->yield();
     base::copy_from(from, 0, {bytes_.data() + offset, from.bytes()});
   }
@@ -57,7 +60,7 @@ class StrictNode final : public Node {
     look(offset, length, false);
     std::memset(bytes_.data() + offset, 0, length);
   }
-  void driver_flush() override {}
+  void driver_flush() override { ++flushes_; }
 };
 
 class EdgeTest : public GraphTest, public testing::WithParamInterface<Limits> {};
@@ -160,6 +163,46 @@ TEST_F(GraphTest, InnerEdgesReadZeroesPastTheEndAndGrowOnlyWithPermission) {
     Edge no_resize(node, "x", {Permissions::kWrite, 0});
     EXPECT_EQ(error_number([&] { no_resize.write(995, SingleBuffer(buffer, 10)); }), ENOSPC);
   });
+}
+
+// Zeroes that must be written out are made durable once, not piece by piece.
+TEST_F(GraphTest, DurableZeroesAreFlushedOnce) {
+  on_fiber([&] {
+    auto node = std::make_shared<StrictNode>(8 << 20, Limits{});
+    Edge edge(node, "test", Permissions::front_end(true), EdgeKind::kRoot);
+    edge.write_zeroes(0, 5 << 20, {.fua = true});
+    EXPECT_EQ(node->writes_, 10);
+    EXPECT_EQ(node->durable_writes_, 0);
+    EXPECT_EQ(node->flushes_, 1);
+    edge.write_zeroes(0, 4096, {.fua = true});
+    EXPECT_EQ(node->durable_writes_, 1);
+    EXPECT_EQ(node->flushes_, 1);
+  });
+}
+
+TEST_F(GraphTest, HooksComeBeforeEveryChangeAndMayRefuseIt) {
+  struct Hook final : Node::BeforeWrite {
+    void before_write(uint64_t offset, uint64_t length, IoSpan) override {
+      seen.emplace_back(offset, length);
+      if (offset == 13) throw base::Error(EPERM, "not there");
+    }
+    std::vector<std::pair<uint64_t, uint64_t>> seen;
+  } hook;
+  on_fiber([&] {
+    auto node = std::make_shared<StrictNode>(8192, Limits{.can_discard = true});
+    Edge edge(node, "test", Permissions::front_end(true), EdgeKind::kRoot);
+    node->add_before_write(hook);
+    std::byte byte{1};
+    edge.write(5, SingleBuffer(&byte, 1));
+    edge.write_zeroes(6, 2);
+    edge.discard(8, 3);
+    edge.read(0, SingleBuffer(&byte, 1));
+    EXPECT_EQ(error_number([&] { edge.write(13, SingleBuffer(&byte, 1)); }), EPERM);
+    node->remove_before_write(hook);
+    edge.write(13, SingleBuffer(&byte, 1));
+  });
+  EXPECT_EQ(hook.seen,
+            (std::vector<std::pair<uint64_t, uint64_t>>{{5, 1}, {6, 2}, {8, 3}, {13, 1}}));
 }
 
 TEST_F(GraphTest, ConflictsNameBothUsers) {

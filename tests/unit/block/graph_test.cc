@@ -31,6 +31,36 @@ TEST_F(GraphTest, NodesAreFoundByNameAndNamesAreUnique) {
   });
 }
 
+// Who asked for the node above must not get the one below.
+TEST_F(GraphTest, AChildMayNotHaveTheNameOfTheNodeItIsFor) {
+  on_fiber([&] {
+    EXPECT_EQ(error_number([&] {
+                graph_.add(Options::from_keys(
+                    "driver=raw,node-name=a,file.driver=memory,file.size=1M,file.node-name=a"));
+              }),
+              EEXIST);
+    EXPECT_EQ(error_number([&] { graph_.find("a"); }), ENOENT);
+  });
+}
+
+TEST_F(GraphTest, InlineChildrenAreNamedAfterTheirParents) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys(
+        "driver=raw,node-name=a,file.driver=raw,file.file.driver=memory,file.file.size=1M"));
+    EXPECT_STREQ(graph_.find("a.file")->driver(), "raw");
+    EXPECT_STREQ(graph_.find("a.file.file")->driver(), "memory");
+    // A name that is taken, or would be long, is not made up.
+    graph_.add(Options::from_keys("driver=null,node-name=b.file"));
+    graph_.add(Options::from_keys("driver=null,node-name=#block0"));
+    graph_.add(Options::from_keys("driver=raw,node-name=b,file.driver=memory,file.size=1M"));
+    EXPECT_STREQ(graph_.find("b.file")->driver(), "null");
+    EXPECT_STREQ(graph_.find("#block1")->driver(), "memory");
+    const std::string name(64, 'n');
+    graph_.add(Options::from_keys("driver=raw,file.driver=memory,file.size=1M,node-name=" + name));
+    EXPECT_STREQ(graph_.find("#block2")->driver(), "memory");
+  });
+}
+
 TEST_F(GraphTest, AFailedAddLeavesNothingBehind) {
   on_fiber([&] {
     // The child opens, then the parent's unknown option is found.
@@ -72,6 +102,63 @@ TEST_F(GraphTest, ManyFrontEndsShareOneNodeButNotWithABackingUser) {
         EBUSY);
     a.close();
     b.close();
+  });
+}
+
+// What stands above a filter may need that nobody else changes what is below.
+TEST_F(GraphTest, AFilterDoesNotLetOthersWriteBehindItsUser) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=memory,size=1M,node-name=m"));
+    const char* filter = "driver=fault,errno=none,node-name=f,file=m,read-only=on";
+    {
+      Handle writer = graph_.attach("m", "guest", Permissions::front_end(true));
+      EXPECT_EQ(error_number([&] { graph_.add(Options::from_keys(filter)); }), EBUSY);
+      writer.close();
+    }
+    graph_.add(Options::from_keys(filter));
+    EXPECT_EQ(error_number([&] { graph_.attach("m", "guest", Permissions::front_end(true)); }),
+              EBUSY);
+  });
+}
+
+// Whoever closes a handle waits for its requests, also for those that a drain keeps out.
+TEST_F(GraphTest, CloseWaitsForRequestsThatADrainHoldsBack) {
+  std::atomic<bool> read{false};
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=null,size=1M,latency-ns=20000000,node-name=slow"));
+    Handle handle = graph_.attach("slow", "tester", Permissions::front_end(true));
+    base::WaitGroup group;
+    group.add(2);
+    {
+      const Graph::Drain drain(graph_, milliseconds(1000));
+      loops_.loop(1).post("reader", [&] {
+        std::byte buffer[512];
+        handle.read(0, SingleBuffer(buffer, sizeof buffer));
+        read = true;
+        group.done();
+      });
+      base::io::sleep_for(milliseconds(10));
+      loops_.loop(0).spawn("closer", [&] {
+        handle.close();
+        EXPECT_TRUE(read);
+        group.done();
+      });
+      base::io::sleep_for(milliseconds(10));
+    }
+    group.wait();
+  });
+}
+
+TEST_F(GraphTest, PointingAHandleWhereItPointsAlreadyKeepsItAUser) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=memory,size=4K,node-name=a"));
+    Handle handle = graph_.attach("a", "tester", Permissions::front_end(true));
+    {
+      const Graph::Drain drain(graph_, milliseconds(100));
+      graph_.replace_node(handle, "a");
+    }
+    EXPECT_EQ(error_number([&] { graph_.remove("a"); }), EBUSY);
+    handle.close();
   });
 }
 
@@ -157,17 +244,24 @@ TEST_F(GraphTest, RequestsGoThroughHundredsOfLayersOnAFreshStackWhereOneIsUsedUp
   on_fiber([&] {
     // raw on raw on ... on memory, each by reference to the one before.
     graph_.add(Options::from_keys("driver=memory,size=64K,node-name=n0"));
-    for (size_t i = 1; i < 300; ++i) {
+    for (size_t i = 1; i <= 600; ++i) {
       graph_.add(Options::from_keys("driver=raw,node-name=n" + std::to_string(i) + ",file=n" +
                                     std::to_string(i - 1)));
     }
-    Handle handle = graph_.attach("n299", "tester", Permissions::front_end(true));
+    Handle handle = graph_.attach("n600", "tester", Permissions::front_end(true));
     char text[] = "down and up again";
     handle.write(5, SingleBuffer(text, sizeof text));
     char got[sizeof text];
     handle.read(5, SingleBuffer(got, sizeof got));
     EXPECT_STREQ(got, text);
     EXPECT_TRUE(handle.block_status(0, 100).data);
+    handle.flush();
+    handle.prefetch(0, 4096);
+    handle.write_zeroes(5, 4);
+    handle.read(5, SingleBuffer(got, sizeof got));
+    EXPECT_EQ(std::string(got, 8), std::string("\0\0\0\0 and", 8));
+    handle.discard(0, 65536);
+    handle.truncate(32768);
     handle.close();
   });
 }
