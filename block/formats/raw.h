@@ -2,13 +2,17 @@
 // Driver `raw`: the bytes of its file, or a range of them. Options: file, offset, size.
 //
 // A disk that was taken for raw only because it looked like nothing else (`probed` on) refuses
-// writes that would make its beginning look like another format: otherwise a guest could write an
+// changes that would make its beginning look like another format: otherwise a guest could write an
 // image header that names any file of the host, to be followed when the disk is next opened.
+// Changes of the beginning go one after the other, and what was looked at is what is written: the
+// guest may change its buffers meanwhile.
 #pragma once
 
 #include <memory>
 #include <optional>
+#include <span>
 
+#include "base/sync.h"
 #include "block/graph/driver.h"
 #include "block/graph/edge.h"
 #include "block/graph/node.h"
@@ -20,7 +24,7 @@ struct RawRange {
   std::optional<uint64_t> size;  // nullopt: to the end of the file, also when that moves
 };
 
-class RawNode final : public Node, private Node::BeforeWrite {
+class RawNode final : public Node {
  public:
   RawNode(const NodeConfig& config, std::shared_ptr<Node> file, RawRange range, bool probed);
 
@@ -39,10 +43,16 @@ class RawNode final : public Node, private Node::BeforeWrite {
   void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
                          uint64_t from_offset) override;
   void driver_prefetch(uint64_t offset, uint64_t length) override;
-  void before_write(uint64_t offset, uint64_t length, IoSpan data) override;
+
+  bool guards(uint64_t offset) const noexcept;
+  void write_guarded(uint64_t offset, IoSpan from, WriteFlags flags);
+  void require_raw(std::span<const std::byte> beginning) const;
+  void before_growth(uint64_t end) const;
 
   Edge file_;
   const RawRange range_;
+  const bool guarded_;
+  base::FiberMutex beginning_;  // one change of the guarded beginning at a time
 };
 
 std::shared_ptr<Node> open_raw(Graph& graph, const NodeConfig& config, Options& options);

@@ -75,7 +75,8 @@ class Node : public std::enable_shared_from_this<Node> {
   Counters& counters() noexcept { return counters_; }
 
   // Called before each write, zero and discard of a range, on its fiber; may suspend, may throw
-  // to refuse. For jobs (backup copies old data out first) and for guards.
+  // to refuse. For jobs (backup copies old data out first). No guard of content: `data` may be
+  // guest memory, which can be other bytes when it is written.
   class BeforeWrite {
    public:
     virtual void before_write(uint64_t offset, uint64_t length, IoSpan data) = 0;
