@@ -284,6 +284,7 @@ Facts FileNode::facts() const {
 
 std::shared_ptr<Node> open_file(Graph&, const NodeConfig& config, Options& options) {
   HostFileOptions host;
+  host.opener = fmt::format("node '{}'", config.node_name);
   host.writable = !config.read_only;
   if (auto fd = options.take_string("fd")) {
     Options number;

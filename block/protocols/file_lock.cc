@@ -58,12 +58,6 @@ bool held_by_others(int fd, off_t at) {
   return ::fcntl(fd, F_OFD_GETLK, &range) == 0 && range.l_type != F_UNLCK;
 }
 
-void unlock_all(int fd) {
-  struct flock range = byte_range(F_UNLCK, kUsedBase);
-  range.l_len = kUnsharedBase + 10 - kUsedBase;
-  (void)::fcntl(fd, F_OFD_SETLK, &range);
-}
-
 struct Conflict {
   int permission = -1;
   bool they_use = false;  // they use what we do not share; else they do not share what we use
@@ -83,6 +77,12 @@ Conflict find_conflict(int fd, bool writes) {
 
 }  // namespace
 
+void unlock_image_file(int fd) noexcept {
+  struct flock range = byte_range(F_UNLCK, kUsedBase);
+  range.l_len = kUnsharedBase + 10 - kUsedBase;
+  (void)::fcntl(fd, F_OFD_SETLK, &range);
+}
+
 bool lock_image_file(int fd, const std::string& filename, FileLock lock) {
   const auto give_up = std::chrono::steady_clock::now() + kRetryFor;
   for (;;) {
@@ -92,13 +92,16 @@ bool lock_image_file(int fd, const std::string& filename, FileLock lock) {
       if (err == 0 && used) err = set_shared(fd, kUsedBase + p);
       if (err == 0 && p != kConsistentRead) err = set_shared(fd, kUnsharedBase + p);
     }
-    if (err == EINVAL || err == ENOLCK || err == EOPNOTSUPP) return false;
+    if (err == EINVAL || err == ENOLCK || err == EOPNOTSUPP) {
+      unlock_image_file(fd);
+      return false;
+    }
     Conflict conflict;
     if (err == 0) {
       conflict = find_conflict(fd, lock.writes);
       if (conflict.permission < 0) return true;
     }
-    unlock_all(fd);
+    unlock_image_file(fd);
     if (std::chrono::steady_clock::now() >= give_up) {
       const std::string why =
           conflict.permission < 0 ? base::errno_text(err)

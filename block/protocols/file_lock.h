@@ -19,4 +19,8 @@ struct FileLock {
 // conflicts. Returns false where the file system has no such locks. Blocking.
 bool lock_image_file(int fd, const std::string& filename, FileLock lock);
 
+// Lets go of them. Closing the last descriptor of the open file does so too; a descriptor that was
+// inherited may have other holders.
+void unlock_image_file(int fd) noexcept;
+
 }  // namespace minivmm::block

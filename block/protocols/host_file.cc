@@ -14,15 +14,35 @@
 #include <vector>
 
 #include <fmt/core.h>
+#include <fmt/ranges.h>
 
 #include "base/error.h"
 #include "base/log.h"
+#include "block/graph/types.h"
 #include "block/protocols/file_lock.h"
 
 namespace minivmm::block {
 
 using base::errno_error;
 using base::Error;
+
+namespace {
+
+std::string descriptor_name(int number) { return fmt::format("file descriptor {}", number); }
+
+Error no_direct(const std::string& filename) {
+  return {EINVAL,
+          fmt::format("{}: its file system has no O_DIRECT; use cache=writeback", filename)};
+}
+
+}  // namespace
+
+// Nothing for what is no disk. A device is the same by whatever node of /dev it is opened.
+std::optional<HostFile::Key> HostFile::key_of(const struct stat& info) noexcept {
+  if (S_ISBLK(info.st_mode)) return Key{info.st_rdev, 0};
+  if (S_ISREG(info.st_mode)) return Key{info.st_dev, info.st_ino};
+  return std::nullopt;
+}
 
 // Every open file, by device and inode. Opening is rare: one lock, a linear search.
 class HostFile::Registry {
@@ -34,7 +54,8 @@ class HostFile::Registry {
     std::erase_if(files, [](const auto& weak) { return weak.expired(); });
     for (const auto& weak : files) {
       auto file = weak.lock();
-      if (file && file->key_ == key) return file;
+      // One whose last user is just letting go is as good as closed.
+      if (file && file->key_ == key && file->in_use()) return file;
     }
     return nullptr;
   }
@@ -45,110 +66,157 @@ HostFile::Registry& HostFile::registry() {
   return instance;
 }
 
-HostFile::~HostFile() = default;
-
-void HostFile::check_share(const HostFileOptions& options) const {
-  const auto refuse = [&](const char* why) {
-    const std::string same = options.filename == filename_
-                                 ? std::string(": is")
-                                 : fmt::format(": is the same file as {}, which is", filename_);
-    return Error(EBUSY, fmt::format("{}{} open in this process already{}; use that node by its "
-                                    "node-name instead of opening the file twice",
-                                    options.filename, same, why));
-  };
-  if (writable_ && options.writable) throw refuse(" for writing");
-  if (writable_) throw refuse(" for writing, so its content is not stable");
-  if (options.writable) throw refuse(" read-only by a user that needs its content stable");
-  if (direct_ != options.direct) throw refuse(" with another cache mode");
+HostFile::~HostFile() {
+  if (locked_ && inherited_) unlock_image_file(fd());
 }
 
-namespace {
-
-base::UniqueFd open_fd(const HostFileOptions& options) {
-  if (options.fd >= 0) {
-    base::UniqueFd copy(::fcntl(options.fd, F_DUPFD_CLOEXEC, 3));
-    if (!copy) throw errno_error(errno, fmt::format("file descriptor {}", options.fd));
-    const int flags = ::fcntl(copy.get(), F_GETFL);
-    const int mode = flags & O_ACCMODE;
-    if (options.writable && mode != O_RDWR) {
-      throw Error(EACCES, fmt::format("file descriptor {}: is not open for reading and writing",
-                                      options.fd));
-    }
-    if (mode == O_WRONLY) {
-      throw Error(EACCES, fmt::format("file descriptor {}: is not open for reading", options.fd));
-    }
-    return copy;
+// One opener's part in the file, behind the pointer that it was given.
+class HostFile::Opener {
+ public:
+  Opener(std::shared_ptr<HostFile> file, std::string name)
+      : file_(std::move(file)), name_(std::move(name)) {
+    const std::lock_guard lock(file_->openers_mutex_);
+    file_->openers_.push_back(name_);
   }
+  ~Opener() {
+    const std::lock_guard lock(file_->openers_mutex_);
+    auto& names = file_->openers_;
+    names.erase(std::find(names.begin(), names.end(), name_));
+  }
+  Opener(const Opener&) = delete;
+  Opener& operator=(const Opener&) = delete;
+  HostFile* file() const noexcept { return file_.get(); }
+
+ private:
+  const std::shared_ptr<HostFile> file_;
+  const std::string name_;
+};
+
+std::shared_ptr<HostFile> HostFile::opened_by(std::shared_ptr<HostFile> file, std::string opener) {
+  auto part = std::make_shared<Opener>(std::move(file), std::move(opener));
+  HostFile* const raw = part->file();
+  return {std::move(part), raw};
+}
+
+bool HostFile::in_use() const {
+  const std::lock_guard lock(openers_mutex_);
+  return !openers_.empty();
+}
+
+std::string HostFile::openers() const {
+  const std::lock_guard lock(openers_mutex_);
+  return fmt::format("{}", fmt::join(openers_, " and "));
+}
+
+void HostFile::check_share(const HostFileOptions& options, bool direct) const {
+  const auto refuse = [&](const char* how, const char* why) {
+    const std::string name = options.fd >= 0 ? descriptor_name(options.fd) : options.filename;
+    const std::string same =
+        name == filename_ ? "is" : fmt::format("is the same file as {}, which is", filename_);
+    return Error(EBUSY, fmt::format("{}: {} already open {} by {}{}; share one node instead of "
+                                    "opening the file twice",
+                                    name, same, how, openers(), why));
+  };
+  if (writable_) {
+    throw refuse("for writing", options.writable ? "" : ", so its content is not stable");
+  }
+  if (options.writable) throw refuse("read-only", ", which needs its content stable");
+  if (direct_ != direct) throw refuse("with another cache mode", "");
+}
+
+void HostFile::duplicate(const HostFileOptions& options) {
+  filename_ = descriptor_name(options.fd);
+  inherited_ = true;
+  fd_.reset(::fcntl(options.fd, F_DUPFD_CLOEXEC, 3));
+  if (!fd_) throw errno_error(errno, filename_);
+  const int mode = ::fcntl(fd(), F_GETFL) & O_ACCMODE;
+  if (options.writable && mode != O_RDWR) {
+    throw Error(EACCES, fmt::format("{}: is not open for reading and writing", filename_));
+  }
+  if (mode == O_WRONLY) throw Error(EACCES, fmt::format("{}: is not open for reading", filename_));
+}
+
+void HostFile::open_path(const HostFileOptions& options) {
+  filename_ = options.filename;
+  // O_NONBLOCK: a FIFO of that name must not hold us up.
   const int flags = (options.writable ? O_RDWR : O_RDONLY) | O_CLOEXEC |
                     (options.direct ? O_DIRECT : 0) | O_NONBLOCK | O_NOCTTY;
-  base::UniqueFd fd(::open(options.filename.c_str(), flags));
-  if (!fd) {
-    const int err = errno;
-    if (err == EINVAL && options.direct) {
-      throw Error(err, fmt::format("{}: its file system has no O_DIRECT; use cache=writeback",
-                                   options.filename));
-    }
-    if (options.writable && (err == EACCES || err == EROFS || err == EPERM)) {
-      throw errno_error(err, fmt::format("{}: cannot open for writing (ro opens it read-only)",
-                                         options.filename));
-    }
-    throw errno_error(err, fmt::format("{}: cannot open", options.filename));
+  fd_.reset(::open(filename_.c_str(), flags));
+  if (fd_) return;
+  const int err = errno;
+  if (err == EINVAL && options.direct) throw no_direct(filename_);
+  if (options.writable && (err == EACCES || err == EROFS || err == EPERM)) {
+    throw errno_error(
+        err, fmt::format("{}: cannot open for writing (ro opens it read-only)", filename_));
   }
-  return fd;
+  throw errno_error(err, fmt::format("{}: cannot open", filename_));
 }
 
-}  // namespace
+void HostFile::open_descriptor(const HostFileOptions& options) {
+  if (options.fd >= 0) {
+    duplicate(options);
+  } else {
+    open_path(options);
+  }
+  struct stat info {};
+  if (::fstat(fd(), &info) != 0) throw errno_error(errno, filename_);
+  if (S_ISDIR(info.st_mode)) throw Error(EISDIR, fmt::format("{}: is a directory", filename_));
+  const auto key = key_of(info);
+  if (!key) {
+    throw Error(EINVAL, fmt::format("{}: is neither a regular file nor a block device", filename_));
+  }
+  key_ = *key;
+  is_device_ = S_ISBLK(info.st_mode);
+  writable_ = options.writable;
+  direct_ = options.direct || (::fcntl(fd(), F_GETFL) & O_DIRECT) != 0;
+}
+
+// Of an inherited descriptor these are also its other holders' flags.
+void HostFile::set_flags() {
+  // Not O_NONBLOCK any more: io_uring would take it as "fail rather than wait" on file systems that
+  // cannot say whether they would wait, and believe others that they never do.
+  const int flags = ::fcntl(fd(), F_GETFL);
+  const int wanted = (flags & ~O_NONBLOCK) | (direct_ ? O_DIRECT : 0);
+  if (wanted == flags || ::fcntl(fd(), F_SETFL, wanted) == 0) return;
+  if (errno == EINVAL && direct_) throw no_direct(filename_);
+  throw errno_error(errno, filename_);
+}
+
+void HostFile::lock(Locking locking) {
+  if (locking == Locking::kOff) return;
+  locked_ = lock_image_file(fd(), filename_, {.writes = writable_});
+  if (locked_) return;
+  if (locking == Locking::kOn) {
+    throw Error(ENOTSUP,
+                fmt::format("{}: its file system has no OFD locks (locking=on)", filename_));
+  }
+  base::log_warning("{}: its file system has no locks: take care that nobody else uses it",
+                    filename_);
+}
 
 std::shared_ptr<HostFile> HostFile::open(const HostFileOptions& options) {
   const std::lock_guard lock(registry().mutex);
-  std::shared_ptr<HostFile> file(new HostFile);
+  const auto share = [&](std::shared_ptr<HostFile> known, bool direct) {
+    known->check_share(options, direct);
+    return opened_by(std::move(known), options.opener);
+  };
+  // Looked for before opening: what is refused is not opened at all.
   struct stat info {};
-  if (options.fd < 0) {
-    // Known before opening: a second open would not be refused by our own locks only if the
-    // inode is found here first.
-    if (::stat(options.filename.c_str(), &info) == 0 &&
-        (S_ISREG(info.st_mode) || S_ISBLK(info.st_mode))) {
-      const Key key{S_ISBLK(info.st_mode) ? info.st_rdev : info.st_dev,
-                    S_ISBLK(info.st_mode) ? 0 : info.st_ino};
-      if (auto known = registry().find(key)) {
-        known->check_share(options);
-        return known;
-      }
+  if (options.fd < 0 && ::stat(options.filename.c_str(), &info) == 0) {
+    const auto key = key_of(info);
+    if (auto known = key ? registry().find(*key) : nullptr) {
+      return share(std::move(known), options.direct);
     }
   }
-  file->fd_ = open_fd(options);
-  file->filename_ =
-      options.fd >= 0 ? fmt::format("file descriptor {}", options.fd) : options.filename;
-  if (::fstat(file->fd(), &info) != 0) throw errno_error(errno, file->filename_);
-  if (S_ISDIR(info.st_mode))
-    throw Error(EISDIR, fmt::format("{}: is a directory", file->filename_));
-  if (!S_ISREG(info.st_mode) && !S_ISBLK(info.st_mode)) {
-    throw Error(EINVAL,
-                fmt::format("{}: is neither a regular file nor a block device", file->filename_));
-  }
-  file->is_device_ = S_ISBLK(info.st_mode);
-  file->key_ = file->is_device_ ? Key{info.st_rdev, 0} : Key{info.st_dev, info.st_ino};
-  file->writable_ = options.writable;
-  file->direct_ = (::fcntl(file->fd(), F_GETFL) & O_DIRECT) != 0;
-  if (options.fd >= 0) {
-    if (auto known = registry().find(file->key_)) {
-      known->check_share(options);
-      return known;
-    }
-  }
+  std::shared_ptr<HostFile> file(new HostFile);
+  file->open_descriptor(options);
+  // And after: the name may have been another file's a moment ago.
+  if (auto known = registry().find(file->key_)) return share(std::move(known), file->direct_);
+  file->set_flags();
   if (file->direct_) file->find_alignment();
-  if (options.locking != Locking::kOff && !file->is_device_) {
-    const bool locked = lock_image_file(file->fd(), file->filename_, {.writes = options.writable});
-    if (!locked && options.locking == Locking::kOn) {
-      throw Error(ENOTSUP, fmt::format("{}: its file system has no OFD locks (locking=on)",
-                                       file->filename_));
-    }
-    if (!locked)
-      base::log_warning("{}: its file system has no locks: take care that nobody else uses it",
-                        file->filename_);
-  }
+  file->lock(options.locking);
   registry().files.push_back(file);
-  return file;
+  return opened_by(std::move(file), options.opener);
 }
 
 void HostFile::find_alignment() {
@@ -173,14 +241,19 @@ void HostFile::find_alignment() {
 }
 
 uint64_t HostFile::query_size() const {
+  uint64_t bytes = 0;
   if (is_device_) {
-    uint64_t bytes = 0;
     if (::ioctl(fd(), BLKGETSIZE64, &bytes) != 0) throw errno_error(errno, filename_);
-    return bytes;
+  } else {
+    struct stat info {};
+    if (::fstat(fd(), &info) != 0) throw errno_error(errno, filename_);
+    bytes = static_cast<uint64_t>(info.st_size);
   }
-  struct stat info {};
-  if (::fstat(fd(), &info) != 0) throw errno_error(errno, filename_);
-  return static_cast<uint64_t>(info.st_size);
+  if (bytes > kMaxDiskSize) {
+    throw Error(EFBIG, fmt::format("{}: {} bytes is larger than any disk may be ({})", filename_,
+                                   bytes, kMaxDiskSize));
+  }
+  return bytes;
 }
 
 }  // namespace minivmm::block

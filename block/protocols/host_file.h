@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // One open host file. Shared within the process by all nodes on the same inode, because two open
-// descriptions of one file would be refused by each other's locks.
+// descriptions of one file would be refused by each other's locks. It knows who has it open, so
+// that a refusal can name them.
 #pragma once
 
 #include <string>
@@ -8,14 +9,20 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <optional>
+#include <vector>
 
 #include "base/unique_fd.h"
+
+struct stat;
 
 namespace minivmm::block {
 
 enum class Locking { kAuto, kOn, kOff };
 
 struct HostFileOptions {
+  std::string opener;    // how messages name who opens it: "node 'disk0.file'"
   std::string filename;  // a path; "/dev/fdset"-like passing is by `fd`
   int fd = -1;           // an inherited descriptor, duplicated; -1: open `filename`
   bool writable = false;
@@ -25,8 +32,9 @@ struct HostFileOptions {
 
 class HostFile {
  public:
-  // Opens, or finds the one that is open. Blocking; call in Pool::syscalls(). Throws with the
-  // file's name: ENOENT, EACCES, EISDIR, EBUSY (locked, or open here in a way that conflicts).
+  // Opens, or finds the one that is open; open until the pointer and its copies are gone. Blocking;
+  // call in Pool::syscalls(). Throws with the file's name: ENOENT, EACCES, EISDIR, EBUSY (locked,
+  // or open here in a way that conflicts).
   static std::shared_ptr<HostFile> open(const HostFileOptions& options);
   ~HostFile();
   HostFile(const HostFile&) = delete;
@@ -54,11 +62,22 @@ class HostFile {
     uint64_t inode;
     bool operator==(const Key&) const = default;
   };
+  static std::optional<Key> key_of(const struct stat& info) noexcept;
   class Registry;
   static Registry& registry();
+  class Opener;
   HostFile() = default;
+  void open_descriptor(const HostFileOptions& options);
+  void open_path(const HostFileOptions& options);
+  void duplicate(const HostFileOptions& options);
+  void set_flags();
+  void lock(Locking locking);
   void find_alignment();
-  void check_share(const HostFileOptions& options) const;
+  void check_share(const HostFileOptions& options, bool direct) const;
+  bool in_use() const;
+  std::string openers() const;
+  // A pointer that is `opener`'s: while it lives it is named.
+  static std::shared_ptr<HostFile> opened_by(std::shared_ptr<HostFile> file, std::string opener);
 
   base::UniqueFd fd_;
   std::string filename_;
@@ -66,8 +85,12 @@ class HostFile {
   bool writable_ = false;
   bool direct_ = false;
   bool is_device_ = false;
+  bool inherited_ = false;  // by number
+  bool locked_ = false;
   uint32_t memory_alignment_ = 1;
   uint32_t offset_alignment_ = 1;
+  mutable std::mutex openers_mutex_;
+  std::vector<std::string> openers_;  // guarded by openers_mutex_
 };
 
 }  // namespace minivmm::block
