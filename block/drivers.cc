@@ -18,10 +18,18 @@ namespace minivmm::block {
 
 namespace {
 
+using enum DriverKind;
+
 constexpr Driver kDrivers[] = {
-    {"file", &open_file},    {"host_device", &open_file}, {"raw", &open_raw},
-    {"qcow2", &open_qcow2},  {"memory", &open_memory},    {"null", &open_null},
-    {"null-co", &open_null}, {"fault", &open_fault},      {"log-writes", &open_log_writes},
+    {"file", kProtocol, &open_file},
+    {"host_device", kProtocol, &open_file},
+    {"raw", kFormat, &open_raw},
+    {"qcow2", kFormat, &open_qcow2},
+    {"memory", kProtocol, &open_memory},
+    {"null", kProtocol, &open_null},
+    {"null-co", kProtocol, &open_null},
+    {"fault", kFilter, &open_fault},
+    {"log-writes", kFilter, &open_log_writes},
 };
 
 }  // namespace

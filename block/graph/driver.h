@@ -21,8 +21,11 @@ struct NodeConfig {
   bool read_only = false;
 };
 
+enum class DriverKind { kProtocol, kFormat, kFilter };
+
 struct Driver {
   const char* name;
+  DriverKind kind;
   // Fiber. Takes what it knows from `options`; the caller reports what is left.
   std::shared_ptr<Node> (*open)(Graph& graph, const NodeConfig& config, Options& options);
 };

@@ -10,6 +10,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/graph/driver.h"
 
 namespace minivmm::block {
 
@@ -44,6 +45,14 @@ bool names_a_protocol(const std::string& reference) {
   return colon != std::string::npos && colon < reference.find('/');
 }
 
+// Other drivers are not an image's to choose.
+bool is_format(const std::string& name) {
+  for (const Driver& driver : drivers()) {
+    if (driver.name == name) return driver.kind == DriverKind::kFormat;
+  }
+  return false;
+}
+
 }  // namespace
 
 Options backing_options(const OpenPolicy& policy, const std::string& image,
@@ -64,6 +73,11 @@ Options backing_options(const OpenPolicy& policy, const std::string& image,
     throw refuse(EACCES, fmt::format("is recorded without a format, and guessing one is unsafe; "
                                      "record it (qemu-img rebase -u -F FORMAT) or {}",
                                      kNameIt));
+  }
+  if (!is_format(format)) {
+    throw refuse(EINVAL, fmt::format("is recorded with the format '{}', which is not an image "
+                                     "format that can be opened here",
+                                     format));
   }
   const std::string own_directory = directory_of(image);
   const std::string path = reference.starts_with('/') ? reference : own_directory + "/" + reference;
