@@ -56,6 +56,11 @@ void fill_from_json(Options& out, const nlohmann::ordered_json& object) {
   }
 }
 
+// File names may be any bytes; what is not UTF-8 is replaced.
+std::string quoted(const std::string& text) {
+  return nlohmann::json(text).dump(-1, ' ', false, nlohmann::json::error_handler_t::replace);
+}
+
 int nesting_of(std::string_view text) {
   int depth = 0;
   int most = 0;
@@ -303,11 +308,10 @@ std::string Options::to_json() const {
   std::string out = "{";
   for (const Item& item : items_) {
     if (out.size() > 1) out += ", ";
-    out += nlohmann::json(item.key).dump() + ": ";
+    out += quoted(item.key) + ": ";
     switch (item.kind) {
       case Item::Kind::kText:
-        out += nlohmann::json(item.text).dump(-1, ' ', false,
-                                              nlohmann::json::error_handler_t::replace);
+        out += quoted(item.text);
         break;
       case Item::Kind::kNull:
         out += "null";

@@ -79,7 +79,10 @@ void MemoryNode::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags
     const uint64_t first = std::min(base::align_up(at, kPage), at + n);
     const uint64_t last = std::max(base::align_down(at + n, kPage), first);
     std::memset(data_ + at, 0, first - at);
-    if (last > first) (void)::madvise(data_ + first, last - first, MADV_DONTNEED);
+    // Refused for memory that is locked.
+    if (last > first && ::madvise(data_ + first, last - first, MADV_DONTNEED) != 0) {
+      std::memset(data_ + first, 0, last - first);
+    }
     std::memset(data_ + last, 0, at + n - last);
   });
   grow_size(offset + length);

@@ -51,6 +51,13 @@ TEST(Options, HostileJsonNestingIsRefusedNotRecursedInto) {
   EXPECT_THROW(Options::from_json(deep), base::Error);
 }
 
+// File names may be any bytes.
+TEST(Options, WhatIsNotUtf8IsShownReplaced) {
+  Options options;
+  options.set("name\xff", "value\xfe");
+  EXPECT_NE(options.to_json().find("value"), std::string::npos);
+}
+
 TEST(Options, ChildrenAreInlineReferencesOrNull) {
   auto options = Options::from_json(R"({"file": {"driver": "memory"}, "backing": "base0"})");
   auto file = options.take_child("file");
