@@ -75,13 +75,14 @@ void Allocator::refill() {
       refcounts_.find_free(index, found);
     } catch (...) {
       const std::lock_guard lock(mutex_);
-      next_block_ = index;
+      next_block_ = std::min(next_block_, index);
       throw;
     }
   } else {
     const uint64_t next = refcounts_.grow_table(found);
     const std::lock_guard lock(mutex_);
-    next_block_ = next;
+    // Lower: the list was cut meanwhile, and from there on there is something to be found.
+    if (next_block_ == index) next_block_ = next;
   }
   const std::lock_guard lock(mutex_);
   while (const auto run = found.take(~uint64_t{0}, 0)) runs_.add(run->first, run->count);
@@ -103,7 +104,17 @@ void Allocator::add_free(uint64_t first, uint64_t count) {
   const std::lock_guard lock(mutex_);
   // What lies in blocks that have not been searched will be found there.
   const uint64_t end = std::min(first + count, next_block_ << block_bits);
-  if (first < end) runs_.add(first, end - first);
+  if (first >= end) return;
+  runs_.add(first, end - first);
+  if (runs_.runs() <= kMostRuns) return;
+  if (const auto forgotten = runs_.forget_above(kMostRuns / 2)) {
+    next_block_ = std::min(next_block_, *forgotten >> block_bits);
+  }
+}
+
+size_t Allocator::listed_runs() const {
+  const std::lock_guard lock(mutex_);
+  return runs_.runs();
 }
 
 }  // namespace minivmm::block::qcow2

@@ -4,10 +4,12 @@
 // made, which is how the file grows. The size of the host file says nothing about what is free.
 //
 // Owned by Image. Any loop, on fibers. The list is a hint; a cluster is taken by its refcount going
-// from 0 to 1, so that it cannot be given out twice.
+// from 0 to 1, so that it cannot be given out twice. A guest that discards every second cluster of
+// a large disk makes a long list: past kMostRuns its higher half is forgotten, to be found again by
+// reading those blocks when it is needed.
 #pragma once
 
-#include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <mutex>
 
@@ -33,6 +35,10 @@ class Allocator {
   // Clusters whose refcount has become 0 and that no request knows.
   void add_free(uint64_t first, uint64_t count);
 
+  static constexpr size_t kMostRuns = 16384;
+  // For tests and state dumps.
+  size_t listed_runs() const;
+
  private:
   void refill();
   Run take_listed(uint64_t max);
@@ -41,7 +47,7 @@ class Allocator {
   Refcounts& refcounts_;
   MetadataMap& map_;
   base::FiberMutex refilling_;
-  std::mutex mutex_;
+  mutable std::mutex mutex_;
   FreeRuns runs_;            // guarded by mutex_
   uint64_t next_block_ = 0;  // guarded by mutex_: blocks below it have been searched
   uint64_t high_water_ = 0;  // guarded by mutex_: clusters from here on were never given out

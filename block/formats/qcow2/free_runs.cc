@@ -36,4 +36,15 @@ std::optional<ClusterRun> FreeRuns::take(uint64_t max, uint64_t border) {
   return ClusterRun{first, end - first};
 }
 
+std::optional<uint64_t> FreeRuns::forget_above(size_t most) {
+  std::optional<uint64_t> out;
+  while (runs_.size() > most) {
+    const auto last = std::prev(runs_.end());
+    out = last->first;
+    clusters_ -= last->second - last->first;
+    runs_.erase(last);
+  }
+  return out;
+}
+
 }  // namespace minivmm::block::qcow2

@@ -87,6 +87,12 @@ void parse_feature_names(std::span<const std::byte> data, Header& h) {
 }
 
 void parse_bitmaps(std::span<const std::byte> data, Header& h, uint64_t file_size) {
+  // Without the bit the bitmaps are out of date: what the extension points to may be anything by
+  // now. It is kept and not looked at.
+  if ((h.autoclear & kAutoclearBitmaps) == 0) {
+    h.unknown_extensions.push_back({kExtBitmaps, {data.begin(), data.end()}});
+    return;
+  }
   if (data.size() != 24) bad("the bitmaps extension has {} bytes, not 24", data.size());
   BitmapsExtension e;
   e.count = load_be<uint32_t>(data.data());

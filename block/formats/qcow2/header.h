@@ -69,7 +69,7 @@ struct Header {
   std::string backing_file;
   std::string backing_format;
   std::string data_file;
-  std::optional<BitmapsExtension> bitmaps;
+  std::optional<BitmapsExtension> bitmaps;  // only where the autoclear bit vouches for it
   std::vector<FeatureName> feature_names;
   std::vector<HeaderExtension> unknown_extensions;
 

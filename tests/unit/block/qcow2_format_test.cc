@@ -126,6 +126,21 @@ TEST(Qcow2Header, RefusesAnExtensionPastTheEnd) {
   }
 }
 
+// Another program that wrote to the image may have freed them and cut the file: the bitmaps are out
+// of date, the disk is not.
+TEST(Qcow2Header, OutOfDateBitmapsAreKeptAndNotLookedAt) {
+  Header h = sample();
+  h.bitmaps = BitmapsExtension{3, 100, 0x7000'0000};
+  EXPECT_EQ(refusal(cluster_of(h)), "accepted");
+  const Header parsed = parse_header(cluster_of(h), kFileSize);
+  EXPECT_FALSE(parsed.bitmaps);
+  ASSERT_EQ(parsed.unknown_extensions.size(), 1U);
+  EXPECT_EQ(parsed.unknown_extensions[0].type, kExtBitmaps);
+  EXPECT_EQ(parsed.unknown_extensions[0].data.size(), 24U);
+  h.autoclear = kAutoclearBitmaps;
+  EXPECT_NE(refusal(cluster_of(h)).find("bitmap directory"), std::string::npos);
+}
+
 TEST(Qcow2Header, RefusesABadBackingName) {
   Header h = sample();
   h.has_backing = true;
@@ -241,6 +256,16 @@ TEST(Qcow2FreeRuns, AgreesWithASetUnderRandomUse) {
     }
     ASSERT_EQ(runs.clusters(), model.size());
   }
+}
+
+TEST(Qcow2FreeRuns, ForgetsTheHighestRuns) {
+  FreeRuns runs;
+  for (uint64_t i = 0; i < 10; ++i) runs.add(i * 10, 3);
+  EXPECT_EQ(runs.forget_above(10), std::nullopt);
+  EXPECT_EQ(runs.forget_above(4), 40U);
+  EXPECT_EQ(runs.runs(), 4U);
+  EXPECT_EQ(runs.clusters(), 12U);
+  EXPECT_EQ(runs.take(100, 0)->first, 0U);
 }
 
 TEST(Qcow2Overlap, FindsFixedAndAddedMetadata) {
