@@ -125,9 +125,17 @@ uint64_t GuestMap::writable_table(uint64_t l1_index) {
   if ((entry & kFlagCopied) == 0) {
     const Claims::Claim claim(tables_, l1_index, l1_index, 1);
     entry = l1_.get(l1_index);
-    if ((entry & kFlagCopied) == 0) make_table(l1_index, entry);
+    if ((entry & kFlagCopied) == 0) {
+      // The old table will be freed: not before it is known to be one.
+      if (entry != 0) (void)known_table(l1_index, entry);
+      make_table(l1_index, entry);
+    }
     entry = l1_.get(l1_index);
   }
+  return known_table(l1_index, entry);
+}
+
+uint64_t GuestMap::known_table(uint64_t l1_index, uint64_t entry) const {
   const uint64_t table = table_of(l1_index, entry);
   const char* there = metadata_.find(table >> image_.geometry().cluster_bits, 1);
   if (there != nullptr && there != kL2Table) {

@@ -66,6 +66,8 @@ class GuestMap {
 
  private:
   uint64_t table_of(uint64_t l1_index, uint64_t l1_entry) const;
+  // The same, and throws EIO if other metadata lies there. Before a table is changed or freed.
+  uint64_t known_table(uint64_t l1_index, uint64_t l1_entry) const;
   uint64_t writable_table(uint64_t l1_index);
   void make_table(uint64_t l1_index, uint64_t l1_entry);
   void fill_table(uint64_t offset, uint64_t l1_index, uint64_t l1_entry);

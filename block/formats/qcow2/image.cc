@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <exception>
 #include <utility>
 
 #include <fmt/core.h>
@@ -79,7 +80,9 @@ void Image::prepare_first_write() {
   const std::lock_guard lock(preparing_);
   if (ready_to_write_.load(std::memory_order_relaxed)) return;
   file_.require_intact();
-  refcounts_.load_table();
+  // An attempt that failed later leaves the table loaded, and its blocks are known.
+  if (!refcounts_loaded_) refcounts_.load_table();
+  refcounts_loaded_ = true;
   const Geometry& g = file_.geometry();
   for (uint32_t i = 0; i < l1_.size(); ++i) {
     const uint64_t entry = l1_.get(i);
@@ -127,6 +130,8 @@ void Image::reclaim(base::Epoch& epoch) {
   for (;;) {
     Quarantine::Runs runs = quarantine_.take_matured();
     if (runs.empty()) return;
+    // Freeing goes by what the metadata says. Once that is known to be wrong, these are leaks.
+    if (file_.broken()) continue;
     epoch.synchronize();
     std::sort(runs.begin(), runs.end(),
               [](const ClusterRun& a, const ClusterRun& b) { return a.first < b.first; });
@@ -135,31 +140,53 @@ void Image::reclaim(base::Epoch& epoch) {
 }
 
 // Each run stands for one reference of each of its clusters; compressed clusters share host
-// clusters, so runs may overlap.
+// clusters, so runs may overlap. What an error kept from being looked at goes back to the
+// quarantine: the next commit brings it here again.
 void Image::release(const Quarantine::Runs& runs) {
-  uint64_t first = 0;  // of the free run that is being put together
-  uint64_t end = 0;
-  for (const ClusterRun& run : runs) {
-    for (uint64_t cluster = run.first; cluster < run.first + run.count; ++cluster) {
-      if (cluster >= first && cluster < end) {
-        throw file_.corruption(fmt::format("cluster {:#x} is used twice and has refcount 1",
-                                           cluster << file_.geometry().cluster_bits));
-      }
-      if (refcounts_.get(cluster) != 1) {
-        refcounts_.lower(cluster);
-        continue;
-      }
-      if (cluster != end || first == end) {
-        release_free(first, end - first);
-        first = cluster;
-      }
-      end = cluster + 1;
+  ClusterRun free;  // is being put together
+  size_t run = 0;
+  uint64_t done = 0;  // clusters of that run
+  std::exception_ptr error;
+  try {
+    for (; run < runs.size(); ++run, done = 0) {
+      for (; done < runs[run].count; ++done) release_one(runs[run].first + done, free);
     }
+    release_free(free);
+    return;
+  } catch (...) {
+    error = std::current_exception();
   }
-  release_free(first, end - first);
+  if (!file_.broken()) {
+    Quarantine::Runs left;
+    if (free.count != 0) left.push_back(free);
+    if (run < runs.size()) left.push_back({runs[run].first + done, runs[run].count - done});
+    if (run + 1 < runs.size()) {
+      left.insert(left.end(), runs.begin() + static_cast<long>(run) + 1, runs.end());
+    }
+    quarantine_.mature(std::move(left));
+  }
+  std::rethrow_exception(error);
 }
 
-void Image::release_free(uint64_t first, uint64_t count) {
+void Image::release_one(uint64_t cluster, ClusterRun& free) {
+  if (cluster - free.first < free.count) {
+    throw file_.corruption(fmt::format("cluster {:#x} is used twice and has refcount 1",
+                                       cluster << file_.geometry().cluster_bits));
+  }
+  if (refcounts_.get(cluster) != 1) {
+    refcounts_.lower(cluster);
+    return;
+  }
+  if (cluster != free.first + free.count) {
+    release_free(free);
+    free.first = cluster;
+  }
+  ++free.count;
+}
+
+// `free` is empty afterwards, also after an error: part of it may have been freed.
+void Image::release_free(ClusterRun& free) {
+  const auto [first, count] = std::exchange(free, {});
   if (count == 0) return;
   const unsigned bits = file_.geometry().cluster_bits;
   // The hole is punched before the clusters can be given out again: a punch that comes late would

@@ -51,6 +51,7 @@ class Image {
   const MetadataCache& l2() const noexcept { return l2_; }
   const MetadataCache& refcount_blocks() const noexcept { return blocks_; }
   Allocator& allocator() noexcept { return allocator_; }
+  const Allocator& allocator() const noexcept { return allocator_; }
   const Quarantine& quarantine() const noexcept { return quarantine_; }
   uint64_t commits() const { return committer_.commits(); }
 
@@ -77,7 +78,8 @@ class Image {
  private:
   void prepare_first_write();
   void release(const Quarantine::Runs& runs);
-  void release_free(uint64_t first, uint64_t count);
+  void release_one(uint64_t cluster, ClusterRun& free);
+  void release_free(ClusterRun& free);
 
   ImageFile file_;
   MetadataMap metadata_;
@@ -91,6 +93,7 @@ class Image {
   Committer committer_;
   std::atomic<bool> ready_to_write_{false};
   base::FiberMutex preparing_;
+  bool refcounts_loaded_ = false;  // guarded by preparing_
 };
 
 }  // namespace minivmm::block::qcow2

@@ -93,6 +93,9 @@ class Qcow2Node final : public Node {
   void change_in_slice(uint64_t first, uint64_t count, bool unmap);
   uint64_t zero_entry(uint64_t raw, bool unmap) const;
   bool can_zero_by_entry() const noexcept;
+  // "Unallocated" means zeroes for good. Not where the image records a backing file and was opened
+  // without it: the next to open it will see that file again.
+  bool unallocated_is_zero() const noexcept { return !backing_ && !header().has_backing; }
 
   qcow2::Image image_;
   std::unique_ptr<Edge> backing_;

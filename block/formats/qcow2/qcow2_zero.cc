@@ -50,7 +50,12 @@ Qcow2Node::WholeClusters Qcow2Node::whole_clusters(uint64_t offset, uint64_t len
 
 // An entry can say "zeroes" in version 3; in version 2 "unallocated" means it where there is no
 // backing file.
-bool Qcow2Node::can_zero_by_entry() const noexcept { return geometry().version >= 3 || !backing_; }
+//
+// Requests may be as large as the disk. They pin the epoch piece by piece: what the commits on the
+// way free is reclaimed meanwhile, or it would all wait for the end.
+bool Qcow2Node::can_zero_by_entry() const noexcept {
+  return geometry().version >= 3 || unallocated_is_zero();
+}
 
 void Qcow2Node::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
   image_.prepare_write();
@@ -58,21 +63,15 @@ void Qcow2Node::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags 
     throw Error(ENOTSUP,
                 describe() + ": a version 2 image with a backing file has no zero clusters");
   }
-  {
-    const base::Epoch::Pin pin(epoch_);
-    zero_range(offset, length, flags);
-  }
+  zero_range(offset, length, flags);
   after_change(flags.fua);
 }
 
 void Qcow2Node::driver_discard(uint64_t offset, uint64_t length) {
   image_.prepare_write();
   if (!can_zero_by_entry()) return;
-  {
-    const base::Epoch::Pin pin(epoch_);
-    const WholeClusters whole = whole_clusters(offset, length);
-    change_clusters(whole.first, whole.count, true);
-  }
+  const WholeClusters whole = whole_clusters(offset, length);
+  change_clusters(whole.first, whole.count, true);
   after_change(false);
 }
 
@@ -89,10 +88,11 @@ void Qcow2Node::zero_range(uint64_t offset, uint64_t length, ZeroFlags flags) {
 
 void Qcow2Node::zero_part(uint64_t offset, uint64_t length, ZeroFlags flags) {
   for (uint64_t done = 0; done < length;) {
+    const base::Epoch::Pin pin(epoch_);
     const Extent extent = image_.map().lookup_long(offset + done, length - done);
     const bool zero_already = extent.kind == ClusterKind::kZeroPlain ||
                               extent.kind == ClusterKind::kZeroAllocated ||
-                              (extent.kind == ClusterKind::kUnallocated && !backing_);
+                              (extent.kind == ClusterKind::kUnallocated && unallocated_is_zero());
     if (!zero_already) zero_data(extent, offset + done, flags);
     done += extent.length;
   }
@@ -125,8 +125,9 @@ void Qcow2Node::change_clusters(uint64_t first, uint64_t count, bool unmap) {
     // metadata nor keep the loop to itself.
     if (image_.under_pressure()) commit();
     if (slices % 64 == 63) base::EventLoop::current()->yield();
+    const base::Epoch::Pin pin(epoch_);
     uint64_t now = 0;
-    if (!backing_ && image_.map().without_table(first)) {
+    if (unallocated_is_zero() && image_.map().without_table(first)) {
       now = std::min(count, table_entries - (first & (table_entries - 1)));  // zeroes already
     } else {
       now = std::min(count, image_.map().clusters_in_slice(first));
@@ -170,12 +171,12 @@ void Qcow2Node::change_in_slice(uint64_t first, uint64_t count, bool unmap) {
 uint64_t Qcow2Node::zero_entry(uint64_t raw, bool unmap) const {
   const L2Entry entry = decode_l2(raw, geometry());
   const bool zero_flag = geometry().version >= 3;
-  if (entry.kind == ClusterKind::kUnallocated && !backing_) return raw;
+  if (entry.kind == ClusterKind::kUnallocated && unallocated_is_zero()) return raw;
   if (!unmap && zero_flag &&
       (entry.kind == ClusterKind::kData || entry.kind == ClusterKind::kZeroAllocated)) {
     return raw | qcow2::kFlagZero;  // the host cluster stays reserved
   }
-  return backing_ && zero_flag ? qcow2::kFlagZero : 0;
+  return !unallocated_is_zero() && zero_flag ? qcow2::kFlagZero : 0;
 }
 
 }  // namespace minivmm::block

@@ -157,6 +157,57 @@ TEST_F(Qcow2Hostile, DataIsNeverWrittenOverMetadata) {
   });
 }
 
+// The entry claims that other metadata is a table which a snapshot shares. Making a copy of it
+// would end with the "old table" being freed: a hole where the L1 table or the refcounts were.
+TEST_F(Qcow2Hostile, MetadataIsNotFreedAsAnOldL2Table) {
+  on_fiber([&] {
+    const Bytes good = good_image();
+    const uint64_t refcount_table = get(good, 48);
+    for (const uint64_t target : {l1_offset(good), refcount_table, get(good, refcount_table)}) {
+      SCOPED_TRACE(target);
+      Bytes image = good;
+      put(image, l1_offset(image), target);
+      const Outcome out = use(image);
+      EXPECT_EQ(out.write, EIO);
+      EXPECT_EQ(out.later, EIO);
+      Bytes expected = image;
+      put(expected, 72, qcow2::kIncompatCorrupt);
+      EXPECT_EQ(out.image, expected);
+    }
+  });
+}
+
+// What the refcounts say is no longer believed: nothing is freed by them.
+TEST_F(Qcow2Hostile, NothingIsFreedAfterCorruptionWasFound) {
+  on_fiber([&] {
+    Bytes image = good_image();
+    const uint64_t table = l2_offset(image);
+    const uint64_t data = get(image, table) & qcow2::kOffsetMask;
+    put(image, table + 8, qcow2::kFlagCopied | 0x200);  // misaligned
+    auto file = std::make_shared<TestFile>();
+    file->set_content(image);
+    auto node = open_test_image(file);
+    {
+      Edge disk(node, "guest", Permissions::front_end(true));
+      disk.discard(0, kCluster);
+      Bytes to(kCluster);
+      const base::SingleBuffer buffer(to.data(), to.size());
+      EXPECT_EQ(error_number([&] { disk.read(kCluster, buffer); }), EIO);
+    }
+    node->close();
+    const Bytes after = file->content();
+    EXPECT_TRUE(std::equal(after.begin() + static_cast<long>(data),
+                           after.begin() + static_cast<long>(data + kCluster),
+                           image.begin() + static_cast<long>(data)))
+        << "a hole was punched";
+    const uint64_t refcounts = get(image, get(image, 48));
+    EXPECT_TRUE(std::equal(after.begin() + static_cast<long>(refcounts),
+                           after.begin() + static_cast<long>(refcounts + kCluster),
+                           image.begin() + static_cast<long>(refcounts)))
+        << "a refcount was lowered";
+  });
+}
+
 // The refcounts say that metadata is free.
 TEST_F(Qcow2Hostile, MetadataWithRefcountZeroIsNotGivenOut) {
   on_fiber([&] {
