@@ -149,7 +149,7 @@ void Channel::begin(Running& request) noexcept {
   if (running_ != nullptr) running_->prev = &request;
   running_ = &request;
   ++in_flight_;
-  bytes_in_flight_ += request.activity.length;
+  bytes_in_flight_ += request.activity.data;
   counters_.in_flight.store(in_flight_, std::memory_order_relaxed);
 }
 
@@ -161,7 +161,7 @@ void Channel::end(Running& request) noexcept {
   }
   if (request.next != nullptr) request.next->prev = request.prev;
   --in_flight_;
-  bytes_in_flight_ -= request.activity.length;
+  bytes_in_flight_ -= request.activity.data;
   counters_.in_flight.store(in_flight_, std::memory_order_relaxed);
   if (has_room()) wake(reader_waiting_);
   if (in_flight_ == 0) wake(idle_waiting_);
@@ -204,7 +204,7 @@ void Channel::start_read(RequestBuffer& buffer) {
   const std::byte* const request = buffer.request().data();
   const auto unique = load<fuse_in_header>(request).unique;
   const auto in = load<fuse_read_in>(request + sizeof(fuse_in_header));
-  const Activity activity{"read", &file_of(in.fh), in.offset, in.size};
+  const Activity activity{"read", &file_of(in.fh), in.offset, in.size, in.size};
   if (in.size > kMaxTransfer) {
     reply(unique, EINVAL, nullptr, 0);
     buffers_.give_back(&buffer);
@@ -245,7 +245,7 @@ void Channel::start_write(RequestBuffer& buffer, size_t length) {
   const std::byte* const request = buffer.request().data();
   const auto unique = load<fuse_in_header>(request).unique;
   const auto in = load<fuse_write_in>(request + sizeof(fuse_in_header));
-  const Activity activity{"write", &file_of(in.fh), in.offset, in.size};
+  const Activity activity{"write", &file_of(in.fh), in.offset, in.size, in.size};
   if (in.size != length) {
     reply(unique, EINVAL, nullptr, 0);
     buffers_.give_back(&buffer);

@@ -29,6 +29,7 @@ struct Activity {
   File* file = nullptr;
   uint64_t offset = 0;
   uint64_t length = 0;
+  uint64_t data = 0;  // bytes of it that lie in our memory
 };
 
 class Channel {

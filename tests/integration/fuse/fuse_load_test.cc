@@ -1,7 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Many requests at once.
 #include <fcntl.h>
+#include <linux/falloc.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 #include <atomic>
@@ -94,6 +96,37 @@ TEST_F(FuseLoadTest, BytesInFlightAreBounded) {
   node->let_go();
   for (std::thread& writer : writers) writer.join();
   EXPECT_EQ(done, 100);
+}
+
+// A range that is punched or zeroed is as large as one likes and costs no memory: it must not count
+// against what is admitted.
+TEST_F(FuseLoadTest, LongFallocatesDoNotHoldOthersBack) {
+  constexpr uint64_t kLarge = uint64_t{40} << 20;
+  std::vector<std::thread> callers;
+  std::vector<base::UniqueFd> files;
+  std::vector<std::shared_ptr<GatedNode>> nodes;
+  for (const char* const name : {"a", "b", "c"}) nodes.push_back(add_gated(name, kLarge));
+  start();
+  // More than there are channels to read requests from.
+  for (const char* const name : {"a", "b", "c"}) files.push_back(open(name, O_RDWR));
+  for (const auto& node : nodes) node->hold();
+  std::atomic<int> failed{0};
+  for (const base::UniqueFd& fd : files) {
+    callers.emplace_back([&failed, raw = fd.get()] {
+      if (::fallocate(raw, FALLOC_FL_ZERO_RANGE, 0, kLarge) != 0) ++failed;
+    });
+  }
+  EXPECT_TRUE(eventually([&] { return nodes[0]->waiting() + nodes[1]->waiting() >= 2; }));
+  std::atomic<bool> answered{false};
+  std::thread looker([&] {
+    struct stat info {};
+    answered = ::stat(file("a").c_str(), &info) == 0;
+  });
+  EXPECT_TRUE(eventually([&] { return answered.load(); })) << "nobody reads requests any more";
+  for (const auto& node : nodes) node->let_go();
+  looker.join();
+  for (std::thread& caller : callers) caller.join();
+  EXPECT_EQ(failed, 0);
 }
 
 // Threads on regions of their own, each against a model: lengths and places of every kind.
