@@ -51,9 +51,10 @@ class Mount {
   // is there, EROFS for `writable` on a handle that is not; the handle is then closed unflushed.
   void add_file(const std::string& name, block::Handle handle, FileOptions options = {});
   // Takes the file away: waits for its requests in flight, flushes, closes the handle. Files that
-  // are open fail with ENODEV from then on. Throws ENOENT, or what the flush threw (the file is
-  // gone all the same).
-  void remove_file(const std::string& name);
+  // are open fail with ENODEV from then on. Throws ENOENT; ETIMEDOUT if that has not ended by the
+  // deadline (the handle is closed when it has); or what the flush threw. The file is gone all the
+  // same.
+  void remove_file(const std::string& name, std::chrono::milliseconds deadline);
 
   // Mounts. The mountpoint must be an empty directory, or not exist: then it is made, and removed
   // by stop(). A mount that a crash of ours left there is detached first; a mount that is alive

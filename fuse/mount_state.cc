@@ -88,11 +88,19 @@ void Mount::State::lost() {
   if (on_unmounted_) on_unmounted_();
 }
 
-void Mount::State::remove_file(const std::string& name) {
+void Mount::State::remove_file(const std::string& name, Clock::time_point deadline) {
   const std::shared_ptr<File> file = files_.remove(name);
   if (!file) throw base::Error(ENOENT, fmt::format("FUSE: there is no file '{}'", name));
-  (void)file->shut(Clock::time_point::max());
-  file->close();
+  const auto late = [&](const char* what) {
+    return base::Error(ETIMEDOUT,
+                       fmt::format("{}: '{}' is not shown any more, but {}; it is closed "
+                                   "when that has ended",
+                                   given_path_, name, what));
+  };
+  // Where requests hang, the last release closes it.
+  if (!file->shut(deadline)) throw late("requests are in flight");
+  deadline = std::max(deadline, Clock::now() + kLeastGrace);
+  if (!within(deadline, "FUSE close", [file] { file->close(); })) throw late("it is being flushed");
 }
 
 bool Mount::State::still_mounted() const { return is_mount_of_this_process(mountpoint_.path); }

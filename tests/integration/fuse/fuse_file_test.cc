@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <cstring>
 #include <set>
+#include <thread>
 
 #include <dirent.h>
 #include <gmock/gmock.h>
@@ -20,6 +21,7 @@ namespace minivmm::fuse {
 namespace {
 
 using testing::ElementsAre;
+constexpr std::chrono::seconds kLimit{10};
 
 class FuseFileTest : public FuseTest {
  protected:
@@ -258,7 +260,7 @@ TEST_F(FuseFileTest, FilesComeAndGoWhileMounted) {
         mount_->add_file("bad/name",
                          graph_.attach("second", "x", block::Permissions::front_end(false)), {}),
         base::Error);
-    EXPECT_THROW(mount_->remove_file("third"), base::Error);
+    EXPECT_THROW(mount_->remove_file("third", kLimit), base::Error);
     try {
       mount_->add_file("second", graph_.attach("second", "x", block::Permissions::front_end(false)),
                        {});
@@ -277,7 +279,7 @@ TEST_F(FuseFileTest, FilesComeAndGoWhileMounted) {
   const auto fd = open("first", O_RDWR);
   const auto bytes = random_bytes(4096, 5);
   ASSERT_EQ(write_at(fd.get(), bytes, 0), 4096);
-  on_loop([&] { mount_->remove_file("first"); });
+  on_loop([&] { mount_->remove_file("first", kLimit); });
   EXPECT_FALSE(open("first", O_RDONLY));
   EXPECT_EQ(errno, ENOENT);
   EXPECT_EQ(write_at(fd.get(), bytes, 0), -ENODEV) << "the export is gone, the descriptor not";
@@ -290,6 +292,56 @@ TEST_F(FuseFileTest, FilesComeAndGoWhileMounted) {
   ASSERT_EQ(::stat(file("first").c_str(), &info), 0);
   EXPECT_EQ(info.st_size, 8 << 20);
   EXPECT_EQ(write_at(fd.get(), bytes, 0), -ENODEV);
+}
+
+TEST_F(FuseFileTest, RemovingAFileThatHangsIsGivenUpAtTheDeadline) {
+  const auto node = add_gated("disk");
+  start();
+  node->hold();
+  auto fd = open("disk", O_RDWR);
+  std::thread writer([&] {
+    std::byte byte{};
+    EXPECT_EQ(::pwrite(fd.get(), &byte, 1, 0), 1) << "it was taken, so it is finished";
+  });
+  ASSERT_TRUE(eventually([&] { return node->waiting() == 1; }));
+  const auto before = base::Clock::now();
+  on_loop([&] {
+    try {
+      mount_->remove_file("disk", std::chrono::milliseconds(100));
+      ADD_FAILURE() << "it is in use";
+    } catch (const base::Error& e) {
+      EXPECT_EQ(e.err(), ETIMEDOUT);
+      EXPECT_THAT(e.what(), testing::HasSubstr("'disk'"));
+    }
+  });
+  EXPECT_LT(base::Clock::now() - before, std::chrono::seconds(3));
+  EXPECT_FALSE(open("disk", O_RDONLY));
+  node->let_go();
+  writer.join();
+  fd.reset();
+  EXPECT_TRUE(eventually([&] { return node->users().empty(); })) << "closed in the end";
+}
+
+TEST_F(FuseFileTest, RemovingAFileWhoseFlushHangsIsGivenUpAtTheDeadline) {
+  const auto node = add_gated("disk");
+  start();
+  {
+    const auto fd = open("disk", O_RDWR);
+    ASSERT_EQ(write_at(fd.get(), random_bytes(4096, 5), 0), 4096);
+  }
+  node->hold();
+  const auto before = base::Clock::now();
+  on_loop([&] {
+    try {
+      mount_->remove_file("disk", std::chrono::milliseconds(100));
+      ADD_FAILURE() << "it was not flushed";
+    } catch (const base::Error& e) {
+      EXPECT_EQ(e.err(), ETIMEDOUT);
+    }
+  });
+  EXPECT_LT(base::Clock::now() - before, std::chrono::seconds(3));
+  node->let_go();
+  EXPECT_TRUE(eventually([&] { return node->users().empty(); })) << "closed in the end";
 }
 
 TEST_F(FuseFileTest, AChangedSizeIsSeenAtOnce) {
