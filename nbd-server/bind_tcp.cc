@@ -114,7 +114,9 @@ BoundSocket adopt(UniqueFd fd) {
     throw Error(EINVAL, fmt::format("descriptor {} is not a listening socket", fd.get()));
   }
   const int flags = ::fcntl(fd.get(), F_GETFL);
-  if (flags < 0 || ::fcntl(fd.get(), F_SETFL, flags | O_NONBLOCK) != 0) {
+  // Nor do the programs that we start need it.
+  if (flags < 0 || ::fcntl(fd.get(), F_SETFL, flags | O_NONBLOCK) != 0 ||
+      ::fcntl(fd.get(), F_SETFD, FD_CLOEXEC) != 0) {
     throw errno_error(errno, fmt::format("descriptor {}", fd.get()));
   }
   out.tcp = !out.address.is_unix();

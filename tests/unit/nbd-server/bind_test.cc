@@ -86,6 +86,39 @@ TEST_F(Listening, TheSocketOfADeadProcessIsReplaced) {
   EXPECT_TRUE(connect_unix());
 }
 
+// A relative path that fits is enough, also where something is in the way: the absolute one is
+// longer than a socket's address may be.
+TEST_F(Listening, TheSocketOfADeadProcessIsReplacedDeepDown) {
+  const std::filesystem::path deep =
+      std::filesystem::path(directory_) / std::string(60, 'x') / std::string(60, 'y');
+  std::filesystem::create_directories(deep);
+  const std::filesystem::path before = std::filesystem::current_path();
+  std::filesystem::current_path(deep);
+  path_ = "m.sock";
+  {
+    const base::UniqueFd dead(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    std::strncpy(address.sun_path, path_.c_str(), sizeof address.sun_path - 1);
+    EXPECT_EQ(::bind(dead.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+  }
+  EXPECT_EQ(error_number([&] { EXPECT_EQ(listen(unix_uri()), unix_uri()); }), 0);
+  EXPECT_TRUE(connect_unix());
+  EXPECT_EQ(error_number([&] { listen(unix_uri()); }), EADDRINUSE);
+  std::filesystem::current_path(before);
+}
+
+TEST_F(Listening, ThePathMeansWhatTheSystemTakesItFor) {
+  std::filesystem::create_directories(directory_ + "/other/deep");
+  std::filesystem::create_directory_symlink(directory_ + "/other/deep", directory_ + "/link");
+  listen("nbd+unix:///?socket=" + directory_ + "/link/../m.sock");
+  path_ = directory_ + "/other/m.sock";
+  EXPECT_TRUE(connect_unix());
+  for (const char* const bad : {"/", "/.", "/other/.."}) {
+    EXPECT_EQ(error_number([&] { listen("nbd+unix:///?socket=" + directory_ + bad); }), EINVAL);
+  }
+}
+
 TEST_F(Listening, WhatIsNotASocketIsNotTouched) {
   const base::UniqueFd file(::open(path_.c_str(), O_CREAT | O_WRONLY | O_CLOEXEC, 0600));
   EXPECT_EQ(error_number([&] { listen(unix_uri()); }), EEXIST);
@@ -142,7 +175,7 @@ TEST_F(Listening, BeyondLoopbackOnlyWhenAllowed) {
 }
 
 TEST_F(Listening, AnInheritedSocketIsTakenOver) {
-  base::UniqueFd fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
+  base::UniqueFd fd(::socket(AF_INET, SOCK_STREAM, 0));
   const int raw = fd.get();
   sockaddr_in address{};
   address.sin_family = AF_INET;
@@ -159,6 +192,7 @@ TEST_F(Listening, AnInheritedSocketIsTakenOver) {
   socklen_t length = sizeof address;
   ASSERT_EQ(::getsockname(raw, reinterpret_cast<sockaddr*>(&address), &length), 0);
   EXPECT_EQ(adopt_it(std::move(fd)), "nbd://127.0.0.1:" + std::to_string(ntohs(address.sin_port)));
+  EXPECT_EQ(::fcntl(raw, F_GETFD), FD_CLOEXEC) << "programs that we start do not need it";
   base::UniqueFd peer(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
   ASSERT_EQ(::connect(peer.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
   Client client(std::move(peer));
