@@ -33,6 +33,14 @@ void log_failure(const Request& request, const Export& target, const std::string
                     why, suppressed > 0 ? fmt::format(" ({} similar not shown)", suppressed) : "");
 }
 
+// Two codes are answers to a flag of the request; clients expect them for nothing else.
+ErrorCode code_for(const Request& request, int err) noexcept {
+  const ErrorCode code = wire::error_code(err);
+  if (code == ErrorCode::kNotSup && !request.has(wire::kFastZero)) return ErrorCode::kInval;
+  if (code == ErrorCode::kOverflow && !request.has(wire::kDf)) return ErrorCode::kInval;
+  return code;
+}
+
 }  // namespace
 
 unsigned Commands::run(Request& first) noexcept {
@@ -86,11 +94,11 @@ bool Commands::run_one(Request& request) noexcept {
     try {
       if (!expected) log_failure(request, *agreed_.target, base::text_of(error));
       // The full text names files of this host: it is for the log.
-      fail(request, wire::error_code(err),
+      fail(request, code_for(request, err),
            fmt::format("{} of {} bytes at {}: {}", wire::command_name(request.command()),
                        request.head.length, request.head.offset, base::errno_text(err)));
     } catch (const std::exception&) {
-      fail(request, wire::error_code(err), {});
+      fail(request, code_for(request, err), {});
     }
     return false;
   }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <exception>
 
 #include <fmt/core.h>
 
@@ -46,14 +47,46 @@ void Server::Core::add_export(std::shared_ptr<Export> added) {
   warn_if_open_to_writers();
 }
 
-void Server::Core::remove_export(const std::string& name) {
+void Server::Core::remove_export(const std::string& name, base::Clock::time_point deadline) {
   const std::shared_ptr<Export> target = exports_.remove(name);
   if (!target) throw base::Error(ENOENT, fmt::format("there is no NBD export '{}'", name));
   target->withdraw();
-  for (const auto& client : clients()) {
-    if (client->uses(*target)) client->end_soon();
+  for (const auto& client : clients_of(*target)) client->end_soon();
+  if (!target->wait_unused(deadline)) {
+    for (const auto& client : clients_of(*target)) client->cut();
+    if (!target->wait_unused(base::Clock::now() + kAfterCut)) {
+      // The handle goes with the last request.
+      std::string users;
+      for (const auto& client : clients_of(*target)) users += "; " + client->describe();
+      throw base::Error(ETIMEDOUT, fmt::format("NBD export '{}' was withdrawn, but it is in use "
+                                               "still and closes when that ends{}",
+                                               name, users));
+    }
   }
-  target->close();
+  close_export(target, deadline);
+}
+
+// Nobody uses it any more. Throws what closing throws, or ETIMEDOUT: then it goes on by itself.
+void Server::Core::close_export(const std::shared_ptr<Export>& target,
+                                base::Clock::time_point deadline) {
+  struct Step {
+    base::Event done;
+    std::exception_ptr error;
+  };
+  const auto step = std::make_shared<Step>();
+  base::EventLoop::current()->spawn("nbd close", [target, step] {
+    try {
+      target->close();
+    } catch (...) {
+      step->error = std::current_exception();
+    }
+    step->done.set();
+  });
+  if (!step->done.wait_until(std::max(deadline, base::Clock::now() + kAfterCut))) {
+    throw base::Error(ETIMEDOUT,
+                      fmt::format("NBD export '{}': flushing has not ended", target->name()));
+  }
+  if (step->error) std::rethrow_exception(step->error);
 }
 
 void Server::Core::warn_if_open_to_writers() const {
@@ -215,6 +248,12 @@ Server::Core::Clients Server::Core::clients() const {
   return out;
 }
 
+Server::Core::Clients Server::Core::clients_of(const Export& target) const {
+  Clients out = clients();
+  std::erase_if(out, [&target](const auto& client) { return !client->uses(target); });
+  return out;
+}
+
 // --- the end ---
 
 std::vector<std::string> Server::Core::stop(base::Clock::time_point deadline) {
@@ -232,21 +271,16 @@ std::vector<std::string> Server::Core::stop(base::Clock::time_point deadline) {
   listeners_inside_.close();
   for (const auto& each : exports_.close()) {
     each->withdraw();
-    const std::string failed = close_export(*each);
-    if (!failed.empty()) unfinished.push_back(failed);
+    // Where somebody is stuck inside, the handle goes with the last request.
+    if (!each->wait_unused(base::Clock::now() + kAfterCut)) continue;
+    try {
+      close_export(each, deadline);
+    } catch (const std::exception& e) {
+      unfinished.push_back(
+          fmt::format("NBD export '{}' was not closed cleanly: {}", each->name(), e.what()));
+    }
   }
   return unfinished;
-}
-
-// Returns what went wrong.
-std::string Server::Core::close_export(Export& target) {
-  try {
-    // Where somebody is stuck inside, the handle goes with the last request.
-    (void)target.try_close(base::Clock::now() + kAfterCut);
-    return {};
-  } catch (const base::Error& e) {
-    return fmt::format("NBD export '{}' was not closed cleanly: {}", target.name(), e.what());
-  }
 }
 
 void Server::Core::abandon() noexcept {

@@ -29,7 +29,7 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   Core(base::LoopGroup& loops, ServerOptions options);
 
   void add_export(std::shared_ptr<Export> added);
-  void remove_export(const std::string& name);
+  void remove_export(const std::string& name, base::Clock::time_point deadline);
   std::string listen(ListenOptions options);
   void serve(base::UniqueFd connected);
   std::vector<std::string> uris() const;
@@ -51,9 +51,10 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   void run_client(Connection& client, base::EventLoop& loop);
   bool full() const;
   Clients clients() const;
+  Clients clients_of(const Export& target) const;
   void close_listeners();
   void warn_if_open_to_writers() const;
-  std::string close_export(Export& target);
+  static void close_export(const std::shared_ptr<Export>& target, base::Clock::time_point deadline);
 
   base::LoopGroup& loops_;
   const ServerOptions options_;

@@ -51,17 +51,6 @@ std::string Export::describe() const {
   return out;
 }
 
-void Export::close() {
-  users_.close();
-  handle_.close();
-}
-
-bool Export::try_close(base::Clock::time_point deadline) {
-  if (!users_.close_until(deadline)) return false;
-  handle_.close();
-  return true;
-}
-
 ExportUse::ExportUse(std::shared_ptr<Export> target) {
   if (target && target->users_.enter()) target_ = std::move(target);
 }

@@ -37,10 +37,10 @@ class Export {
 
   // "NBD export 'd': 'disk0' (qcow2, /srv/o.qcow2), 1048576 bytes, writable, 2 clients". Any time.
   std::string describe() const;
-  // Fiber. Waits until nobody uses it and closes the handle; throws what that throws. The other
-  // returns false if somebody uses it still at the deadline.
-  void close();
-  bool try_close(base::Clock::time_point deadline);
+  // Fiber. Nobody new can use it from then on; false: somebody uses it still at the deadline.
+  bool wait_unused(base::Clock::time_point deadline) { return users_.close_until(deadline); }
+  // Fiber, once nobody uses it. Flushes and closes the handle; throws what that throws.
+  void close() { handle_.close(); }
 
   // From then on requests are refused.
   void withdraw() noexcept { withdrawn_.store(true, std::memory_order_release); }

@@ -68,22 +68,21 @@ Negotiation::Next Negotiation::take_option() {
   if (!header) return end("it sent an option without its magic");
   option_ = header->option;
   if (header->length > kMaxSkipped) return end("it announced far too much data for an option");
-  if (header->length > kMaxOptionData) {
-    if (!skip(header->length)) return Next::kEnd;
-    if (option_ == static_cast<uint32_t>(Option::kExportName)) return end("it sent a bad name");
-    reply_text(OptionReply::kErrTooBig, "more data than any option needs");
-    return send() ? Next::kOption : Next::kEnd;
+  const bool too_much = header->length > kMaxOptionData;
+  in_.resize(too_much ? 0 : header->length);
+  if (too_much ? !skip(header->length) : !stream_.receive_all(in_, cancel_, deadline_)) {
+    return Next::kEnd;
   }
-  in_.resize(header->length);
-  if (!stream_.receive_all(in_, cancel_, deadline_)) return Next::kEnd;
-  const Next next = dispatch(in_);
+  const Next next = dispatch(in_, too_much);
   if (!send()) return Next::kEnd;
   return next;
 }
 
-Negotiation::Next Negotiation::dispatch(Data data) {
+// `too_much`: there was more data than any option needs, and it was not kept.
+Negotiation::Next Negotiation::dispatch(Data data, bool too_much) {
   for (const Row& row : kTable) {
     if (static_cast<uint32_t>(row.option) != option_) continue;
+    if (too_much) return refuse_size();
     try {
       return (this->*row.handle)(data);
     } catch (const base::Error& e) {
@@ -94,6 +93,14 @@ Negotiation::Next Negotiation::dispatch(Data data) {
   reply_text(OptionReply::kErrUnsup, option_ == static_cast<uint32_t>(Option::kStartTls)
                                          ? "this server offers no TLS"
                                          : "this server does not know the option");
+  return Next::kOption;
+}
+
+Negotiation::Next Negotiation::refuse_size() {
+  if (option_ == static_cast<uint32_t>(Option::kExportName)) return end("it sent a bad name");
+  // As any failed selection.
+  if (option_ == static_cast<uint32_t>(Option::kSetMetaContext)) forget_contexts();
+  reply_text(OptionReply::kErrTooBig, "more data than any option needs");
   return Next::kOption;
 }
 
@@ -245,10 +252,14 @@ Negotiation::Next Negotiation::list_meta_context(Data data) {
   return Next::kOption;
 }
 
-Negotiation::Next Negotiation::set_meta_context(Data data) {
-  // Whatever was selected before is gone, also when this fails.
+void Negotiation::forget_contexts() noexcept {
   agreed_.contexts = 0;
   contexts_for_.reset();
+}
+
+Negotiation::Next Negotiation::set_meta_context(Data data) {
+  // Whatever was selected before is gone, also when this fails.
+  forget_contexts();
   if (!agreed_.structured) throw base::Error(EINVAL, "negotiate structured replies first");
   const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
   const auto found = exports_.find(request.name);

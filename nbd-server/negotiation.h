@@ -53,7 +53,8 @@ class Negotiation {
 
   bool greet();
   Next take_option();
-  Next dispatch(Data data);
+  Next dispatch(Data data, bool too_much);
+  Next refuse_size();
   Next export_name(Data data);
   Next abort(Data data);
   Next list(Data data);
@@ -66,6 +67,7 @@ class Negotiation {
   ExportUse describe_export(Data data);
   void describe_contexts(ContextMask mask, bool with_ids);
   void choose(ExportUse chosen);
+  void forget_contexts() noexcept;
   bool skip(uint32_t length);
   // Replies gather in out_ until the option has been dealt with.
   void reply(wire::OptionReply type, Data data = {});

@@ -19,7 +19,9 @@ void Server::add_export(std::string name, block::Handle handle, ExportOptions op
       std::make_shared<Export>(std::move(name), std::move(handle), std::move(options)));
 }
 
-void Server::remove_export(const std::string& name) { core_->remove_export(name); }
+void Server::remove_export(const std::string& name, base::Clock::time_point deadline) {
+  core_->remove_export(name, deadline);
+}
 std::string Server::listen(ListenOptions options) { return core_->listen(std::move(options)); }
 void Server::serve(base::UniqueFd connected) { core_->serve(std::move(connected)); }
 std::vector<std::string> Server::uris() const { return core_->uris(); }

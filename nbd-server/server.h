@@ -68,9 +68,11 @@ class Server {
   // is not, ESHUTDOWN after stop(). Then the handle is destroyed (see Handle).
   void add_export(std::string name, block::Handle handle, ExportOptions options = {});
 
-  // Withdraws an export: its clients' requests fail with ESHUTDOWN and they are disconnected, then
-  // the handle is closed. Throws ENOENT, or what closing threw; the export is gone all the same.
-  void remove_export(const std::string& name);
+  // Withdraws an export: its clients' further requests fail with ESHUTDOWN, those in flight are
+  // finished until the deadline, then the clients are cut off and the handle is closed. Throws
+  // ENOENT; ETIMEDOUT naming what still runs, whose end then closes the handle; or what closing
+  // threw. The name is free again all the same.
+  void remove_export(const std::string& name, base::Clock::time_point deadline);
 
   // Starts a listener. Clients can connect when it returns. Returns its address as a URI, ready to
   // paste (the port filled in). Throws base::Error: EADDRINUSE names a live socket's path; a
@@ -85,8 +87,8 @@ class Server {
 
   // Ends service: accepts no more, lets requests in flight finish until the deadline, cuts what is
   // left, closes the exports. Returns a line for each thing that did not end well: a client
-  // whose requests were still running, an export whose last flush failed. Later calls return an
-  // empty list.
+  // whose requests were still running, an export whose last flush failed or hangs. Later calls
+  // return an empty list.
   std::vector<std::string> stop(base::Clock::time_point deadline);
 
   // Live state, a line each: listeners, exports, clients and what they have in flight. Any thread.

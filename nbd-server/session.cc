@@ -10,6 +10,7 @@ namespace {
 
 // How long a client that is being disconnected may take to read what is left for it.
 constexpr auto kFarewell = std::chrono::seconds(5);
+constexpr const char* kServerEnds = "the server ended the session";
 
 // Written by one thread only.
 template <typename T>
@@ -201,12 +202,14 @@ bool Session::take_payload(Request& request) {
 
 // What comes behind the payload is received with it.
 bool Session::receive_payload(Request& request, size_t have) {
+  Progress progress;
   std::span<std::byte> rest(request.payload + have, request.head.length - have);
   while (!rest.empty()) {
     iovec parts[2] = {{rest.data(), rest.size()},
                       input_.room(large_mode_ ? wire::kRequestSize : SIZE_MAX)};
     size_t n = 0;
-    if (!receive_into({parts, parts[1].iov_len > 0 ? size_t{2} : size_t{1}}, n)) return false;
+    const size_t count = parts[1].iov_len > 0 ? 2 : 1;
+    if (!receive_into({parts, count}, n, &progress)) return false;
     const size_t mine = std::min(n, rest.size());
     rest = rest.subspan(mine);
     if (n > mine) input_.received(n - mine);
@@ -313,8 +316,21 @@ bool Session::on_stall(std::chrono::nanoseconds stalled) noexcept {
 
 // --- receiving ---
 
+// A client that always has more to say keeps neither others from the loop nor the loop from ending
+// its session.
+bool Session::take_turn() {
+  if (++receives_ >= kReceivesPerTurn) {
+    receives_ = 0;
+    loop_.yield();
+  }
+  if (!cancel_.cancelled()) return true;
+  end(kServerEnds);
+  return false;
+}
+
 bool Session::receive() {
   replies_.flush();
+  if (!take_turn()) return false;
   for (;;) {
     iovec room = input_.room(large_mode_ ? wire::kRequestSize - input_.size() : SIZE_MAX);
     large_mode_ = false;
@@ -340,29 +356,50 @@ bool Session::receive() {
 }
 
 // Receives at least a byte into buffers that stay. False: the session ends.
-bool Session::receive_into(std::span<iovec> to, size_t& received) {
+bool Session::receive_into(std::span<iovec> to, size_t& received, Progress* progress) {
   for (;;) {
     const int64_t n = stream_.try_receive(to);
     if (n > 0) {
       received = static_cast<size_t>(n);
-      return true;
+      if (progress != nullptr) progress->bytes += received;
+      return take_turn();
     }
-    if (n != -EAGAIN || !wait_readable()) return false;
+    if (n != -EAGAIN || !wait_readable(progress)) return false;
   }
 }
 
-bool Session::wait_readable() {
+bool Session::stalls(const Progress& progress, base::Clock::time_point now) noexcept {
+  return now - progress.since >= options_.stall_limit && account_.budget().contended();
+}
+
+bool Session::wait_readable(Progress* progress) {
+  using std::chrono::milliseconds;
+  const auto tick = std::clamp(options_.stall_limit, milliseconds(10), milliseconds(1000));
   const Pause pause(*this);
+  receives_ = 0;
+  auto now = base::Clock::now();
+  auto silent_since = now;
+  if (progress != nullptr && progress->bytes >= kLeastProgress) *progress = {now, 0};
   for (;;) {
     std::optional<base::Clock::time_point> deadline;
-    if (options_.idle_limit.count() > 0) deadline = base::Clock::now() + options_.idle_limit;
+    if (options_.idle_limit.count() > 0) deadline = silent_since + options_.idle_limit;
+    if (progress != nullptr) {
+      if (stalls(*progress, now)) {
+        end("it announced data and did not send them, while others waited for the memory");
+        return false;
+      }
+      deadline = deadline ? std::min(*deadline, now + tick) : now + tick;
+    }
     const auto result = stream_.wait_readable(&cancel_, deadline);
     if (result == Stream::Wait::kReady) return true;
     if (result == Stream::Wait::kCancelled) {
-      end("the server ended the session");
+      end(kServerEnds);
       return false;
     }
-    if (in_flight_ == 0) {
+    now = base::Clock::now();
+    if (in_flight_ > 0) {
+      silent_since = now;
+    } else if (options_.idle_limit.count() > 0 && now - silent_since >= options_.idle_limit) {
       end("it was silent for too long");
       return false;
     }

@@ -66,6 +66,10 @@ class Session final : private ReplyQueue::Owner {
   static constexpr unsigned kSendReplies = 8;
   // Payloads up to this take part in merging.
   static constexpr uint32_t kMaxMerged = 32 << 10;
+  // So often in a row may input be there already before the loop's other fibers get their turn.
+  static constexpr unsigned kReceivesPerTurn = 8;
+  // So much of a payload has to come within the stall limit while others wait for memory.
+  static constexpr size_t kLeastProgress = 512 << 10;
   // After a WRITE of more than this, only the next header is received with its payload: the data
   // behind that goes straight to its own buffer.
   static constexpr uint32_t kLargePayload = 64 << 10;
@@ -92,9 +96,16 @@ class Session final : private ReplyQueue::Owner {
   void start(Request& first) noexcept;
   void finish_group(Request& first, unsigned failed) noexcept;
 
+  // How a payload comes in whose memory is set aside already.
+  struct Progress {
+    base::Clock::time_point since{};
+    size_t bytes = kLeastProgress;  // since then
+  };
   bool receive();
-  bool receive_into(std::span<iovec> to, size_t& received);
-  bool wait_readable();
+  bool take_turn();
+  bool receive_into(std::span<iovec> to, size_t& received, Progress* progress = nullptr);
+  bool wait_readable(Progress* progress = nullptr);
+  bool stalls(const Progress& progress, base::Clock::time_point now) noexcept;
   void finish() noexcept;
   RequestRules rules() const noexcept;
   void end(const char* why) noexcept;
@@ -120,6 +131,7 @@ class Session final : private ReplyQueue::Owner {
   bool in_batch_ = false;    // run() is working: it will flush
   bool large_mode_ = false;  // see kLargePayload
   bool ended_ = false;
+  unsigned receives_ = 0;  // since the session's fiber last waited
   const char* outcome_ = "it disconnected";
 };
 

@@ -85,6 +85,8 @@ class ServerTest : public testing::Test {
   int nodes_ = 0;
 };
 
+inline base::Clock::time_point soon() { return base::Clock::now() + std::chrono::seconds(10); }
+
 // The errno of the base::Error that `body` throws; 0 if it throws none.
 template <typename Body>
 int error_number(Body&& body) {

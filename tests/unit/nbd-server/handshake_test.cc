@@ -74,7 +74,7 @@ TEST_F(Handshake, UnknownExportsAreNamedInTheAnswer) {
 }
 
 TEST_F(Handshake, TheEmptyNameIsTheOnlyExport) {
-  on_fiber([&] { server_->remove_export("second"); });
+  on_fiber([&] { server_->remove_export("second", soon()); });
   Client client = connect();
   client.enter("");
   EXPECT_EQ(client.read(0, 512), Bytes(512));
@@ -98,6 +98,8 @@ TEST_F(Handshake, UnknownOptionsAreUnsupportedAndTheirDataIsSkipped) {
   client.greet();
   for (const uint32_t opt : {0u, 4u, kStartTls, kExtended, 12345u, 0xffffffffu}) {
     EXPECT_EQ(client.final_of(opt, Bytes(100, std::byte{0x55})), kErrUnsup) << opt;
+    // Also where there is more of it than any option needs.
+    EXPECT_EQ(client.final_of(opt, Bytes(100'000, std::byte{0x55})), kErrUnsup) << opt;
   }
   EXPECT_EQ(client.final_of(kList), kAck);
 }
@@ -205,6 +207,7 @@ TEST_F(Handshake, ContextsBelongToTheExportThatTheyWereSetFor) {
   EXPECT_EQ(status_error([](Client&) {}), 0u);
   EXPECT_EQ(status_error([](Client& c) { c.option(kSetMeta, queries("disk", {})); }), 22u);
   EXPECT_EQ(status_error([](Client& c) { c.option(kSetMeta, be32(9)); }), 22u);
+  EXPECT_EQ(status_error([](Client& c) { c.option(kSetMeta, Bytes(100'000)); }), 22u);
   EXPECT_EQ(
       status_error([](Client& c) { c.option(kSetMeta, queries("second", {"base:allocation"})); }),
       22u);

@@ -3,6 +3,8 @@
 #include <sys/socket.h>
 
 #include <algorithm>
+#include <atomic>
+#include <cerrno>
 #include <thread>
 
 #include "base/io.h"
@@ -13,9 +15,17 @@ namespace minivmm::nbd {
 namespace {
 
 using std::chrono::milliseconds;
-constexpr uint16_t kRead = 0;
+constexpr uint16_t kRead = 0, kWrite = 1;
 
-class ServerLife : public ServerTest {};
+class ServerLife : public ServerTest {
+ protected:
+  // What was given up at a deadline ends nevertheless, and then lets go of the first node.
+  bool node_is_free() {
+    const auto node = graph_.find("node1");
+    for (int i = 0; i < 1000 && !node->users().empty(); ++i) ::usleep(5000);
+    return node->users().empty();
+  }
+};
 
 TEST_F(ServerLife, ExportsAreCheckedWhenTheyAreAdded) {
   add("disk", "driver=memory,size=1M,read-only=off");
@@ -87,6 +97,121 @@ TEST_F(ServerLife, StopDoesNotWaitForAClientThatReadsNothing) {
   });
 }
 
+TEST_F(ServerLife, StopNamesAFlushThatHangs) {
+  add("disk", "driver=fault,op=flush,delay-ns=1500000000,file.driver=memory,file.size=1M");
+  Client client = connect();
+  client.enter("disk");
+  EXPECT_EQ(client.error_of(kWrite, 0, 512, 0, Bytes(512)), 0u);
+  client.close();
+  on_fiber([&] {
+    const auto begin = base::Clock::now();
+    const auto lines = server_->stop(begin + milliseconds(100));
+    EXPECT_LT(base::Clock::now() - begin, milliseconds(1200));
+    ASSERT_EQ(lines.size(), 1u);
+    EXPECT_NE(lines[0].find("'disk'"), std::string::npos) << lines[0];
+    EXPECT_NE(lines[0].find("flushing has not ended"), std::string::npos) << lines[0];
+  });
+  EXPECT_TRUE(node_is_free());
+}
+
+TEST_F(ServerLife, WithdrawingAnExportFinishesWhatIsInFlight) {
+  add("slow", "driver=null,size=1M,latency-ns=200000000");
+  Client client = connect();
+  client.enter("slow");
+  client.send(client.request(kRead, 1, 0, 512));
+  ::usleep(50'000);
+  on_fiber([&] { server_->remove_export("slow", soon()); });
+  EXPECT_EQ(client.simple(512).error, 0u);
+  EXPECT_TRUE(client.closed());
+}
+
+TEST_F(ServerLife, WithdrawingAnExportThatHangsIsGivenUpAtTheDeadline) {
+  add("slow", "driver=null,size=1M,latency-ns=1500000000");
+  Client client = connect();
+  client.enter("slow");
+  client.send(client.request(kRead, 1, 0, 512));
+  ::usleep(50'000);
+  const auto begin = base::Clock::now();
+  try {
+    on_fiber([&] { server_->remove_export("slow", base::Clock::now() + milliseconds(100)); });
+    ADD_FAILURE() << "it is in use";
+  } catch (const base::Error& e) {
+    EXPECT_EQ(e.err(), ETIMEDOUT);
+    EXPECT_NE(std::string(e.what()).find("of 'slow': 1 requests in flight"), std::string::npos)
+        << e.what();
+  }
+  EXPECT_LT(base::Clock::now() - begin, milliseconds(1200));
+  EXPECT_TRUE(client.closed());
+  // The name is free at once, the node when the request has ended.
+  add("slow", "driver=memory,size=1M");
+  EXPECT_TRUE(node_is_free());
+}
+
+TEST_F(ServerLife, WithdrawingAnExportDoesNotWaitForAClientThatReadsNothing) {
+  add("disk", "driver=memory,size=64M");
+  Client client = connect();
+  client.enter("disk");
+  for (uint64_t i = 0; i < 8; ++i) client.send(client.request(kRead, i, 0, 4 << 20));
+  ::usleep(100'000);
+  const auto begin = base::Clock::now();
+  on_fiber([&] { server_->remove_export("disk", begin + milliseconds(300)); });
+  EXPECT_LT(base::Clock::now() - begin, std::chrono::seconds(3));
+}
+
+TEST_F(ServerLife, WithdrawingAnExportNamesAFlushThatHangs) {
+  add("disk", "driver=fault,op=flush,delay-ns=1500000000,file.driver=memory,file.size=1M");
+  Client client = connect();
+  client.enter("disk");
+  EXPECT_EQ(client.error_of(kWrite, 0, 512, 0, Bytes(512)), 0u);
+  const auto begin = base::Clock::now();
+  EXPECT_EQ(error_number([&] {
+              on_fiber([&] { server_->remove_export("disk", begin + milliseconds(100)); });
+            }),
+            ETIMEDOUT);
+  EXPECT_LT(base::Clock::now() - begin, milliseconds(1200));
+  EXPECT_TRUE(node_is_free());
+}
+
+// Two connections, one on each loop, that never let the server wait.
+TEST_F(ServerLife, AClientThatAlwaysHasMoreToSayKeepsNobodyElseFromTheServer) {
+  add("disk", "driver=memory,size=1M");
+  std::atomic<bool> done{false};
+  std::vector<std::thread> threads;
+  std::vector<Client> hogs;
+  for (int i = 0; i < 2; ++i) hogs.push_back(connect());
+  for (Client& hog : hogs) {
+    hog.enter("disk");
+    threads.emplace_back([&hog, &done] {
+      // Refused at once: what costs the client least.
+      Bytes batch;
+      for (int n = 0; n < 4000; ++n) {
+        const Bytes one = hog.request(9, 1, 0, 0);
+        batch.insert(batch.end(), one.begin(), one.end());
+      }
+      while (!done) hog.send(batch);
+    });
+    threads.emplace_back([&hog, &done] {
+      std::vector<std::byte> sink(256 << 10);
+      while (!done && ::recv(hog.fd(), sink.data(), sink.size(), 0) > 0) {
+      }
+    });
+  }
+  ::usleep(200'000);
+  const auto begin = base::Clock::now();
+  for (int i = 0; i < 4; ++i) {
+    Client client = connect();
+    client.enter("disk");
+    EXPECT_EQ(client.read(0, 512).size(), 512u);
+  }
+  EXPECT_LT(base::Clock::now() - begin, std::chrono::seconds(5));
+  // Nor from its end.
+  const auto end = base::Clock::now();
+  on_fiber([&] { EXPECT_TRUE(server_->stop(end + std::chrono::seconds(10)).empty()); });
+  EXPECT_LT(base::Clock::now() - end, std::chrono::seconds(5));
+  done = true;
+  for (std::thread& each : threads) each.join();
+}
+
 TEST_F(ServerLife, ADestroyedServerCutsItsClients) {
   add("disk", "driver=memory,size=1M");
   Client client = connect();
@@ -97,9 +222,7 @@ TEST_F(ServerLife, ADestroyedServerCutsItsClients) {
   EXPECT_TRUE(client.closed());
   EXPECT_TRUE(shaking.closed());
   // The handle is given up when the last of them has ended; the graph has to outlive that.
-  const auto node = graph_.find("node1");
-  for (int i = 0; i < 1000 && !node->users().empty(); ++i) ::usleep(5000);
-  EXPECT_TRUE(node->users().empty());
+  EXPECT_TRUE(node_is_free());
 }
 
 TEST_F(ServerLife, ClientsComeAndGo) {
@@ -194,6 +317,32 @@ TEST_F(Impatient, ClientsThatStallAreCutOffWhenOthersNeedTheirMemory) {
     hog.send(hog.request(kRead, 2, 0, 32 << 20));
   }
   ::usleep(100'000);
+  Client client = connect();
+  client.enter("disk");
+  EXPECT_EQ(client.read(0, 32 << 20).size(), 32u << 20);
+}
+
+class Slow : public ServerTest {
+ protected:
+  Slow() : ServerTest({.memory = 1, .connection_memory = 1, .stall_limit = milliseconds(100)}) {
+    add("disk", "driver=null,size=1G");
+  }
+};
+
+// Two announce payloads for which all memory is set aside, and do not send them.
+TEST_F(Slow, ClientsThatAnnounceDataAndDoNotSendItAreCutOffWhenOthersNeedTheMemory) {
+  Client hogs[] = {connect(), connect()};
+  for (Client& hog : hogs) {
+    hog.enter("disk");
+    hog.send(join({hog.request(kWrite, 1, 0, 32 << 20), Bytes(100'000)}));
+  }
+  ::usleep(300'000);
+  // Nobody needs it: they may take their time.
+  std::byte byte;
+  for (const Client& hog : hogs) {
+    EXPECT_LT(::recv(hog.fd(), &byte, 1, MSG_DONTWAIT), 0);
+    EXPECT_EQ(errno, EAGAIN);
+  }
   Client client = connect();
   client.enter("disk");
   EXPECT_EQ(client.read(0, 32 << 20).size(), 32u << 20);

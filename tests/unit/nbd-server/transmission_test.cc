@@ -264,6 +264,16 @@ TEST_F(Transmission, AnErrorReachesTheRequestThatItBelongsTo) {
   }
 }
 
+// It answers FAST_ZERO; clients take it for nothing else.
+TEST_F(Transmission, NotSupportedIsSaidOnlyOfFastZeroes) {
+  add("no trim", "driver=fault,op=discard,errno=ENOTSUP,file.driver=memory,file.size=1M");
+  for (const bool structured : {false, true}) {
+    Client client = connect();
+    client.enter("no trim", structured);
+    EXPECT_EQ(client.error_of(kTrim, 0, 4096), kInval);
+  }
+}
+
 TEST_F(Transmission, AFailedFlushIsReported) {
   add("bad", "driver=fault,op=flush,count=1,errno=EIO,file.driver=memory,file.size=1M");
   Client client = connect();
@@ -443,10 +453,11 @@ TEST_F(Transmission, WithdrawingAnExportDisconnectsItsClientsOnly) {
   Client bystander = connect();
   client.enter("disk");
   bystander.enter("other");
-  on_fiber([&] { server_->remove_export("disk"); });
+  on_fiber([&] { server_->remove_export("disk", soon()); });
   EXPECT_TRUE(client.closed());
   EXPECT_EQ(bystander.read(0, 512).size(), 512u);
-  on_fiber([&] { EXPECT_EQ(error_number([&] { server_->remove_export("disk"); }), ENOENT); });
+  on_fiber(
+      [&] { EXPECT_EQ(error_number([&] { server_->remove_export("disk", soon()); }), ENOENT); });
   Client late = connect();
   late.greet();
   EXPECT_EQ(late.final_of(7, join({be32(4), text("disk"), be16(0)})), kErrUnknown);
