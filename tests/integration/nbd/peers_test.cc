@@ -60,12 +60,17 @@ class Peers : public testing::Test {
   void serve(std::vector<std::string> extra = {}) {
     std::filesystem::copy_file(path("disk.raw"), path("ro.raw"),
                                std::filesystem::copy_options::overwrite_existing);
-    std::vector<std::string> arguments = {NBD_SERVE, "--loops=2",
-                                          "--listen=nbd+unix:///?socket=" + path("m.sock")};
+    std::vector<std::string> arguments = {MINIVMM,
+                                          "serve",
+                                          "--io-threads=2",
+                                          "--nbd=nbd+unix:///?socket=" + path("m.sock"),
+                                          "--disk=" + path("ro.raw") + ",id=ro,format=raw,ro",
+                                          "--export=ro",
+                                          "--disk=" + path("disk.raw") + ",id=disk,format=raw",
+                                          "--export=disk,writable",
+                                          "--blockdev=driver=memory,node-name=mem,size=64M",
+                                          "--export=mem,writable"};
     arguments.insert(arguments.end(), extra.begin(), extra.end());
-    arguments.insert(arguments.end(), {"ro=driver=file,filename=" + path("ro.raw"), "-w",
-                                       "disk=driver=file,filename=" + path("disk.raw"),
-                                       "mem=driver=memory,size=64M"});
     server_ = std::make_unique<Process>(arguments, path("log"));
   }
   // A command that must succeed; returns its output.
@@ -73,6 +78,19 @@ class Peers : public testing::Test {
     const Outcome outcome = run(command);
     EXPECT_EQ(outcome.status, 0) << command << "\n" << outcome.output;
     return outcome.output;
+  }
+  // Where the server says that it serves an export over TCP; it says so when it is ready.
+  std::vector<std::string> tcp_uris(const std::string& name) const {
+    std::vector<std::string> out;
+    for (int i = 0; i < 500 && out.size() < 2; ++i) {
+      out.clear();
+      std::istringstream words(server_->output());
+      for (std::string word; words >> word;) {
+        if (word.starts_with("nbd://") && word.ends_with("/" + name)) out.push_back(word);
+      }
+      ::usleep(10'000);
+    }
+    return out;
   }
   std::string sum(const std::string& file) { return must("sha256sum < " + file); }
 
@@ -154,6 +172,17 @@ TEST_F(Peers, QemuIoDoesEverythingThatItCan) {
   EXPECT_NE(run("qemu-io -f raw -c \"write 0 512\" \"" + uri("ro") + "\"").status, 0);
 }
 
+TEST_F(Peers, QemuNbdListsTheExports) {
+  SKIP_WITHOUT("qemu-nbd");
+  serve();
+  const std::string list = must("qemu-nbd --list --socket=" + path("m.sock"));
+  for (const char* const part :
+       {"exports available: 3", "export: 'disk'", "export: 'ro'", "export: 'mem'",
+        "size:  67108864", "min block: 1", "base:allocation"}) {
+    expect_in(list, part);
+  }
+}
+
 TEST_F(Peers, NbdClientListsTheExports) {
   SKIP_WITHOUT("nbd-client");
   serve();
@@ -179,17 +208,14 @@ TEST_F(Peers, FioVerifiesWhatItWritesOnFourConnections) {
 
 TEST_F(Peers, TcpOverBothFamiliesAndTheEpollLoop) {
   SKIP_WITHOUT("nbdcopy");
-  serve({"--epoll", "--listen=nbd://127.0.0.1:0", "--listen=nbd://[::1]:0"});
+  serve({"--io-backend=epoll", "--nbd=nbd://127.0.0.1:0", "--nbd=nbd://[::1]:0"});
   const std::string original = sum(path("disk.raw"));
-  std::istringstream lines(server_->output());
-  int seen = 0;
-  for (std::string line; std::getline(lines, line);) {
-    if (!line.starts_with("nbd://") || !line.ends_with("/disk")) continue;
-    ++seen;
-    must("nbdcopy --connections=4 \"" + line + "\" " + path("out.raw"));
-    EXPECT_EQ(sum(path("out.raw")), original) << line;
+  const std::vector<std::string> uris = tcp_uris("disk");
+  EXPECT_EQ(uris.size(), 2u) << server_->output();
+  for (const std::string& each : uris) {
+    must("nbdcopy --connections=4 \"" + each + "\" " + path("out.raw"));
+    EXPECT_EQ(sum(path("out.raw")), original) << each;
   }
-  EXPECT_EQ(seen, 2) << server_->output();
 }
 
 TEST_F(Peers, AKilledServersSocketDoesNotBlockTheNext) {

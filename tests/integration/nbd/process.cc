@@ -2,6 +2,7 @@
 #include "process.h"
 
 #include <fcntl.h>
+#include <poll.h>
 #include <signal.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -15,6 +16,9 @@
 
 namespace minivmm::nbd {
 namespace {
+
+constexpr int kReadyFd = 60;
+constexpr int kStartLimit = 30'000;  // ms; sanitizer builds on a loaded machine are slow
 
 int status_of(int wait_status) {
   return WIFEXITED(wait_status) ? WEXITSTATUS(wait_status) : 128 + WTERMSIG(wait_status);
@@ -42,26 +46,28 @@ Process::Process(const std::vector<std::string>& arguments, std::string log)
     : log_(std::move(log)) {
   std::vector<char*> argv;
   for (const std::string& each : arguments) argv.push_back(const_cast<char*>(each.c_str()));
-  argv.push_back(nullptr);
+  std::string ready = std::to_string(kReadyFd);
+  std::string option = "--ready-fd";
+  argv.insert(argv.end(), {option.data(), ready.data(), nullptr});
+  int pipe[2] = {-1, -1};
+  EXPECT_EQ(::pipe2(pipe, O_CLOEXEC), 0);
   const int fd = ::open(log_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0600);
   pid_ = ::fork();
   if (pid_ == 0) {
     ::dup2(fd, 1);
     ::dup2(fd, 2);
+    ::dup2(pipe[1], kReadyFd);
     ::execv(argv[0], argv.data());
     ::_exit(127);
   }
   ::close(fd);
-  for (int i = 0; i < 1000; ++i) {
-    if (output().find("\nready\n") != std::string::npos) return;
-    int status = 0;
-    if (::waitpid(pid_, &status, WNOHANG) == pid_) {
-      pid_ = -1;
-      break;
-    }
-    ::usleep(10'000);
-  }
-  ADD_FAILURE() << arguments[0] << " did not get ready: " << output();
+  ::close(pipe[1]);
+  pollfd waiting{pipe[0], POLLIN, 0};
+  char text[16] = {};
+  // Closed without a word: it has ended.
+  const bool said = ::poll(&waiting, 1, kStartLimit) == 1 && ::read(pipe[0], text, 6) > 0;
+  ::close(pipe[0]);
+  EXPECT_TRUE(said) << arguments[0] << " did not get ready: " << output();
 }
 
 Process::~Process() {

@@ -21,7 +21,8 @@ bool have(const std::string& program);
 // A process that is ended with the object, at the latest.
 class Process {
  public:
-  // Returns once the program has printed a line "ready". Its output goes to `log`.
+  // Adds --ready-fd to the arguments and returns once the program has written there. Its output
+  // goes to `log`.
   Process(const std::vector<std::string>& arguments, std::string log);
   Process(const Process&) = delete;
   Process& operator=(const Process&) = delete;
