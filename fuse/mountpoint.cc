@@ -8,9 +8,13 @@
 #include <unistd.h>
 
 #include <cerrno>
+#include <chrono>
 #include <filesystem>
 #include <fstream>
+#include <future>
+#include <memory>
 #include <sstream>
+#include <thread>
 
 #include <fmt/core.h>
 #include <spawn.h>
@@ -68,17 +72,29 @@ std::string read_mountinfo() {
   return text.str();
 }
 
+// Without what stands for nothing at the end: "dir/", "dir/.".
+std::filesystem::path without_tail(std::filesystem::path path) {
+  while (path.has_relative_path() && (!path.has_filename() || path.filename() == ".")) {
+    path = path.parent_path();
+  }
+  return path;
+}
+
 // Resolves all but the last component: that one may be a dead mount, which nothing can look into.
+// What comes before ".." may be a link, so that is for the system to resolve, not for the text.
 std::string resolve(const std::string& path) {
   namespace fs = std::filesystem;
   std::error_code error;
-  fs::path given = fs::absolute(path, error).lexically_normal();
+  fs::path given = without_tail(fs::absolute(path, error));
   if (error) throw Error(error.value(), path + ": not a usable path");
-  if (!given.has_filename()) given = given.parent_path();  // a trailing slash
   constexpr int kMostLinks = 40;
   for (int i = 0; i < kMostLinks && fs::is_symlink(given, error); ++i) {
-    given = (given.parent_path() / fs::read_symlink(given, error)).lexically_normal();
+    given = without_tail(given.parent_path() / fs::read_symlink(given, error));
     if (error) throw errno_error(error.value(), "FUSE mountpoint " + given.string());
+  }
+  if (given.filename() == ".." || !given.has_relative_path()) {
+    given = fs::canonical(given, error);
+    if (error) throw errno_error(error.value(), "FUSE mountpoint " + path);
   }
   const fs::path parent = fs::canonical(given.parent_path(), error);
   if (error) {
@@ -88,9 +104,38 @@ std::string resolve(const std::string& path) {
   return (parent / given.filename()).string();
 }
 
-bool is_dead(const std::string& path) {
-  struct stat info {};
-  return ::stat(path.c_str(), &info) != 0 && (errno == ENOTCONN || errno == ECONNABORTED);
+// True if the process that made the mount has been killed and is on its way out. It may never
+// get there while somebody in the kernel waits for an answer that only it could have given.
+bool owner_is_dying(const MountEntry& mount) {
+  constexpr std::string_view kPrefix = "minivmm:";
+  if (mount.type != kMountType || !mount.source.starts_with(kPrefix)) return false;
+  std::ifstream file("/proc/" + mount.source.substr(kPrefix.size()) + "/stat");
+  std::string line;
+  std::getline(file, line);
+  const size_t name_end = line.rfind(") ");
+  if (name_end == std::string::npos || name_end + 2 >= line.size()) return false;
+  return line[name_end + 2] == 'Z' || line[name_end + 2] == 'X';
+}
+
+enum class Life { kAlive, kDead, kDying, kSilent };
+
+// Looks at a mount without waiting for ever: one whose process hangs or is dying does not answer.
+Life look_at(const std::string& path, const MountEntry& mount) {
+  constexpr std::chrono::milliseconds kTick{20};
+  constexpr std::chrono::seconds kPatience{5};
+  auto answer = std::make_shared<std::promise<int>>();
+  std::future<int> error = answer->get_future();
+  std::thread([answer, path] {
+    struct stat info {};
+    answer->set_value(::stat(path.c_str(), &info) == 0 ? 0 : errno);
+  }).detach();
+  const auto deadline = std::chrono::steady_clock::now() + kPatience;
+  while (error.wait_for(kTick) != std::future_status::ready) {
+    if (owner_is_dying(mount)) return Life::kDying;
+    if (std::chrono::steady_clock::now() >= deadline) return Life::kSilent;
+  }
+  const int err = error.get();
+  return err == ENOTCONN || err == ECONNABORTED ? Life::kDead : Life::kAlive;
 }
 
 // Detaches the dead mounts of ours that lie at `path`, one over the other.
@@ -100,11 +145,12 @@ void clean_dead_mounts(const std::string& path) {
     const std::vector<MountEntry> mounts = mounts_at(read_mountinfo(), path);
     if (mounts.empty()) return;
     const MountEntry& top = mounts.back();
-    if (!is_dead(path)) {
-      throw Error(EBUSY,
-                  fmt::format("FUSE mountpoint {}: {} ({}) is mounted there and alive; unmount "
-                              "it or choose another directory",
-                              path, top.source, top.type));
+    const Life life = look_at(path, top);
+    if (life == Life::kAlive || life == Life::kSilent) {
+      throw Error(EBUSY, fmt::format("FUSE mountpoint {}: {} ({}) is mounted there and {}; unmount "
+                                     "it or choose another directory",
+                                     path, top.source, top.type,
+                                     life == Life::kAlive ? "alive" : "does not answer"));
     }
     if (top.type != kMountType) {
       throw Error(EBUSY,
@@ -113,7 +159,7 @@ void clean_dead_mounts(const std::string& path) {
                               path, top.source, top.type, path));
     }
     base::log_info("{}: detaching the dead mount that {} left", path, top.source);
-    detach(path);
+    detach(path, life == Life::kDying);
   }
   throw Error(EBUSY, fmt::format("FUSE mountpoint {}: too many dead mounts", path));
 }
@@ -190,8 +236,9 @@ bool unmount(const std::string& path) {
   throw errno_error(error, path + ": cannot unmount");
 }
 
-void detach(const std::string& path) {
-  if (::umount2(path.c_str(), MNT_DETACH | UMOUNT_NOFOLLOW) == 0) return;
+void detach(const std::string& path, bool abort) {
+  const int flags = MNT_DETACH | UMOUNT_NOFOLLOW | (abort ? MNT_FORCE : 0);
+  if (::umount2(path.c_str(), flags) == 0) return;
   int error = errno;
   if (error == EPERM) error = run_fusermount(path, true);
   if (error != 0) throw errno_error(error, path + ": cannot detach the mount");

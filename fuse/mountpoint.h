@@ -35,14 +35,16 @@ struct Mountpoint {
 };
 
 // Resolves `path`, detaches dead mounts of ours, and makes sure that an empty directory is there,
-// making it if need be. Throws base::Error: EBUSY for a mount that is alive or not ours, ENOTDIR,
-// ENOTEMPTY, what the system says.
+// making it if need be. Waits up to some seconds for a mount that does not answer. Throws
+// base::Error: EBUSY for a mount that is alive or not ours, ENOTDIR, ENOTEMPTY, what the system
+// says.
 Mountpoint prepare_mountpoint(const std::string& path);
 
 // Unmounts what is mounted at `path`; false if it is in use. Throws base::Error.
 bool unmount(const std::string& path);
-// Detaches it also while it is in use. Throws base::Error.
-void detach(const std::string& path);
+// Detaches it also while it is in use; `abort`: and fails whatever waits for an answer from it
+// (root only). Throws base::Error.
+void detach(const std::string& path, bool abort = false);
 // Writes back what processes that mapped files have changed, through the mount. Errors are
 // ignored: there is nobody to tell.
 void sync_mount(const std::string& path) noexcept;

@@ -77,6 +77,26 @@ TEST_F(FuseLifetimeTest, RefusesWhatItShouldNotMountOn) {
   EXPECT_EQ(start_error(*mount_), "");
 }
 
+TEST_F(FuseLifetimeTest, ThePathMeansWhatTheSystemTakesItFor) {
+  std::filesystem::create_directories(dir_.path("other/deep"));
+  std::filesystem::create_directory_symlink(dir_.path("other/deep"), dir_.path("link"));
+  // Read as text it would be "mnt" beside the link.
+  mount_ = std::make_unique<Mount>(loops_, dir_.path("link/../mnt/."));
+  add("disk", "driver=memory,size=4M");
+  start();
+  EXPECT_TRUE(is_mounted(dir_.path("other/mnt")));
+  EXPECT_THAT(stop(), testing::IsEmpty());
+  // A link to the mountpoint, and one that ends in "..".
+  std::filesystem::create_directory_symlink("deep/..", dir_.path("other/up"));
+  for (const char* const path : {"link/.", "other/up/deep/", "other/deep/../up/deep"}) {
+    mount_ = std::make_unique<Mount>(loops_, dir_.path(path));
+    stopped_ = false;
+    start();
+    EXPECT_TRUE(is_mounted(dir_.path("other/deep"))) << path;
+    EXPECT_THAT(stop(), testing::IsEmpty());
+  }
+}
+
 TEST_F(FuseLifetimeTest, RefusesALiveMountByName) {
   add("disk", "driver=memory,size=4M");
   start();
