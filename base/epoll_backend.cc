@@ -45,28 +45,11 @@ int64_t run_blocking(const IoOp& op) noexcept {
   }
 }
 
-// Operations on streams, tried without blocking; -EAGAIN: wait for readiness.
-int64_t try_now(IoOp& op) noexcept {
-  switch (op.opcode) {
-    case IoOpcode::kRecv: {
-      const int64_t n = to_result(::recv(op.fd, op.iov->iov_base, op.iov->iov_len, MSG_DONTWAIT));
-      if (n != -ENOTSOCK) return n;
-      return to_result(::read(op.fd, op.iov->iov_base, op.iov->iov_len));
-    }
-    case IoOpcode::kSendmsg:
-      op.message = {};
-      op.message.msg_iov = const_cast<iovec*>(op.iov);
-      op.message.msg_iovlen = op.iov_count;
-      return to_result(::sendmsg(op.fd, &op.message, MSG_DONTWAIT | MSG_NOSIGNAL));
-    case IoOpcode::kAccept:
-      return to_result(::accept4(op.fd, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
-    case IoOpcode::kReadv:  // no offset: an eventfd or a pipe
-      return to_result(::readv(op.fd, op.iov, static_cast<int>(op.iov_count)));
-    case IoOpcode::kWritev:
-      return to_result(::writev(op.fd, op.iov, static_cast<int>(op.iov_count)));
-    default:
-      return -EINVAL;
-  }
+// A readable eventfd or pipe; -EAGAIN: wait for readiness again.
+int64_t run_ready(const IoOp& op) noexcept {
+  const auto count = static_cast<int>(op.iov_count);
+  return to_result(op.opcode == IoOpcode::kWritev ? ::writev(op.fd, op.iov, count)
+                                                  : ::readv(op.fd, op.iov, count));
 }
 
 bool is_file_op(const IoOp& op) noexcept {
@@ -86,7 +69,6 @@ uint32_t wanted_events(const IoOp& op) noexcept {
   switch (op.opcode) {
     case IoOpcode::kPoll:
       return op.flags;
-    case IoOpcode::kSendmsg:
     case IoOpcode::kWritev:
       return EPOLLOUT;
     default:
@@ -165,18 +147,6 @@ void EpollBackend::submit(IoOp& op) noexcept {
   if (is_file_op(op)) {
     submit_file(op);
     return;
-  }
-  if (op.opcode != IoOpcode::kPoll) {
-    // Only tried first where that cannot block: sockets take MSG_DONTWAIT, others must be asked.
-    const bool socket_op = op.opcode != IoOpcode::kReadv && op.opcode != IoOpcode::kWritev &&
-                           op.opcode != IoOpcode::kAccept;
-    if (socket_op) {
-      const int64_t result = try_now(op);
-      if (result != -EAGAIN && result != -EWOULDBLOCK) {
-        complete(op, result);
-        return;
-      }
-    }
   }
   park(op);
 }
@@ -283,7 +253,7 @@ void EpollBackend::on_ready(int fd, uint32_t events) noexcept {
     const uint32_t hit = events & (wanted_events(*op) | kAlways);
     if (hit != 0) {
       const int64_t result =
-          op->opcode == IoOpcode::kPoll ? static_cast<int64_t>(hit) : try_now(*op);
+          op->opcode == IoOpcode::kPoll ? static_cast<int64_t>(hit) : run_ready(*op);
       if (result != -EAGAIN && result != -EWOULDBLOCK) {
         unpark(waiters, *op);
         complete(*op, result);

@@ -35,7 +35,7 @@ int64_t run_uninterrupted(IoOp& op) noexcept {
 }
 
 // Moves all of `span`, in as many operations as that takes; stops early at a zero result.
-int64_t transfer_all(IoOp& op, IoSpan span, bool has_offset) noexcept {
+int64_t transfer_all(IoOp& op, IoSpan span) noexcept {
   const uint64_t offset = op.offset;
   uint64_t done = 0;
   IoList rest;
@@ -43,17 +43,12 @@ int64_t transfer_all(IoOp& op, IoSpan span, bool has_offset) noexcept {
   while (left.bytes() > 0) {
     op.iov = left.data();
     op.iov_count = static_cast<uint32_t>(std::min<size_t>(left.count(), IOV_MAX));
-    if (has_offset) op.offset = offset + done;
+    op.offset = offset + done;
     const int64_t n = loop().run_io(op);
     if (n == -EINTR) continue;
     if (n == -EAGAIN) {
-      // A non-blocking descriptor; files say so only when the kernel is short of memory, which
-      // does not end by asking again at once.
-      if (has_offset) {
-        (void)sleep_for(std::chrono::milliseconds(1));
-      } else {
-        (void)poll(op.fd, POLLOUT);
-      }
+      // The kernel is short of memory, which does not end by asking again at once.
+      (void)sleep_for(std::chrono::milliseconds(1));
       continue;
     }
     if (n < 0) return n;
@@ -69,12 +64,12 @@ int64_t transfer_all(IoOp& op, IoSpan span, bool has_offset) noexcept {
 
 int64_t read_at(int fd, IoSpan to, uint64_t offset) noexcept {
   IoOp op{.opcode = IoOpcode::kReadv, .fd = fd, .offset = offset};
-  return transfer_all(op, to, true);
+  return transfer_all(op, to);
 }
 
 int64_t write_at(int fd, IoSpan from, uint64_t offset) noexcept {
   IoOp op{.opcode = IoOpcode::kWritev, .fd = fd, .offset = offset};
-  return transfer_all(op, from, true);
+  return transfer_all(op, from);
 }
 
 int64_t fsync(int fd, bool data_only) noexcept {
@@ -89,37 +84,6 @@ int64_t fallocate(int fd, int mode, uint64_t offset, uint64_t length) noexcept {
           .offset = offset,
           .length = length};
   return run_uninterrupted(op);
-}
-
-int64_t recv(int fd, std::span<std::byte> to, CancelSource* cancel) noexcept {
-  const iovec iov{to.data(), to.size()};
-  IoOp op{.opcode = IoOpcode::kRecv, .fd = fd, .iov_count = 1, .iov = &iov};
-  int64_t result = 0;
-  for (;;) {
-    result = run_cancellable(op, cancel);
-    if (result == -EAGAIN) {
-      result = poll(fd, POLLIN, cancel);
-      if (result < 0 && result != -EINTR) return result;
-    } else if (result != -EINTR) {
-      return result;
-    }
-  }
-}
-
-int64_t send_all(int fd, IoSpan from) noexcept {
-  IoOp op{.opcode = IoOpcode::kSendmsg, .fd = fd};
-  const int64_t done = transfer_all(op, from, false);
-  if (done >= 0 && static_cast<uint64_t>(done) != from.bytes()) return -EPIPE;
-  return done;
-}
-
-int64_t accept(int fd, CancelSource* cancel) noexcept {
-  IoOp op{.opcode = IoOpcode::kAccept, .fd = fd};
-  int64_t result = 0;
-  do {
-    result = run_cancellable(op, cancel);
-  } while (result == -EINTR);
-  return result;
 }
 
 int64_t poll(int fd, uint32_t events, CancelSource* cancel) noexcept {

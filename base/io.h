@@ -24,11 +24,6 @@ int64_t write_at(int fd, IoSpan from, uint64_t offset) noexcept;
 int64_t fsync(int fd, bool data_only) noexcept;
 int64_t fallocate(int fd, int mode, uint64_t offset, uint64_t length) noexcept;
 
-// Sockets and pipes (non-blocking or not). 0 from recv is the end of the stream.
-int64_t recv(int fd, std::span<std::byte> to, CancelSource* cancel = nullptr) noexcept;
-// Sends everything, or fails. Never raises SIGPIPE.
-int64_t send_all(int fd, IoSpan from) noexcept;
-int64_t accept(int fd, CancelSource* cancel = nullptr) noexcept;
 // Waits until the descriptor is ready for one of `events` (POLLIN, ...); returns revents.
 int64_t poll(int fd, uint32_t events, CancelSource* cancel = nullptr) noexcept;
 // Waits for and takes the counter of an eventfd; -ECANCELED if cancelled.

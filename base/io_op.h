@@ -4,7 +4,6 @@
 // fiber with an operation in flight is never destroyed and always waits for its completion.
 #pragma once
 
-#include <sys/socket.h>
 #include <sys/types.h>
 #include <sys/uio.h>
 
@@ -19,9 +18,6 @@ enum class IoOpcode : uint8_t {
   kWritev,     // fd, iov, iov_count, offset, flags (RWF_*)
   kFsync,      // fd; flags 1 = data only
   kFallocate,  // fd, mode in flags, offset, length
-  kRecv,       // fd, iov[0]
-  kSendmsg,    // fd, iov, iov_count (up to 1024)
-  kAccept,     // fd; result is the new descriptor (CLOEXEC, NONBLOCK)
   kPoll,       // fd, events in flags; result is revents
 };
 
@@ -42,7 +38,6 @@ struct IoOp {
   Fiber* fiber = nullptr;
 
   // Backend's own.
-  msghdr message{};
   IoOp* next = nullptr;
   IoOp* prev = nullptr;
   bool cancelled = false;

@@ -105,7 +105,6 @@ void UringBackend::probe() {
   if (found == nullptr) throw Error(ENOSYS, "io_uring: this kernel cannot be probed");
   const int needed[] = {IORING_OP_READV,    IORING_OP_WRITEV,      IORING_OP_READ,
                         IORING_OP_WRITE,    IORING_OP_FSYNC,       IORING_OP_FALLOCATE,
-                        IORING_OP_RECV,     IORING_OP_SENDMSG,     IORING_OP_ACCEPT,
                         IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL};
   bool complete = true;
   for (const int op : needed) complete = complete && ::io_uring_opcode_supported(found, op) != 0;
@@ -142,18 +141,6 @@ bool UringBackend::prepare(IoOp& op) noexcept {
     case IoOpcode::kFallocate:
       ::io_uring_prep_fallocate(sqe, op.fd, static_cast<int>(op.flags),
                                 static_cast<off_t>(op.offset), static_cast<off_t>(length));
-      break;
-    case IoOpcode::kRecv:
-      ::io_uring_prep_recv(sqe, op.fd, op.iov->iov_base, op.iov->iov_len, 0);
-      break;
-    case IoOpcode::kSendmsg:
-      op.message = {};
-      op.message.msg_iov = const_cast<iovec*>(op.iov);
-      op.message.msg_iovlen = op.iov_count;
-      ::io_uring_prep_sendmsg(sqe, op.fd, &op.message, MSG_NOSIGNAL);
-      break;
-    case IoOpcode::kAccept:
-      ::io_uring_prep_accept(sqe, op.fd, nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
       break;
     case IoOpcode::kPoll:
       ::io_uring_prep_poll_add(sqe, op.fd, op.flags);
