@@ -29,7 +29,7 @@ constexpr CreateOption kQcow2Options[] = {
     {"encrypt.hash-alg", Kind::kText, "", ""},
     {"encrypt.iter-time", Kind::kNumber, "", ""},
     {"cluster_size", Kind::kSize, "65536", "qcow2 cluster size"},
-    {"extended_l2", Kind::kBool, "off", ""},
+    {"extended_l2", Kind::kBool, "off", "Extended L2 tables"},
     {"preallocation", Kind::kText, "", "Preallocation mode (allowed values: off, metadata)"},
     {"compression_type", Kind::kText, "zlib",
      "Compression method used for image cluster compression (zlib, zstd)"},

@@ -129,10 +129,21 @@ void Checker::count_l1(uint64_t offset, uint64_t entries, Active active) {
   if (active == Active::kYes) l1_ = std::move(table);
 }
 
+std::vector<RawL2> Checker::read_l2_table(uint64_t offset) {
+  const Table words = read_table(offset, geometry_.cluster_size() / 8, "L2 table");
+  const size_t step = geometry_.l2_entry_bytes() / 8;
+  std::vector<RawL2> out(words.size() / step);
+  for (size_t i = 0; i < out.size(); ++i) {
+    out[i].entry = words[i * step];
+    if (step == 2) out[i].bitmap = words[i * step + 1];
+  }
+  return out;
+}
+
 void Checker::count_l2(uint64_t offset, Active active) {
   next_fragment_ = 0;  // each table by itself, as in qemu-img's numbers
-  for (const uint64_t raw : read_table(offset, geometry_.l2_entries(), "L2 table")) {
-    if (raw != 0) count_entry(raw, active);
+  for (const RawL2& raw : read_l2_table(offset)) {
+    if (raw != RawL2{}) count_entry(raw, active);
   }
 }
 
@@ -142,28 +153,29 @@ void Checker::follow_fragments(uint64_t offset) {
   next_fragment_ = offset + geometry_.cluster_size();
 }
 
-void Checker::count_entry(uint64_t raw, Active active) {
+void Checker::count_entry(RawL2 raw, Active active) {
   const L2Entry entry = decode_l2(raw, geometry_);
-  switch (entry.kind) {
-    case ClusterKind::kInvalid:
-      corruption("L2 entry {:#x} is invalid: {}", raw, entry.problem);
-      return;
-    case ClusterKind::kData:
-    case ClusterKind::kZeroAllocated:
-      if (count_range(entry.host_offset, geometry_.cluster_size()) && active == Active::kYes) {
-        follow_fragments(entry.host_offset);
-      }
-      return;
-    case ClusterKind::kCompressed:
-      if (count_range(entry.host_offset, entry.compressed_bytes) && active == Active::kYes) {
-        // Compressed clusters are fragmented by nature.
-        ++result_.allocated_clusters;
-        ++result_.compressed_clusters;
-        ++result_.fragmented_clusters;
-      }
-      return;
-    default:
-      return;
+  if (entry.problem != nullptr) {
+    corruption("L2 entry {:#x} (bitmap {:#x}) is invalid: {}", raw.entry, raw.bitmap,
+               entry.problem);
+    return;
+  }
+  if (entry.has_host) {
+    if (count_range(entry.host_offset, geometry_.cluster_size()) && active == Active::kYes) {
+      follow_fragments(entry.host_offset);
+    }
+    return;
+  }
+  if (!entry.compressed) return;
+  if (raw.bitmap != 0) {
+    corruption("compressed cluster at {:#x} has a subcluster bitmap ({:#x})", entry.host_offset,
+               raw.bitmap);
+  }
+  if (count_range(entry.host_offset, entry.compressed_bytes) && active == Active::kYes) {
+    // Compressed clusters are fragmented by nature.
+    ++result_.allocated_clusters;
+    ++result_.compressed_clusters;
+    ++result_.fragmented_clusters;
   }
 }
 

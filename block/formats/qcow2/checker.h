@@ -16,6 +16,7 @@
 #include "block/formats/qcow2/check.h"
 #include "block/formats/qcow2/cluster_counts.h"
 #include "block/formats/qcow2/header.h"
+#include "block/formats/qcow2/l2_entry.h"
 
 namespace minivmm::block::qcow2 {
 
@@ -31,7 +32,7 @@ class Checker {
   // checker.cc
   void count_l1(uint64_t offset, uint64_t entries, Active active);
   void count_l2(uint64_t offset, Active active);
-  void count_entry(uint64_t raw, Active active);
+  void count_entry(RawL2 raw, Active active);
   void count_snapshots();
   bool count_snapshot(uint64_t& offset);
   void count_bitmaps();
@@ -54,6 +55,7 @@ class Checker {
   bool count_range(uint64_t offset, uint64_t bytes, bool* shared = nullptr);
   // A table of big-endian numbers; empty (and a check error) if it cannot be read.
   Table read_table(uint64_t offset, uint64_t entries, const char* what);
+  std::vector<RawL2> read_l2_table(uint64_t offset);
   bool read(uint64_t offset, base::Buffer& to, const char* what);
 
   template <typename... Args>

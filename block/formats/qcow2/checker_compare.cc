@@ -79,12 +79,12 @@ void Checker::check_copied_l2(uint64_t l1_index, uint64_t l1_entry) {
     corruption("OFLAG_COPIED L2 cluster: l1_index={} l1_entry={:x} refcount={}", l1_index, l1_entry,
                table_refcount);
   }
-  for (const uint64_t raw : read_table(table, geometry_.l2_entries(), "L2 table")) {
+  for (const RawL2& raw : read_l2_table(table)) {
     const L2Entry entry = decode_l2(raw, geometry_);
-    if (entry.kind != ClusterKind::kData && entry.kind != ClusterKind::kZeroAllocated) continue;
+    if (entry.problem != nullptr || !entry.has_host) continue;
     const uint64_t refcount = refcount_on_disk(entry.host_offset >> geometry_.cluster_bits);
     if ((refcount == 1) != entry.copied) {
-      corruption("OFLAG_COPIED data cluster: l2_entry={:x} refcount={}", raw, refcount);
+      corruption("OFLAG_COPIED data cluster: l2_entry={:x} refcount={}", raw.entry, refcount);
     }
   }
 }

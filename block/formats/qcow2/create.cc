@@ -15,6 +15,7 @@
 #include "base/checked.h"
 #include "base/error.h"
 #include "block/formats/qcow2/header.h"
+#include "block/formats/qcow2/l2_entry.h"
 #include "block/formats/qcow2/refcount_codec.h"
 
 namespace minivmm::block::qcow2 {
@@ -42,7 +43,7 @@ struct Layout {
 
 Layout lay_out(const CreateOptions& options) {
   Layout out;
-  out.geometry = {options.cluster_bits, options.refcount_order, options.version};
+  out.geometry = options.geometry();
   const Geometry& g = out.geometry;
   const uint64_t clusters = g.clusters(options.size);
   out.l1_entries = std::max<uint64_t>(1, base::div_ceil(clusters, g.l2_entries()));
@@ -80,6 +81,7 @@ Header make_header(const CreateOptions& options, const Layout& layout) {
   }
   h.compression = options.compression;
   if (options.compression != Compression::kZlib) h.incompatible |= kIncompatCompression;
+  if (options.extended_l2) h.incompatible |= kIncompatExtendedL2;
   if (options.lazy_refcounts) h.compatible |= kCompatLazyRefcounts;
   h.feature_names = {
       {0, 0, "dirty bit"},        {0, 1, "corrupt bit"},         {0, 2, "external data file"},
@@ -116,7 +118,8 @@ void write_tables(Edge& file, const Layout& layout) {
     const uint64_t used = std::min(g.l2_entries(), layout.data - i * g.l2_entries());
     for (uint64_t k = 0; k < used; ++k) {
       const uint64_t data = (layout.first_data() + i * g.l2_entries() + k) << g.cluster_bits;
-      base::store_be(l2.data() + k * 8, data | kFlagCopied);
+      // With subclusters: reserved, and not allocated, so that a backing file is still seen.
+      store_l2(l2.data() + k * g.l2_entry_bytes(), {data | kFlagCopied, 0}, g);
     }
     write_at(file, offset, l2);
   }
@@ -168,6 +171,7 @@ CreateOptions take_create_options(Options& options) {
   if (const auto bits = options.take_size("refcount_bits")) {
     out.refcount_order = bits_of(*bits, kRefcountText);
   }
+  out.extended_l2 = options.take_bool("extended_l2", false);
   out.compression =
       static_cast<Compression>(options.take_choice("compression_type", {"zlib", "zstd"}, 0));
   out.lazy_refcounts = options.take_bool("lazy_refcounts", false);
@@ -199,7 +203,17 @@ void check_create_options(const CreateOptions& o) {
                 "Non-zlib compression type is only supported with compatibility level 1.1 "
                 "and above (use compat=1.1 or greater)");
   }
-  if (o.preallocation != Preallocation::kOff && !o.backing_file.empty()) {
+  if (o.extended_l2 && o.version < 3) {
+    throw Error(EINVAL,
+                "Extended L2 entries are only supported with compatibility level 1.1 and above "
+                "(use compat=1.1 or greater)");
+  }
+  if (o.extended_l2 && o.cluster_bits < kMinExtendedClusterBits) {
+    throw Error(EINVAL,
+                "Extended L2 entries are only supported with cluster sizes of at least 16384 "
+                "bytes");
+  }
+  if (o.preallocation != Preallocation::kOff && !o.backing_file.empty() && !o.extended_l2) {
     throw Error(EINVAL,
                 "Backing file and preallocation can only be used at the same time if "
                 "extended_l2 is enabled");
@@ -211,7 +225,7 @@ void check_create_options(const CreateOptions& o) {
   if (o.backing_file.empty() && !o.backing_format.empty()) {
     throw Error(EINVAL, "Backing format cannot be used without backing file");
   }
-  const Geometry g{o.cluster_bits, o.refcount_order, o.version};
+  const Geometry g = o.geometry();
   if (o.size > kMaxDiskSize || g.clusters(o.size) / g.l2_entries() >= kMaxL1Bytes / 8) {
     throw Error(EFBIG,
                 "The image size is too large for file format 'qcow2' (try using a larger "

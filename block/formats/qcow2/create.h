@@ -21,17 +21,21 @@ struct CreateOptions {
   unsigned cluster_bits = 16;
   unsigned refcount_order = 4;
   Compression compression = Compression::kZlib;
+  bool extended_l2 = false;
   bool lazy_refcounts = false;
   Preallocation preallocation = Preallocation::kOff;
   std::string backing_file = {};  // as it is to be recorded; empty: none
   std::string backing_format = {};
 
   uint64_t cluster_size() const noexcept { return 1ULL << cluster_bits; }
+  Geometry geometry() const noexcept {
+    return {cluster_bits, refcount_order, version, extended_l2};
+  }
 };
 
-// Takes qemu-img's -o options: size, compat, cluster_size, refcount_bits, compression_type,
-// lazy_refcounts, preallocation, backing_file, backing_fmt. Throws EINVAL. `size` stays 0 where it
-// is not given (the caller may know the backing file's).
+// Takes qemu-img's -o options: size, compat, cluster_size, refcount_bits, extended_l2,
+// compression_type, lazy_refcounts, preallocation, backing_file, backing_fmt. Throws EINVAL. `size`
+// stays 0 where it is not given (the caller may know the backing file's).
 CreateOptions take_create_options(Options& options);
 
 // Throws EINVAL, in qemu-img's words where it has some.

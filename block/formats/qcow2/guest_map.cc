@@ -13,17 +13,64 @@
 namespace minivmm::block::qcow2 {
 namespace {
 
-// How many entries from the first on continue it: the same kind, contiguous host clusters.
-uint64_t run_length(const std::byte* entries, uint64_t most, uint64_t raw,
-                    uint64_t cluster_size) noexcept {
-  if ((raw & kFlagCompressed) != 0) return 1;
-  const uint64_t step = (raw & kOffsetMask) != 0 ? cluster_size : 0;
-  uint64_t n = 1;
-  while (n < most && base::load_be<uint64_t>(entries + n * 8) == raw + n * step) ++n;
-  return n;
+// How many subclusters from the first entry's `sub` on are alike and contiguous in the file; at
+// most `most`.
+uint64_t run_length(const std::byte* entries, uint64_t most, unsigned sub, const Geometry& g) {
+  const RawL2 raw = load_l2(entries, g);
+  const L2Entry first = decode_l2(raw, g);
+  const unsigned n = g.subclusters();
+  uint64_t run = first.same_kind(sub, n);
+  if (first.compressed || first.problem != nullptr || sub + run < n) return std::min(most, run);
+  // The entries that go on like a whole cluster of this kind. Their number is what matters: a
+  // request may ask for a slice full of them, under a lock.
+  const ClusterKind kind = first.kind(sub);
+  const bool stored = kind == ClusterKind::kData || kind == ClusterKind::kZeroAllocated;
+  const unsigned bytes = g.l2_entry_bytes();
+  for (uint64_t i = 1; run < most; ++i) {
+    const RawL2 next_raw = load_l2(entries + i * bytes, g);
+    const RawL2 same{raw.entry + (stored ? i << g.cluster_bits : 0), raw.bitmap};
+    if (n == 1 || sub == 0) {
+      if (next_raw == same) {
+        run += n;
+        continue;
+      }
+      if (n == 1) break;
+    }
+    const L2Entry next = decode_l2(next_raw, g);
+    if (next.kind(0) != kind) break;
+    if (stored && (next.copied != first.copied ||
+                   next.host_offset != first.host_offset + (i << g.cluster_bits))) {
+      break;
+    }
+    const unsigned here = next.same_kind(0, n);
+    run += here;
+    if (here < n) break;
+  }
+  return std::min(most, run);
 }
 
 }  // namespace
+
+Extent extent_of(const L2Entry& entry, uint64_t offset, uint64_t length,
+                 const Geometry& g) noexcept {
+  Extent out;
+  out.kind = entry.kind(g.subcluster(offset));
+  out.length = length;
+  switch (out.kind) {
+    case ClusterKind::kData:
+    case ClusterKind::kZeroAllocated:
+      out.copied = entry.copied;
+      out.host_offset = entry.host_offset + g.offset_in_cluster(offset);
+      break;
+    case ClusterKind::kCompressed:
+      out.host_offset = entry.host_offset;
+      out.compressed_bytes = entry.compressed_bytes;
+      break;
+    default:
+      break;
+  }
+  return out;
+}
 
 GuestMap::GuestMap(ImageFile& image, L1Table& l1, MetadataCache& l2, Allocator& allocator,
                    MetadataMap& metadata, Quarantine& quarantine)
@@ -33,20 +80,13 @@ GuestMap::GuestMap(ImageFile& image, L1Table& l1, MetadataCache& l2, Allocator& 
       allocator_(allocator),
       metadata_(metadata),
       quarantine_(quarantine),
-      slice_entries_(l2.slice_size() / 8) {}
+      slice_entries_(l2.slice_size() / image.geometry().l2_entry_bytes()) {}
 
-base::Error GuestMap::invalid_entry(uint64_t guest_offset, uint64_t raw,
-                                    const char* problem) const {
-  return image_.corruption(fmt::format("L2 entry {:#x} of guest offset {:#x} is invalid: {}", raw,
-                                       guest_offset, problem));
-}
-
-L2Entry GuestMap::decode(uint64_t raw, uint64_t cluster) const {
-  const L2Entry entry = decode_l2(raw, image_.geometry());
-  if (entry.kind == ClusterKind::kInvalid) {
-    throw invalid_entry(cluster << image_.geometry().cluster_bits, raw, entry.problem);
-  }
-  return entry;
+base::Error GuestMap::invalid_entry(uint64_t guest_offset, RawL2 raw, const char* problem) const {
+  const std::string bitmap =
+      image_.geometry().extended_l2 ? fmt::format(" (bitmap {:#x})", raw.bitmap) : std::string();
+  return image_.corruption(fmt::format("L2 entry {:#x}{} of guest offset {:#x} is invalid: {}",
+                                       raw.entry, bitmap, guest_offset, problem));
 }
 
 uint64_t GuestMap::table_of(uint64_t l1_index, uint64_t l1_entry) const {
@@ -57,43 +97,51 @@ uint64_t GuestMap::table_of(uint64_t l1_index, uint64_t l1_entry) const {
   return l1_entry & kOffsetMask;
 }
 
-// Of `clusters` clusters of data from the entry on, those that begin inside the file.
-uint64_t GuestMap::inside_file(const L2Entry& entry, uint64_t clusters) const {
+// How many clusters of data, from the entry's on, begin inside the file.
+uint64_t GuestMap::inside_file(const L2Entry& entry) const {
   const uint64_t size = image_.size();
-  if (entry.host_offset >= size) return 0;
-  return std::min(clusters, image_.geometry().clusters(size - entry.host_offset));
+  return entry.host_offset >= size ? 0 : image_.geometry().clusters(size - entry.host_offset);
+}
+
+// Where in an L2 table the entry of a cluster is.
+SliceRange GuestMap::entry_in(uint64_t table, uint64_t cluster) const noexcept {
+  const Geometry& g = image_.geometry();
+  const uint64_t position = (cluster & (g.l2_entries() - 1)) * g.l2_entry_bytes();
+  const uint64_t in_slice = position & (l2_.slice_size() - 1);
+  return {table + (position - in_slice), in_slice};
 }
 
 Extent GuestMap::lookup(uint64_t offset, uint64_t max) {
   const Geometry& g = image_.geometry();
   const uint64_t l1_index = offset >> g.l1_shift();
   const uint64_t l1_entry = l1_.get(l1_index);
-  Extent out;
   if (l1_entry == 0) {
     const uint64_t table_span = 1ULL << g.l1_shift();
+    Extent out;
     out.length = std::min(max, table_span - (offset & (table_span - 1)));
     return out;
   }
   const uint64_t cluster = offset >> g.cluster_bits;
   const uint64_t in_cluster = g.offset_in_cluster(offset);
-  const uint64_t most = std::min(clusters_in_slice(cluster), g.clusters(in_cluster + max));
-  const uint64_t position = (cluster & (g.l2_entries() - 1)) * 8;
-  const uint64_t in_slice = position & (l2_.slice_size() - 1);
+  const uint64_t in_sub = offset & (g.subcluster_size() - 1);
+  const unsigned sub = g.subcluster(offset);
+  const uint64_t most = std::min(clusters_in_slice(cluster) * g.subclusters() - sub,
+                                 ((in_sub + max - 1) >> g.subcluster_bits()) + 1);
+  const SliceRange place = entry_in(table_of(l1_index, l1_entry), cluster);
+  RawL2 raw;
   uint64_t count = 0;
-  l2_.read(table_of(l1_index, l1_entry) + (position - in_slice), [&](const std::byte* slice) {
-    out.raw = base::load_be<uint64_t>(slice + in_slice);
-    count = run_length(slice + in_slice, most, out.raw, g.cluster_size());
+  l2_.read(place.slice, [&](const std::byte* slice) {
+    raw = load_l2(slice + place.position, g);
+    count = run_length(slice + place.position, most, sub, g);
   });
-  const L2Entry entry = decode(out.raw, cluster);
-  if (entry.kind == ClusterKind::kData || entry.kind == ClusterKind::kCompressed) {
-    count = inside_file(entry, count);
-    if (count == 0) throw invalid_entry(offset, out.raw, "it lies past the end of the file");
+  const L2Entry entry = decode_l2(raw, g);
+  if (entry.problem != nullptr) throw invalid_entry(offset, raw, entry.problem);
+  Extent out = extent_of(entry, offset, std::min(max, (count << g.subcluster_bits()) - in_sub), g);
+  if (out.kind == ClusterKind::kData || out.kind == ClusterKind::kCompressed) {
+    const uint64_t inside = inside_file(entry);
+    if (inside == 0) throw invalid_entry(offset, raw, "it lies past the end of the file");
+    out.length = std::min(out.length, (inside << g.cluster_bits) - in_cluster);
   }
-  out.kind = entry.kind;
-  out.copied = entry.copied;
-  out.host_offset =
-      entry.kind == ClusterKind::kCompressed ? entry.host_offset : entry.host_offset + in_cluster;
-  out.length = std::min(max, (count << g.cluster_bits) - in_cluster);
   return out;
 }
 
@@ -113,11 +161,7 @@ Extent GuestMap::lookup_long(uint64_t offset, uint64_t max) {
 }
 
 SliceRange GuestMap::writable(uint64_t cluster) {
-  const Geometry& g = image_.geometry();
-  const uint64_t table = writable_table(cluster >> g.l2_bits());
-  const uint64_t position = (cluster & (g.l2_entries() - 1)) * 8;
-  const uint64_t in_slice = position & (l2_.slice_size() - 1);
-  return {table + (position - in_slice), in_slice};
+  return entry_in(writable_table(cluster >> image_.geometry().l2_bits()), cluster);
 }
 
 uint64_t GuestMap::writable_table(uint64_t l1_index) {

@@ -11,21 +11,27 @@
 #include "block/formats/qcow2/claims.h"
 #include "block/formats/qcow2/image_file.h"
 #include "block/formats/qcow2/l1_table.h"
+#include "block/formats/qcow2/l2_entry.h"
 #include "block/formats/qcow2/metadata_cache.h"
 #include "block/formats/qcow2/overlap.h"
 #include "block/formats/qcow2/quarantine.h"
 
 namespace minivmm::block::qcow2 {
 
-// A range of the guest's disk of one kind. kData: contiguous in the file as well, from
-// host_offset on (which is that of the first guest byte, not of its cluster).
+// A range of the guest's disk of one kind. kData and kZeroAllocated: contiguous in the file as
+// well, from host_offset on (which is that of the first guest byte, not of its cluster).
+// kCompressed: one cluster or a part of it; host_offset is where the compressed bytes begin.
 struct Extent {
   ClusterKind kind = ClusterKind::kUnallocated;
   bool copied = false;
   uint64_t length = 0;
   uint64_t host_offset = 0;
-  uint64_t raw = 0;  // the L2 entry of the first cluster
+  uint64_t compressed_bytes = 0;
 };
+// The extent that an entry describes: `length` bytes from guest offset `offset` on, which are of
+// the kind of their first subcluster.
+Extent extent_of(const L2Entry& entry, uint64_t offset, uint64_t length,
+                 const Geometry& geometry) noexcept;
 
 // A part of an L2 table that its holder may change: the entries of clusters [first_cluster, ...)
 // from byte `position` of the slice at `slice`.
@@ -60,9 +66,8 @@ class GuestMap {
   // shared with a snapshot, where needed. The caller holds a claim on the cluster.
   SliceRange writable(uint64_t cluster);
 
-  L2Entry decode(uint64_t raw, uint64_t cluster) const;
   // The error for an entry that makes no sense.
-  base::Error invalid_entry(uint64_t guest_offset, uint64_t raw, const char* problem) const;
+  base::Error invalid_entry(uint64_t guest_offset, RawL2 raw, const char* problem) const;
 
  private:
   uint64_t table_of(uint64_t l1_index, uint64_t l1_entry) const;
@@ -71,7 +76,8 @@ class GuestMap {
   uint64_t writable_table(uint64_t l1_index);
   void make_table(uint64_t l1_index, uint64_t l1_entry);
   void fill_table(uint64_t offset, uint64_t l1_index, uint64_t l1_entry);
-  uint64_t inside_file(const L2Entry& entry, uint64_t clusters) const;
+  uint64_t inside_file(const L2Entry& entry) const;
+  SliceRange entry_in(uint64_t table, uint64_t cluster) const noexcept;
 
   ImageFile& image_;
   L1Table& l1_;

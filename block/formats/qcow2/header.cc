@@ -64,6 +64,10 @@ void parse_version3(std::span<const std::byte> b, Header& h) {
   if (h.header_length > b.size()) {
     bad("header_length {} reaches past the end of the file ({} bytes)", h.header_length, b.size());
   }
+  if ((h.incompatible & kIncompatExtendedL2) != 0 && h.cluster_bits < kMinExtendedClusterBits) {
+    bad("cluster_bits {} is below {} (16 KiB), which extended L2 entries need", h.cluster_bits,
+        kMinExtendedClusterBits);
+  }
   const unsigned type = h.header_length > 104 ? static_cast<unsigned>(p[104]) : 0;
   if (((h.incompatible & kIncompatCompression) != 0) != (type != 0)) {
     bad("compression_type {} contradicts the compression type bit", type);
@@ -261,7 +265,6 @@ void require_supported(const Header& h) {
   }
   const char* feature = nullptr;
   if ((h.incompatible & kIncompatDataFile) != 0) feature = "an external data file";
-  if ((h.incompatible & kIncompatExtendedL2) != 0) feature = "extended L2 entries (subclusters)";
   if (h.crypt_method == 1) feature = "AES encryption";
   if (h.crypt_method == 2) feature = "LUKS encryption";
   if (feature != nullptr) {

@@ -73,7 +73,9 @@ struct Header {
   std::vector<FeatureName> feature_names;
   std::vector<HeaderExtension> unknown_extensions;
 
-  Geometry geometry() const noexcept { return {cluster_bits, refcount_order, version}; }
+  Geometry geometry() const noexcept {
+    return {cluster_bits, refcount_order, version, (incompatible & kIncompatExtendedL2) != 0};
+  }
   uint64_t refcount_table_bytes() const noexcept {
     return uint64_t{refcount_table_clusters} << cluster_bits;
   }

@@ -78,7 +78,7 @@ void Qcow2Node::commit() {
     try {
       image_.reclaim(epoch_);
     } catch (const std::exception& e) {
-      base::log_warning("{}: freed clusters are lost until the image is repaired: {}", describe(),
+      base::log_warning("{}: clusters could not be freed, which is tried again: {}", describe(),
                         e.what());
     }
     reclaiming_.store(false);

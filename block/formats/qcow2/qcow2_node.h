@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The qcow2 driver: versions 2 and 3, every cluster size and refcount width, backing files,
-// compressed clusters (read), internal snapshots in the image (kept, written around).
+// The qcow2 driver: versions 2 and 3, every cluster size and refcount width, extended L2 entries,
+// backing files, compressed clusters (read), internal snapshots in the image (kept, written
+// around).
 //
 // Reads and writes of clusters that exist look up the L2 entry under a short lock and go straight
 // to the file. A write to a cluster of which nothing exists claims it, takes a host cluster,
@@ -20,6 +21,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <span>
 #include <vector>
 
 #include "base/epoch.h"
@@ -59,7 +61,13 @@ class Qcow2Node final : public Node {
  private:
   struct Plan;
   struct Surroundings;
-  struct WholeClusters;
+  // Of guest offsets.
+  struct Range {
+    uint64_t begin = 0;
+    uint64_t end = 0;
+    uint64_t length() const noexcept { return end - begin; }
+  };
+  struct Zeroing;
   static std::unique_ptr<Edge> file_edge(const NodeConfig& config, std::shared_ptr<Node> file);
   Edge& file() noexcept { return image_.file().file(); }
   const qcow2::Geometry& geometry() const noexcept { return image_.file().geometry(); }
@@ -67,31 +75,32 @@ class Qcow2Node final : public Node {
   // qcow2_read.cc
   void read_extent(const qcow2::Extent& extent, uint64_t offset, IoSpan to);
   void read_backing(uint64_t offset, IoSpan to);
-  void read_compressed(uint64_t raw, uint64_t guest_offset, IoSpan to);
+  void read_compressed(const qcow2::Extent& extent, uint64_t guest_offset, IoSpan to);
 
   // qcow2_write.cc
   void write_range(uint64_t offset, IoSpan from);
   uint64_t write_new(uint64_t offset, IoSpan from);
-  Plan plan_write(uint64_t cluster, uint64_t count);
-  uint64_t write_plan(const Plan& plan, uint64_t offset, IoSpan from);
-  void write_clusters(const Plan& plan, uint64_t offset, IoSpan from);
-  void read_surroundings(const Plan& plan, uint64_t begin, uint64_t end, Surroundings& out);
-  void read_old(uint64_t raw, uint64_t offset, std::span<std::byte> to);
-  bool old_is_zero(uint64_t raw, uint64_t offset) const;
+  Plan plan_write(uint64_t offset, uint64_t length, uint64_t count);
+  bool extend(Plan& plan, const qcow2::L2Entry& entry, uint64_t end) const;
+  void widen(Plan& plan) const;
+  void carry_out(Plan& plan, IoSpan from);
+  void write_clusters(const Plan& plan, IoSpan from);
+  void read_surroundings(const Plan& plan, Surroundings& out);
+  void read_old(const qcow2::L2Entry& entry, uint64_t offset, std::span<std::byte> to);
+  bool old_is_zero(const qcow2::L2Entry& entry, uint64_t offset, uint64_t length) const;
   void link(const Plan& plan);
-  void drop_entries(const std::vector<uint64_t>& raw_entries);
   // At the end of every change, without a pin.
   void after_change(bool durable);
   void commit();
 
   // qcow2_zero.cc
-  WholeClusters whole_clusters(uint64_t offset, uint64_t length) const;
-  void zero_range(uint64_t offset, uint64_t length, ZeroFlags flags);
-  void zero_part(uint64_t offset, uint64_t length, ZeroFlags flags);
+  Range whole_units(uint64_t offset, uint64_t length, uint64_t unit) const;
+  void zero_range(Range range, ZeroFlags flags);
+  void zero_part(Range range, ZeroFlags flags);
   void zero_data(const qcow2::Extent& extent, uint64_t offset, ZeroFlags flags);
-  void change_clusters(uint64_t first, uint64_t count, bool unmap);
-  void change_in_slice(uint64_t first, uint64_t count, bool unmap);
-  uint64_t zero_entry(uint64_t raw, bool unmap) const;
+  void change_entries(Range range, ZeroFlags flags);
+  void change_in_slice(Range range, ZeroFlags flags);
+  qcow2::L2Entry zeroed(const qcow2::L2Entry& entry, uint32_t subclusters, bool unmap) const;
   bool can_zero_by_entry() const noexcept;
   // "Unallocated" means zeroes for good. Not where the image records a backing file and was opened
   // without it: the next to open it will see that file again.

@@ -34,7 +34,7 @@ void Qcow2Node::read_extent(const Extent& extent, uint64_t offset, IoSpan to) {
       read_backing(offset, to);
       return;
     case ClusterKind::kCompressed:
-      read_compressed(extent.raw, offset, to);
+      read_compressed(extent, offset, to);
       return;
     default:
       base::fill_zero(to, 0, to.bytes());
@@ -49,12 +49,11 @@ void Qcow2Node::read_backing(uint64_t offset, IoSpan to) {
   }
 }
 
-void Qcow2Node::read_compressed(uint64_t raw, uint64_t guest_offset, IoSpan to) {
+void Qcow2Node::read_compressed(const Extent& extent, uint64_t guest_offset, IoSpan to) {
   const uint64_t cluster_size = geometry().cluster_size();
-  const qcow2::L2Entry entry = qcow2::decode_l2(raw, geometry());
-  base::Buffer packed(entry.compressed_bytes);
+  base::Buffer packed(extent.compressed_bytes);
   base::Buffer plain(cluster_size);
-  file().read(entry.host_offset, packed.io());
+  file().read(extent.host_offset, packed.io());
   const char* problem = base::Pool::work().run(
       [&] { return qcow2::decompress(header().compression, packed.span(), plain.span()); });
   if (problem != nullptr) {
@@ -62,7 +61,7 @@ void Qcow2Node::read_compressed(uint64_t raw, uint64_t guest_offset, IoSpan to) 
         EIO, fmt::format("{}: the compressed cluster at guest offset {:#x} (host {:#x}) cannot be "
                          "read: {}",
                          describe(), guest_offset - geometry().offset_in_cluster(guest_offset),
-                         entry.host_offset, problem));
+                         extent.host_offset, problem));
   }
   base::copy_to(to, 0,
                 plain.span().subspan(geometry().offset_in_cluster(guest_offset), to.bytes()));

@@ -2,10 +2,12 @@
 // Writing. In place where the cluster is the image's own; otherwise to new host clusters, with what
 // the request does not cover taken from where the guest sees it now (copy-on-write).
 #include <algorithm>
+#include <bit>
 #include <exception>
+#include <vector>
 
 #include "base/buffer.h"
-#include "base/bytes.h"
+#include "base/checked.h"
 #include "block/formats/qcow2/qcow2_node.h"
 
 namespace minivmm::block {
@@ -40,14 +42,24 @@ void add_piece(base::IoList& list, std::span<std::byte> piece, uint64_t length) 
 
 // What a write to clusters that cannot be written in place will do. The claim on them is held, so
 // their entries do not change meanwhile.
+//
+// Where the image has subclusters, those that hold data are written in place; the others of the
+// same host cluster are filled as far as the request touches them. A new host cluster takes over
+// all data of the old one.
 struct Qcow2Node::Plan {
-  uint64_t count = 0;  // 0: it can be written in place after all
-  bool reuse = false;  // into clusters that are reserved (zero flag set), not new ones
-  bool fresh = false;  // the host clusters read as zeroes
+  uint64_t offset = 0;    // of the request
+  uint64_t length = 0;    // how much of it, from its start; 0: it can be written in place after all
+  uint64_t clusters = 0;  // that it touches
+  bool reuse = false;     // into host clusters that are there, not new ones
+  bool fresh = false;     // the host clusters read as zeroes
   uint64_t host = 0;
-  uint64_t first_raw = 0;  // entries as they are now
-  uint64_t last_raw = 0;
+  uint64_t begin = 0;  // guest offsets: what is written, the request with what moves along with it;
+  uint64_t end = 0;    // whole subclusters
+  L2Entry first;       // the entries as they are now
+  L2Entry last;
   qcow2::SliceRange entries;
+
+  uint64_t stop() const noexcept { return offset + length; }
 };
 
 void Qcow2Node::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {
@@ -80,20 +92,23 @@ uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
   const uint64_t count = std::min(g.clusters(g.offset_in_cluster(offset) + from.bytes()),
                                   image_.map().clusters_in_slice(cluster));
   const Claims::Claim claim(claims_, image_.map().claim_group(cluster), cluster, count);
-  Plan plan = plan_write(cluster, count);
-  if (plan.count == 0) return 0;
+  Plan plan = plan_write(offset, from.bytes(), count);
+  if (plan.length == 0) return 0;
   if (plan.reuse) {
-    image_.require_data(plan.host, plan.count << g.cluster_bits);
-    return write_plan(plan, offset, from);
+    image_.require_data(plan.host, plan.clusters << g.cluster_bits);
+    carry_out(plan, from);
+    return plan.length;
   }
-  const qcow2::Allocator::Run run = image_.allocator().allocate(plan.count);
-  plan.count = run.clusters;
+  const qcow2::Allocator::Run run = image_.allocator().allocate(plan.clusters);
+  if (run.clusters < plan.clusters) {
+    plan.clusters = run.clusters;
+    plan.length = (run.clusters << g.cluster_bits) - g.offset_in_cluster(offset);
+  }
   plan.host = run.offset;
   plan.fresh = run.fresh;
   std::exception_ptr error;
-  uint64_t done = 0;
   try {
-    done = write_plan(plan, offset, from);
+    carry_out(plan, from);
   } catch (...) {
     error = std::current_exception();
   }
@@ -101,56 +116,89 @@ uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
     image_.allocator().give_back(run.offset, run.clusters);
     std::rethrow_exception(error);
   }
-  return done;
+  return plan.length;
 }
 
-Qcow2Node::Plan Qcow2Node::plan_write(uint64_t cluster, uint64_t count) {
+// `count` clusters from that of `offset` on, all in one slice.
+Qcow2Node::Plan Qcow2Node::plan_write(uint64_t offset, uint64_t length, uint64_t count) {
+  const qcow2::Geometry& g = geometry();
   Plan plan;
-  plan.entries = image_.map().writable(cluster);
-  const uint64_t cluster_size = geometry().cluster_size();
-  L2Entry bad;
+  plan.offset = offset;
+  plan.entries = image_.map().writable(offset >> g.cluster_bits);
+  qcow2::RawL2 raw;
+  L2Entry entry;
   image_.l2().read(plan.entries.slice, [&](const std::byte* slice) {
-    const auto raw_at = [&](uint64_t i) {
-      return base::load_be<uint64_t>(slice + plan.entries.position + i * 8);
-    };
-    plan.first_raw = plan.last_raw = raw_at(0);
-    for (uint64_t i = 0; i < count; ++i) {
-      const uint64_t raw = raw_at(i);
-      const L2Entry entry = decode_l2(raw, geometry());
-      const bool reserved = entry.kind == ClusterKind::kZeroAllocated && entry.copied;
-      const bool in_place = entry.kind == ClusterKind::kData && entry.copied;
-      if (entry.kind == ClusterKind::kInvalid) bad = entry;
-      if (in_place || entry.kind == ClusterKind::kInvalid) break;
-      if (i == 0) {
-        plan.reuse = reserved;
-        plan.host = entry.host_offset;
-      }
-      if (reserved != plan.reuse) break;
-      if (reserved && entry.host_offset != plan.host + i * cluster_size) break;
-      plan.last_raw = raw;
-      ++plan.count;
+    const std::byte* at = slice + plan.entries.position;
+    for (uint64_t i = 0; i < count; ++i, at += g.l2_entry_bytes()) {
+      raw = qcow2::load_l2(at, g);
+      entry = qcow2::decode_l2(raw, g);
+      if (!extend(plan, entry, offset + length)) break;
     }
   });
-  if (bad.kind == ClusterKind::kInvalid && plan.count == 0) {
-    throw image_.map().invalid_entry(cluster << geometry().cluster_bits, plan.first_raw,
-                                     bad.problem);
+  if (plan.length == 0 && entry.problem != nullptr) {
+    throw image_.map().invalid_entry(offset, raw, entry.problem);
   }
   return plan;
 }
 
-uint64_t Qcow2Node::write_plan(const Plan& plan, uint64_t offset, IoSpan from) {
+// Adds the next cluster, which has this entry, up to `end` (a guest offset). False: the plan ends
+// here, with a part of that cluster or none of it.
+bool Qcow2Node::extend(Plan& plan, const L2Entry& entry, uint64_t end) const {
   const qcow2::Geometry& g = geometry();
-  const uint64_t room = (plan.count << g.cluster_bits) - g.offset_in_cluster(offset);
-  const uint64_t length = std::min(from.bytes(), room);
-  {
-    base::IoList list;
-    write_clusters(plan, offset, base::slice(from, 0, length, list));
+  if (entry.problem != nullptr) return false;
+  const uint64_t from = plan.stop();
+  const uint64_t cluster_end = base::align_down(from, g.cluster_size()) + g.cluster_size();
+  const uint64_t to = std::min(end, cluster_end);
+  const bool ours = entry.has_host && entry.copied;
+  const unsigned sub = g.subcluster(from);
+  // Up to the first subcluster that has data: that is written in place.
+  const unsigned without_data = static_cast<unsigned>(std::countr_zero(entry.data >> sub));
+  const bool whole = !ours || without_data > g.subcluster(to - 1) - sub;
+  if (!whole && without_data == 0) return false;
+  if (plan.clusters == 0) {
+    plan.reuse = ours;
+    plan.host = entry.host_offset;
+    plan.first = entry;
+  } else if (ours != plan.reuse ||
+             (ours && entry.host_offset != plan.host + (plan.clusters << g.cluster_bits))) {
+    return false;
   }
-  link(plan);
-  return length;
+  plan.last = entry;
+  ++plan.clusters;
+  const uint64_t begin_of_sub = base::align_down(from, g.subcluster_size());
+  plan.length =
+      (whole ? to : begin_of_sub + (uint64_t{without_data} << g.subcluster_bits())) - plan.offset;
+  return whole;
 }
 
-// What surrounds a request in its first and last cluster. A buffer that is empty means zeroes.
+// What the plan writes beside the request: to the ends of the subclusters that this touches, and
+// all data of a host cluster that is left.
+void Qcow2Node::widen(Plan& plan) const {
+  const qcow2::Geometry& g = geometry();
+  const unsigned n = g.subclusters();
+  unsigned low = g.subcluster(plan.offset);
+  unsigned high = g.subcluster(plan.stop() - 1) + 1;
+  if (!plan.reuse) {
+    const auto first_data = static_cast<unsigned>(std::countr_zero(plan.first.data));
+    const auto past_data = static_cast<unsigned>(std::bit_width(plan.last.data));
+    low = std::min(low, plan.first.compressed ? 0 : first_data);
+    high = std::max(high, plan.last.compressed ? n : past_data);
+  }
+  const uint64_t size = g.cluster_size();
+  plan.begin = base::align_down(plan.offset, size) + (uint64_t{low} << g.subcluster_bits());
+  plan.end = base::align_down(plan.stop() - 1, size) + (uint64_t{high} << g.subcluster_bits());
+}
+
+void Qcow2Node::carry_out(Plan& plan, IoSpan from) {
+  widen(plan);
+  {
+    base::IoList list;
+    write_clusters(plan, base::slice(from, 0, plan.length, list));
+  }
+  link(plan);
+}
+
+// What is written before and after a request. A buffer that is empty means zeroes.
 struct Qcow2Node::Surroundings {
   base::Buffer storage;
   base::Buffer more;
@@ -158,17 +206,15 @@ struct Qcow2Node::Surroundings {
   std::span<std::byte> after;
 };
 
-void Qcow2Node::read_surroundings(const Plan& plan, uint64_t begin, uint64_t end,
-                                  Surroundings& out) {
-  const uint64_t mask = geometry().cluster_size() - 1;
-  const uint64_t head = begin & mask;
-  const uint64_t tail = (geometry().cluster_size() - (end & mask)) & mask;
-  const bool want_head = head != 0 && !old_is_zero(plan.first_raw, begin - head);
-  const bool want_tail = tail != 0 && !old_is_zero(plan.last_raw, end);
-  if (want_head && want_tail && plan.count == 1) {
-    // One read of the whole cluster costs less than two of its ends.
-    out.storage = base::Buffer(geometry().cluster_size());
-    read_old(plan.first_raw, begin - head, out.storage.span());
+void Qcow2Node::read_surroundings(const Plan& plan, Surroundings& out) {
+  const uint64_t head = plan.offset - plan.begin;
+  const uint64_t tail = plan.end - plan.stop();
+  const bool want_head = head != 0 && !old_is_zero(plan.first, plan.begin, head);
+  const bool want_tail = tail != 0 && !old_is_zero(plan.last, plan.stop(), tail);
+  if (want_head && want_tail && plan.clusters == 1) {
+    // One read of all costs less than two of its ends.
+    out.storage = base::Buffer(plan.end - plan.begin);
+    read_old(plan.first, plan.begin, out.storage.span());
     out.before = out.storage.span().first(head);
     out.after = out.storage.span().last(tail);
     return;
@@ -176,70 +222,79 @@ void Qcow2Node::read_surroundings(const Plan& plan, uint64_t begin, uint64_t end
   if (want_head) {
     out.storage = base::Buffer(head);
     out.before = out.storage.span();
-    read_old(plan.first_raw, begin - head, out.before);
+    read_old(plan.first, plan.begin, out.before);
   }
   if (want_tail) {
     out.more = base::Buffer(tail);
     out.after = out.more.span();
-    read_old(plan.last_raw, end, out.after);
+    read_old(plan.last, plan.stop(), out.after);
   }
 }
 
-// One write: what is before the request in its first cluster, the request, what is after it in
-// its last. Ends that are zero are left out where the host reads as zero anyway.
-void Qcow2Node::write_clusters(const Plan& plan, uint64_t offset, IoSpan from) {
-  const uint64_t mask = geometry().cluster_size() - 1;
-  const uint64_t end = offset + from.bytes();
-  const uint64_t head = offset & mask;
-  const uint64_t tail = (geometry().cluster_size() - (end & mask)) & mask;
+// One write: what is before the request, the request, what is after it. Ends that are zero are left
+// out where the host reads as zero anyway.
+void Qcow2Node::write_clusters(const Plan& plan, IoSpan from) {
   Surroundings around;
-  read_surroundings(plan, offset, end, around);
+  read_surroundings(plan, around);
   base::IoList list;
+  const uint64_t head = plan.offset - plan.begin;
   const bool skip_head = plan.fresh && (around.before.empty() || base::is_zero(around.before));
   const bool skip_tail = plan.fresh && (around.after.empty() || base::is_zero(around.after));
   if (!skip_head) add_piece(list, around.before, head);
   list.add(from);
-  if (!skip_tail) add_piece(list, around.after, tail);
-  file().write(plan.host + (skip_head ? head : 0), list);
+  if (!skip_tail) add_piece(list, around.after, plan.end - plan.stop());
+  const uint64_t begin = skip_head ? plan.offset : plan.begin;
+  file().write(plan.host + geometry().offset_in_cluster(begin), list);
 }
 
-bool Qcow2Node::old_is_zero(uint64_t raw, uint64_t offset) const {
-  const ClusterKind kind = decode_l2(raw, geometry()).kind;
-  if (kind == ClusterKind::kUnallocated) return !backing_ || offset >= backing_->size();
-  return kind == ClusterKind::kZeroPlain || kind == ClusterKind::kZeroAllocated;
+// Whether the guest sees only zeroes in a range inside one cluster, by that cluster's entry.
+bool Qcow2Node::old_is_zero(const L2Entry& entry, uint64_t offset, uint64_t length) const {
+  const qcow2::Geometry& g = geometry();
+  if (entry.compressed) return false;
+  const uint32_t asked =
+      qcow2::subcluster_mask(g.subcluster(offset), g.subcluster(offset + length - 1) + 1);
+  if ((entry.data & asked) != 0) return false;
+  return !backing_ || offset >= backing_->size() || (asked & ~entry.zero) == 0;
 }
 
-// What the guest sees at `offset` (inside one cluster), by the entry `raw`.
-void Qcow2Node::read_old(uint64_t raw, uint64_t offset, std::span<std::byte> to) {
-  const L2Entry entry = decode_l2(raw, geometry());
-  Extent extent;
-  extent.kind = entry.kind;
-  extent.raw = raw;
-  extent.length = to.size();
-  extent.host_offset = entry.host_offset + geometry().offset_in_cluster(offset);
-  read_extent(extent, offset, base::SingleBuffer(to));
+// What the guest sees in a range inside one cluster, by that cluster's entry.
+void Qcow2Node::read_old(const L2Entry& entry, uint64_t offset, std::span<std::byte> to) {
+  const qcow2::Geometry& g = geometry();
+  while (!to.empty()) {
+    const unsigned sub = g.subcluster(offset);
+    const uint64_t run = uint64_t{entry.same_kind(sub, g.subclusters())} << g.subcluster_bits();
+    const uint64_t most = run - (offset & (g.subcluster_size() - 1));
+    const auto piece = to.first(std::min<uint64_t>(most, to.size()));
+    const Extent extent = qcow2::extent_of(entry, offset, piece.size(), g);
+    read_extent(extent, offset, base::SingleBuffer(piece));
+    offset += piece.size();
+    to = to.subspan(piece.size());
+  }
 }
 
 // The data is in its place: from here on readers find it.
 void Qcow2Node::link(const Plan& plan) {
-  const uint64_t cluster_size = geometry().cluster_size();
-  std::vector<uint64_t> dropped;
-  if (!plan.reuse) dropped.resize(plan.count);
+  const qcow2::Geometry& g = geometry();
+  std::vector<qcow2::HostClusters> dropped;
   image_.l2().change(plan.entries.slice, [&](std::byte* slice) {
-    for (uint64_t i = 0; i < plan.count; ++i) {
-      std::byte* at = slice + plan.entries.position + i * 8;
-      if (!plan.reuse) dropped[i] = base::load_be<uint64_t>(at);
-      base::store_be(at, (plan.host + i * cluster_size) | qcow2::kFlagCopied);
+    std::byte* at = slice + plan.entries.position;
+    for (uint64_t i = 0; i < plan.clusters; ++i, at += g.l2_entry_bytes()) {
+      L2Entry entry = qcow2::decode_l2(qcow2::load_l2(at, g), g);
+      const auto old = clusters_of(entry, g);
+      if (!plan.reuse && old.count != 0) dropped.push_back(old);
+      const uint32_t written = qcow2::subcluster_mask(
+          i == 0 ? g.subcluster(plan.begin) : 0,
+          i + 1 == plan.clusters ? g.subcluster(plan.end - 1) + 1 : g.subclusters());
+      entry.has_host = entry.copied = true;
+      entry.compressed = false;
+      entry.host_offset = plan.host + (i << g.cluster_bits);
+      entry.data |= written;
+      entry.zero &= ~written;
+      qcow2::store_l2(at, encode_l2(entry, g), g);
     }
     return true;
   });
-  drop_entries(dropped);
-}
-
-void Qcow2Node::drop_entries(const std::vector<uint64_t>& raw_entries) {
-  for (const uint64_t raw : raw_entries) {
-    image_.drop(clusters_of(decode_l2(raw, geometry()), geometry()));
-  }
+  for (const qcow2::HostClusters& old : dropped) image_.drop(old);
 }
 
 }  // namespace minivmm::block

@@ -2,9 +2,10 @@
 // Zeroing and discarding. Whole clusters by their L2 entries; parts of clusters in place where
 // that is efficient, by writing otherwise.
 #include <algorithm>
+#include <array>
 #include <cerrno>
+#include <vector>
 
-#include "base/bytes.h"
 #include "base/checked.h"
 #include "base/event_loop.h"
 #include "block/formats/qcow2/qcow2_node.h"
@@ -24,28 +25,13 @@ alignas(4096) const std::byte kZeroes[kZeroBytes] = {};
 
 }  // namespace
 
-// The clusters that lie in a range as a whole. The last one of the disk, which may be short,
-// counts as whole if the range reaches the end.
-struct Qcow2Node::WholeClusters {
-  uint64_t begin = 0;  // bytes
-  uint64_t end = 0;
-  uint64_t first = 0;  // clusters
-  uint64_t count = 0;
-};
-
-Qcow2Node::WholeClusters Qcow2Node::whole_clusters(uint64_t offset, uint64_t length) const {
-  const uint64_t cluster = geometry().cluster_size();
-  WholeClusters out;
-  out.begin = base::align_up(offset, cluster);
-  out.end =
-      offset + length == size() ? offset + length : base::align_down(offset + length, cluster);
-  if (out.begin >= out.end) {
-    out.begin = out.end = offset + length;
-    return out;
-  }
-  out.first = out.begin >> geometry().cluster_bits;
-  out.count = geometry().clusters(out.end - out.begin);
-  return out;
+// The part of a range that is whole units (clusters or subclusters). The last unit of the disk,
+// which may be short, counts as whole if the range reaches the end. Where there is none: the empty
+// range at the end.
+Qcow2Node::Range Qcow2Node::whole_units(uint64_t offset, uint64_t length, uint64_t unit) const {
+  const uint64_t end = offset + length;
+  const Range out{base::align_up(offset, unit), end == size() ? end : base::align_down(end, unit)};
+  return out.begin < out.end ? out : Range{end, end};
 }
 
 // An entry can say "zeroes" in version 3; in version 2 "unallocated" means it where there is no
@@ -63,38 +49,38 @@ void Qcow2Node::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags 
     throw Error(ENOTSUP,
                 describe() + ": a version 2 image with a backing file has no zero clusters");
   }
-  zero_range(offset, length, flags);
+  zero_range({offset, offset + length}, flags);
   after_change(flags.fua);
 }
 
 void Qcow2Node::driver_discard(uint64_t offset, uint64_t length) {
   image_.prepare_write();
   if (!can_zero_by_entry()) return;
-  const WholeClusters whole = whole_clusters(offset, length);
-  change_clusters(whole.first, whole.count, true);
+  change_entries(whole_units(offset, length, geometry().cluster_size()), {.may_unmap = true});
   after_change(false);
 }
 
-void Qcow2Node::zero_range(uint64_t offset, uint64_t length, ZeroFlags flags) {
-  const WholeClusters whole = whole_clusters(offset, length);
-  zero_part(offset, whole.begin - offset, flags);
+void Qcow2Node::zero_range(Range range, ZeroFlags flags) {
+  const Range whole = whole_units(range.begin, range.length(), geometry().subcluster_size());
+  zero_part({range.begin, whole.begin}, flags);
   if (geometry().version >= 3 || flags.may_unmap) {
-    change_clusters(whole.first, whole.count, flags.may_unmap);
+    change_entries(whole, flags);
   } else {
-    zero_part(whole.begin, whole.end - whole.begin, flags);
+    zero_part(whole, flags);
   }
-  zero_part(whole.end, offset + length - whole.end, flags);
+  zero_part({whole.end, range.end}, flags);
 }
 
-void Qcow2Node::zero_part(uint64_t offset, uint64_t length, ZeroFlags flags) {
-  for (uint64_t done = 0; done < length;) {
+// Whatever lies there, not by its entry.
+void Qcow2Node::zero_part(Range range, ZeroFlags flags) {
+  while (range.begin < range.end) {
     const base::Epoch::Pin pin(epoch_);
-    const Extent extent = image_.map().lookup_long(offset + done, length - done);
+    const Extent extent = image_.map().lookup_long(range.begin, range.length());
     const bool zero_already = extent.kind == ClusterKind::kZeroPlain ||
                               extent.kind == ClusterKind::kZeroAllocated ||
                               (extent.kind == ClusterKind::kUnallocated && unallocated_is_zero());
-    if (!zero_already) zero_data(extent, offset + done, flags);
-    done += extent.length;
+    if (!zero_already) zero_data(extent, range.begin, flags);
+    range.begin += extent.length;
   }
 }
 
@@ -118,65 +104,97 @@ void Qcow2Node::zero_data(const Extent& extent, uint64_t offset, ZeroFlags flags
   }
 }
 
-void Qcow2Node::change_clusters(uint64_t first, uint64_t count, bool unmap) {
-  const uint64_t table_entries = geometry().l2_entries();
-  for (unsigned slices = 0; count > 0; ++slices) {
+// Zeroes whole subclusters by what their entries say.
+void Qcow2Node::change_entries(Range range, ZeroFlags flags) {
+  const qcow2::Geometry& g = geometry();
+  for (unsigned slices = 0; range.begin < range.end; ++slices) {
     // One request may cover the whole disk: it must neither fill the memory with changed
     // metadata nor keep the loop to itself.
     if (image_.under_pressure()) commit();
     if (slices % 64 == 63) base::EventLoop::current()->yield();
-    const base::Epoch::Pin pin(epoch_);
-    uint64_t now = 0;
-    if (unallocated_is_zero() && image_.map().without_table(first)) {
-      now = std::min(count, table_entries - (first & (table_entries - 1)));  // zeroes already
-    } else {
-      now = std::min(count, image_.map().clusters_in_slice(first));
-      change_in_slice(first, now, unmap);
-    }
-    first += now;
-    count -= now;
+    const uint64_t cluster = range.begin >> g.cluster_bits;
+    const bool nothing = unallocated_is_zero() && image_.map().without_table(cluster);
+    const uint64_t clusters = nothing ? g.l2_entries() - (cluster & (g.l2_entries() - 1))
+                                      : image_.map().clusters_in_slice(cluster);
+    const uint64_t end = std::min(range.end, (cluster + clusters) << g.cluster_bits);
+    if (!nothing) change_in_slice({range.begin, end}, flags);
+    range.begin = end;
   }
 }
 
-void Qcow2Node::change_in_slice(uint64_t first, uint64_t count, bool unmap) {
-  const Claims::Claim claim(claims_, image_.map().claim_group(first), first, count);
-  const qcow2::SliceRange entries = image_.map().writable(first);
-  std::vector<uint64_t> dropped(count);  // 0: nothing
-  uint64_t invalid = count;
-  image_.l2().change(entries.slice, [&](std::byte* slice) {
+// One slice's part of it: the entries are changed under the slice's lock, the rest follows.
+struct Qcow2Node::Zeroing {
+  const Qcow2Node& node;
+  const Range range;
+  const bool unmap;
+  const uint64_t first;  // cluster
+  const uint64_t count;
+
+  uint64_t done = 0;  // clusters; less than count: the next entry makes no sense
+  qcow2::RawL2 raw = {};
+  const char* problem = nullptr;
+  std::vector<qcow2::HostClusters> dropped = {};
+  // Compressed clusters of which only a part is to be zero: the first or the last.
+  std::array<Range, 2> by_writing = {};
+
+  // Returns whether something changed.
+  bool change(std::byte* at) {
+    const qcow2::Geometry& g = node.geometry();
     bool changed = false;
-    for (uint64_t i = 0; i < count; ++i) {
-      std::byte* at = slice + entries.position + i * 8;
-      const uint64_t raw = base::load_be<uint64_t>(at);
-      if (decode_l2(raw, geometry()).kind == ClusterKind::kInvalid) {
-        invalid = i;
-        dropped[i] = raw;
-        break;
+    for (; done < count; ++done, at += g.l2_entry_bytes()) {
+      raw = qcow2::load_l2(at, g);
+      const L2Entry old = qcow2::decode_l2(raw, g);
+      problem = old.problem;
+      if (problem != nullptr) break;
+      const uint64_t start = (first + done) << g.cluster_bits;
+      const Range part{std::max(start, range.begin), std::min(start + g.cluster_size(), range.end)};
+      const uint32_t subclusters =
+          qcow2::subcluster_mask(g.subcluster(part.begin), g.subcluster(part.end - 1) + 1);
+      if (old.compressed && subclusters != g.all_subclusters()) {
+        by_writing[done == 0 ? 0 : 1] = part;
+        continue;
       }
-      const uint64_t wanted = zero_entry(raw, unmap);
-      if (wanted == raw) continue;
-      base::store_be(at, wanted);
+      const L2Entry wanted = node.zeroed(old, subclusters, unmap);
+      const qcow2::RawL2 wanted_raw = encode_l2(wanted, g);
+      if (wanted_raw == raw) continue;
+      qcow2::store_l2(at, wanted_raw, g);
       changed = true;
-      const bool keeps_cluster = (wanted & qcow2::kOffsetMask) != 0;
-      if (!keeps_cluster) dropped[i] = raw;
+      if (!wanted.has_host && clusters_of(old, g).count != 0)
+        dropped.push_back(clusters_of(old, g));
     }
     return changed;
-  });
-  const uint64_t bad_raw = invalid < count ? dropped[invalid] : 0;
-  dropped.resize(invalid);
-  drop_entries(dropped);
-  if (invalid < count) image_.map().decode(bad_raw, first + invalid);  // throws what it is
+  }
+};
+
+void Qcow2Node::change_in_slice(Range range, ZeroFlags flags) {
+  const qcow2::Geometry& g = geometry();
+  const uint64_t first = range.begin >> g.cluster_bits;
+  Zeroing work{*this, range, flags.may_unmap, first, g.clusters(range.end) - first};
+  {
+    const base::Epoch::Pin pin(epoch_);
+    const Claims::Claim claim(claims_, image_.map().claim_group(first), first, work.count);
+    const qcow2::SliceRange entries = image_.map().writable(first);
+    image_.l2().change(entries.slice,
+                       [&](std::byte* slice) { return work.change(slice + entries.position); });
+    for (const qcow2::HostClusters& clusters : work.dropped) image_.drop(clusters);
+  }
+  if (work.done < work.count) {
+    throw image_.map().invalid_entry((first + work.done) << g.cluster_bits, work.raw, work.problem);
+  }
+  for (const Range& part : work.by_writing) zero_part(part, flags);
 }
 
-uint64_t Qcow2Node::zero_entry(uint64_t raw, bool unmap) const {
-  const L2Entry entry = decode_l2(raw, geometry());
-  const bool zero_flag = geometry().version >= 3;
-  if (entry.kind == ClusterKind::kUnallocated && unallocated_is_zero()) return raw;
-  if (!unmap && zero_flag &&
-      (entry.kind == ClusterKind::kData || entry.kind == ClusterKind::kZeroAllocated)) {
-    return raw | qcow2::kFlagZero;  // the host cluster stays reserved
+// The entry after these subclusters were made zero.
+L2Entry Qcow2Node::zeroed(const L2Entry& entry, uint32_t subclusters, bool unmap) const {
+  L2Entry out = entry.compressed ? L2Entry{} : entry;
+  out.data &= ~subclusters;
+  if (out.has_host || !unallocated_is_zero()) out.zero |= subclusters;
+  if (out.has_host && out.data == 0 && unmap) {
+    out.has_host = out.copied = false;
+    out.host_offset = 0;
+    if (unallocated_is_zero()) out.zero = 0;
   }
-  return !unallocated_is_zero() && zero_flag ? qcow2::kFlagZero : 0;
+  return out;
 }
 
 }  // namespace minivmm::block

@@ -14,7 +14,7 @@
 #include <vector>
 
 #include "block/formats/qcow2/free_runs.h"
-#include "block/formats/qcow2/layout.h"
+#include "block/formats/qcow2/l2_entry.h"
 
 namespace minivmm::block::qcow2 {
 

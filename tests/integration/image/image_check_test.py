@@ -206,9 +206,9 @@ class Check(ImageCase):
                       self.must(self.ours("check", "-T", "nope", "x"), 1).err)
 
     def test_features_that_cannot_be_checked_are_named(self):
-        self.make("-f", "qcow2", "-o", "extended_l2=on", "y", "1M")
+        self.make("-f", "qcow2", "-o", "data_file=y.data", "y", "1M")
         done = self.must(self.ours("check", "y"), 1)
-        self.assertIn("extended L2", done.err)
+        self.assertIn("external data file", done.err)
 
 
 if __name__ == "__main__":

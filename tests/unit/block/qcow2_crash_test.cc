@@ -21,6 +21,7 @@ struct Case {
   unsigned cluster_bits;
   unsigned refcount_order;
   bool backing;
+  bool extended_l2 = false;
 };
 
 class Qcow2Crash : public GraphTest, public testing::WithParamInterface<Case> {
@@ -107,7 +108,8 @@ class Qcow2Crash : public GraphTest, public testing::WithParamInterface<Case> {
     file_ = make_test_image({.size = kDisk,
                              .version = GetParam().version,
                              .cluster_bits = GetParam().cluster_bits,
-                             .refcount_order = GetParam().refcount_order});
+                             .refcount_order = GetParam().refcount_order,
+                             .extended_l2 = GetParam().extended_l2});
     file_->start_log();
     // Requests overtake each other.
     file_->before = [](TestFile::Op, uint64_t offset, uint64_t length) {
@@ -224,7 +226,9 @@ INSTANTIATE_TEST_SUITE_P(Formats, Qcow2Crash,
                                          Case{"v3_512_backing", 3, 9, 4, true},
                                          Case{"v2_1k", 2, 10, 4, false},
                                          Case{"v3_4k_narrow_refcounts", 3, 12, 0, true},
-                                         Case{"v3_64k", 3, 16, 4, false}),
+                                         Case{"v3_64k", 3, 16, 4, false},
+                                         Case{"v3_16k_extended_backing", 3, 14, 4, true, true},
+                                         Case{"v3_64k_extended", 3, 16, 4, false, true}),
                          [](const auto& param_info) { return std::string(param_info.param.name); });
 
 }  // namespace

@@ -13,6 +13,7 @@
 #include "block/formats/qcow2/decompress.h"
 #include "block/formats/qcow2/free_runs.h"
 #include "block/formats/qcow2/header.h"
+#include "block/formats/qcow2/l2_entry.h"
 #include "block/formats/qcow2/overlap.h"
 #include "block/formats/qcow2/refcount_codec.h"
 
@@ -106,7 +107,10 @@ TEST(Qcow2Header, RefusesEachBadFieldByName) {
   has(refusal_with<uint32_t>(60, 70000), "nb_snapshots");
   has(refusal_with<uint32_t>(60, 1), "snapshot table");
   has(refusal_with<uint64_t>(72, 4), "external data file");
-  has(refusal_with<uint64_t>(72, 16), "extended L2");
+  Header small = sample();
+  small.cluster_bits = 13;
+  small.incompatible = kIncompatExtendedL2;
+  has(refusal(cluster_of(small)), "which extended L2 entries need");
   has(refusal_with<uint64_t>(72, 32), "feature number 5");
   has(refusal_with<uint64_t>(72, 8), "compression_type");
   has(refusal_with<uint64_t>(88, 1), "bitmaps");
@@ -175,20 +179,61 @@ TEST(Qcow2Header, EveryTruncationIsAnError) {
   }
 }
 
+ClusterKind kind_of(uint64_t entry, const Geometry& g) { return decode_l2({entry, 0}, g).kind(0); }
+
 TEST(Qcow2Layout, DecodesEveryKindOfEntry) {
   const Geometry g{16, 4, 3};
-  EXPECT_EQ(decode_l2(0, g).kind, ClusterKind::kUnallocated);
-  EXPECT_EQ(decode_l2(kFlagZero, g).kind, ClusterKind::kZeroPlain);
-  EXPECT_EQ(decode_l2(0x50000 | kFlagZero, g).kind, ClusterKind::kZeroAllocated);
-  const L2Entry data = decode_l2(0x50000 | kFlagCopied, g);
-  EXPECT_EQ(data.kind, ClusterKind::kData);
+  EXPECT_EQ(kind_of(0, g), ClusterKind::kUnallocated);
+  EXPECT_EQ(kind_of(kFlagZero, g), ClusterKind::kZeroPlain);
+  EXPECT_EQ(kind_of(0x50000 | kFlagZero, g), ClusterKind::kZeroAllocated);
+  const L2Entry data = decode_l2({0x50000 | kFlagCopied, 0}, g);
+  EXPECT_EQ(data.kind(0), ClusterKind::kData);
   EXPECT_TRUE(data.copied);
   EXPECT_EQ(data.host_offset, 0x50000U);
-  EXPECT_EQ(decode_l2(0x50200, g).kind, ClusterKind::kInvalid);      // misaligned
-  EXPECT_EQ(decode_l2(0x50000 | 2, g).kind, ClusterKind::kInvalid);  // reserved, low
-  EXPECT_EQ(decode_l2(0x50000 | 1ULL << 57, g).kind, ClusterKind::kInvalid);
-  EXPECT_EQ(decode_l2(kFlagCopied, g).kind, ClusterKind::kInvalid);  // the header
-  EXPECT_EQ(decode_l2(kFlagZero, Geometry{16, 4, 2}).kind, ClusterKind::kInvalid);
+  EXPECT_EQ(kind_of(0x50200, g), ClusterKind::kInvalid);      // misaligned
+  EXPECT_EQ(kind_of(0x50000 | 2, g), ClusterKind::kInvalid);  // reserved, low
+  EXPECT_EQ(kind_of(0x50000 | 1ULL << 57, g), ClusterKind::kInvalid);
+  EXPECT_EQ(kind_of(kFlagCopied, g), ClusterKind::kInvalid);  // the header
+  EXPECT_EQ(kind_of(kFlagZero, Geometry{16, 4, 2}), ClusterKind::kInvalid);
+}
+
+TEST(Qcow2Layout, EncodesWhatItDecodes) {
+  const Geometry g{16, 4, 3};
+  for (const uint64_t entry : {uint64_t{0}, kFlagZero, 0x50000 | kFlagZero | kFlagCopied,
+                               uint64_t{0x50000}, 0x50000 | kFlagCopied}) {
+    EXPECT_EQ(encode_l2(decode_l2({entry, 0}, g), g), (RawL2{entry, 0}));
+  }
+  const Geometry extended{16, 4, 3, true};
+  const RawL2 mixed{0x50000 | kFlagCopied, uint64_t{0xff00} << 32 | 0x00f1};
+  EXPECT_EQ(encode_l2(decode_l2(mixed, extended), extended), mixed);
+  const RawL2 zero{0, ~uint64_t{0} << 32};
+  EXPECT_EQ(encode_l2(decode_l2(zero, extended), extended), zero);
+}
+
+TEST(Qcow2Layout, DecodesSubclusters) {
+  const Geometry g{16, 4, 3, true};
+  const L2Entry entry = decode_l2({0x50000, uint64_t{0xff00} << 32 | 0x00f1}, g);
+  EXPECT_EQ(entry.kind(0), ClusterKind::kData);
+  EXPECT_EQ(entry.kind(1), ClusterKind::kUnallocated);
+  EXPECT_EQ(entry.kind(7), ClusterKind::kData);
+  EXPECT_EQ(entry.kind(8), ClusterKind::kZeroAllocated);
+  EXPECT_EQ(entry.kind(31), ClusterKind::kUnallocated);
+  EXPECT_EQ(entry.same_kind(0, 32), 1U);
+  EXPECT_EQ(entry.same_kind(1, 32), 3U);
+  EXPECT_EQ(entry.same_kind(4, 32), 4U);
+  EXPECT_EQ(entry.same_kind(5, 6), 1U);
+  EXPECT_EQ(entry.same_kind(9, 32), 7U);
+  EXPECT_EQ(entry.same_kind(16, 32), 16U);
+  EXPECT_EQ(decode_l2({0, uint64_t{1} << 33}, g).kind(1), ClusterKind::kZeroPlain);
+  // Contradictions, and the flag that extended entries do not have.
+  EXPECT_NE(decode_l2({0x50000, uint64_t{1} << 32 | 1}, g).problem, nullptr);
+  EXPECT_NE(decode_l2({0, 1}, g).problem, nullptr);
+  EXPECT_NE(decode_l2({0x50000 | kFlagZero, 0}, g).problem, nullptr);
+  EXPECT_EQ(g.l2_entries(), 4096U);
+  EXPECT_EQ(g.subcluster_size(), 2048U);
+  EXPECT_EQ(subcluster_mask(0, 32), ~uint32_t{0});
+  EXPECT_EQ(subcluster_mask(3, 5), 0x18U);
+  EXPECT_EQ(subcluster_mask(31, 32), 0x8000'0000U);
 }
 
 TEST(Qcow2Layout, DecodesCompressedEntriesForEveryClusterSize) {
@@ -196,17 +241,16 @@ TEST(Qcow2Layout, DecodesCompressedEntriesForEveryClusterSize) {
     const Geometry g{bits, 4, 3};
     const unsigned x = 62 - (bits - 8);
     const uint64_t offset = (5ULL << bits) + 700;
-    const L2Entry entry = decode_l2(kFlagCompressed | (uint64_t{1} << x) | offset, g);
-    EXPECT_EQ(entry.kind, ClusterKind::kCompressed);
+    const L2Entry entry = decode_l2({kFlagCompressed | (uint64_t{1} << x) | offset, 0}, g);
+    EXPECT_EQ(entry.kind(0), ClusterKind::kCompressed);
     EXPECT_EQ(entry.host_offset, offset);
     EXPECT_EQ(entry.compressed_bytes, 1024 - offset % 512);
     const HostClusters host = clusters_of(entry, g);
     EXPECT_EQ(host.first, offset >> bits);
     EXPECT_EQ(host.count, ((offset + entry.compressed_bytes - 1) >> bits) - host.first + 1);
     // The most that any entry can ask to be read.
-    EXPECT_LE(decode_l2(kFlagCompressed | ((1ULL << 62) - 1 - ((1ULL << x) - 1)) | 512, g)
-                  .compressed_bytes,
-              2 * g.cluster_size());
+    const uint64_t largest = kFlagCompressed | ((1ULL << 62) - 1 - ((1ULL << x) - 1)) | 512;
+    EXPECT_LE(decode_l2({largest, 0}, g).compressed_bytes, 2 * g.cluster_size());
   }
 }
 
@@ -321,6 +365,10 @@ TEST(Qcow2Create, RefusesWhatTheFormatCannotSay) {
   EXPECT_NE(refused({.version = 2, .refcount_order = 3}).find("Different refcount widths"),
             std::string::npos);
   EXPECT_NE(refused({.size = uint64_t{1} << 40, .cluster_bits = 9}).find("too large"),
+            std::string::npos);
+  EXPECT_NE(refused({.cluster_bits = 13, .extended_l2 = true}).find("at least 16384 bytes"),
+            std::string::npos);
+  EXPECT_NE(refused({.version = 2, .extended_l2 = true}).find("Extended L2 entries are only"),
             std::string::npos);
   EXPECT_NE(refused({.cluster_bits = 22}).find("Cluster size must be"), std::string::npos);
   EXPECT_NE(refused({.size = ~uint64_t{0}, .cluster_bits = 21}).find("too large"),

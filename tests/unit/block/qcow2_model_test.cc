@@ -18,12 +18,14 @@ struct Format {
   unsigned cluster_bits;
   unsigned refcount_order;
   bool backing;
+  bool extended_l2 = false;
 };
 
 std::string name_of(const testing::TestParamInfo<Format>& info) {
   const Format& f = info.param;
-  return fmt::format("v{}_cluster{}_refcount{}{}", f.version, 1U << f.cluster_bits,
-                     1U << f.refcount_order, f.backing ? "_backing" : "");
+  return fmt::format("v{}_cluster{}_refcount{}{}{}", f.version, 1U << f.cluster_bits,
+                     1U << f.refcount_order, f.backing ? "_backing" : "",
+                     f.extended_l2 ? "_extended" : "");
 }
 
 class Qcow2Model : public Qcow2Test, public testing::WithParamInterface<Format> {
@@ -47,7 +49,8 @@ class Qcow2Model : public Qcow2Test, public testing::WithParamInterface<Format> 
     qcow2::CreateOptions options{.size = size_,
                                  .version = f.version,
                                  .cluster_bits = f.cluster_bits,
-                                 .refcount_order = f.refcount_order};
+                                 .refcount_order = f.refcount_order,
+                                 .extended_l2 = f.extended_l2};
     if (f.backing) {
       options.backing_file = "base.raw";
       options.backing_format = "raw";
@@ -163,15 +166,16 @@ TEST_P(Qcow2Model, RandomRequestsMatchAByteArray) {
       << last_output_;
 }
 
-INSTANTIATE_TEST_SUITE_P(Formats, Qcow2Model,
-                         testing::Values(Format{2, 16, 4, false}, Format{2, 12, 4, true},
-                                         Format{3, 16, 4, false}, Format{3, 16, 4, true},
-                                         Format{3, 9, 4, true}, Format{3, 9, 6, false},
-                                         Format{3, 12, 0, true}, Format{3, 13, 1, false},
-                                         Format{3, 10, 2, true}, Format{3, 15, 3, true},
-                                         Format{3, 16, 5, false}, Format{3, 21, 6, true},
-                                         Format{3, 20, 4, false}),
-                         name_of);
+INSTANTIATE_TEST_SUITE_P(
+    Formats, Qcow2Model,
+    testing::Values(Format{2, 16, 4, false}, Format{2, 12, 4, true}, Format{3, 16, 4, false},
+                    Format{3, 16, 4, true}, Format{3, 9, 4, true}, Format{3, 9, 6, false},
+                    Format{3, 12, 0, true}, Format{3, 13, 1, false}, Format{3, 10, 2, true},
+                    Format{3, 15, 3, true}, Format{3, 16, 5, false}, Format{3, 21, 6, true},
+                    Format{3, 20, 4, false}, Format{3, 14, 4, true, true},
+                    Format{3, 14, 6, false, true}, Format{3, 16, 4, true, true},
+                    Format{3, 16, 1, false, true}, Format{3, 21, 4, true, true}),
+    name_of);
 
 }  // namespace
 }  // namespace minivmm::block

@@ -33,6 +33,7 @@ struct Case {
   unsigned cluster_bits;
   unsigned refcount_order;
   uint64_t disk;
+  bool extended_l2 = false;
 };
 
 bool slow() {
@@ -91,6 +92,7 @@ class PowerLoss : public Qcow2Test, public testing::WithParamInterface<Case> {
                     .version = GetParam().version,
                     .cluster_bits = GetParam().cluster_bits,
                     .refcount_order = GetParam().refcount_order,
+                    .extended_l2 = GetParam().extended_l2,
                     .backing_file = path("base"),
                     .backing_format = "raw"});
     start_ = read_file(path("disk"));
@@ -303,7 +305,8 @@ INSTANTIATE_TEST_SUITE_P(Overlays, PowerLoss,
                                          Case{"v3_2k_wide_refcounts", 3, 11, 6, 2 * kMiB},
                                          Case{"v3_4k_narrow_refcounts", 3, 12, 0, 4 * kMiB},
                                          Case{"v2_4k", 2, 12, 4, 2 * kMiB},
-                                         Case{"v3_64k", 3, 16, 4, 8 * kMiB}),
+                                         Case{"v3_64k", 3, 16, 4, 8 * kMiB},
+                                         Case{"v3_16k_extended", 3, 14, 4, 4 * kMiB, true}),
                          [](const auto& param_info) { return std::string(param_info.param.name); });
 
 }  // namespace

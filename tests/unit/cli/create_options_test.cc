@@ -44,9 +44,9 @@ TEST(CreateOptionList, TheLastValueCounts) {
 }
 
 TEST(CreateOptionList, RefusesWhatItCannotDo) {
-  EXPECT_NE(error_of("qcow2", "extended_l2=on").find("not supported"), std::string::npos);
+  EXPECT_NE(error_of("qcow2", "encryption=on").find("not supported"), std::string::npos);
   EXPECT_NE(error_of("qcow2", "encrypt.format=luks").find("not supported"), std::string::npos);
-  EXPECT_EQ(error_of("qcow2", "extended_l2=off"), "accepted");
+  EXPECT_EQ(error_of("qcow2", "encryption=off"), "accepted");
   EXPECT_EQ(error_of("raw", "compat=1.1"), "Invalid parameter 'compat'");
   EXPECT_EQ(error_of("qcow2", "lazy_refcounts=perhaps"),
             "Parameter 'lazy_refcounts' expects 'on' or 'off'");
@@ -60,7 +60,7 @@ TEST(CreateOptionList, RefusesWhatItCannotDo) {
 TEST(CreateOptionList, WhatIsSwitchedOffDoesNotReachTheDriver) {
   // It does not know these options and would refuse them.
   CreateOptionList list("qcow2");
-  list.parse("extended_l2=off,encryption=no");
+  list.parse("data_file_raw=off,encryption=no");
   EXPECT_TRUE(list.for_driver().empty());
 }
 
