@@ -1,18 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "fuse/invalidator.h"
 
-#include <linux/fuse.h>
 #include <pthread.h>
-#include <sys/uio.h>
 
-#include <algorithm>
 #include <cerrno>
-#include <limits>
+#include <exception>
+#include <optional>
 #include <thread>
 #include <utility>
 
 #include "base/error.h"
 #include "base/log.h"
+#include "fuse/page_dropper.h"
 
 namespace minivmm::fuse {
 
@@ -21,6 +20,7 @@ struct Invalidator::Job {
   uint64_t inode;
   uint64_t offset;
   uint64_t length;
+  int error = 0;
   base::Event done{};
   Job* next = nullptr;
 };
@@ -34,28 +34,6 @@ struct Invalidator::Shared {
   bool stopping = false;
   base::Event ended;
 };
-
-namespace {
-
-// Returns when the kernel has dropped the pages. It knows no such inode: there are none.
-void tell_kernel(int device, uint64_t inode, uint64_t offset, uint64_t length) noexcept {
-  constexpr uint64_t kMost = std::numeric_limits<int64_t>::max();
-  fuse_notify_inval_inode_out what{};
-  what.ino = inode;
-  what.off = static_cast<int64_t>(std::min(offset, kMost));
-  what.len = static_cast<int64_t>(std::min(length, kMost - std::min(offset, kMost)));
-  fuse_out_header header{};
-  header.len = sizeof header + sizeof what;
-  header.error = FUSE_NOTIFY_INVAL_INODE;
-  const iovec iov[] = {{&header, sizeof header}, {&what, sizeof what}};
-  if (::writev(device, iov, 2) >= 0) return;
-  const int error = errno;
-  if (error == ENOENT || error == ENODEV || error == ENOTCONN) return;
-  base::log_error("/dev/fuse: mapped pages may be stale: invalidating them: {}",
-                  base::errno_text(error));
-}
-
-}  // namespace
 
 Invalidator::Invalidator(base::UniqueFd device) : shared_(std::make_shared<Shared>()) {
   shared_->device = std::move(device);
@@ -85,6 +63,10 @@ void Invalidator::invalidate(uint64_t inode, uint64_t offset, uint64_t length) n
     shared_->wanted.notify_one();
   }
   job.done.wait();
+  if (job.error != 0) {
+    base::log_error("/dev/fuse: mapped pages may be stale: invalidating them: {}",
+                    base::errno_text(job.error));
+  }
 }
 
 bool Invalidator::stop(base::Clock::time_point deadline) {
@@ -102,6 +84,12 @@ bool Invalidator::stop(base::Clock::time_point deadline) {
 
 void Invalidator::run(const std::shared_ptr<Shared>& shared) noexcept {
   ::pthread_setname_np(::pthread_self(), "fuse-invalidate");
+  std::optional<PageDropper> dropper;
+  try {
+    dropper.emplace(std::move(shared->device));
+  } catch (const std::exception& e) {
+    base::log_error("FUSE: {}", e.what());
+  }
   std::unique_lock lock(shared->mutex);
   for (;;) {
     shared->wanted.wait(lock, [&] { return shared->stopping || shared->jobs != nullptr; });
@@ -110,14 +98,14 @@ void Invalidator::run(const std::shared_ptr<Shared>& shared) noexcept {
     lock.unlock();
     while (job != nullptr) {
       Job* const next = job->next;
-      tell_kernel(shared->device.get(), job->inode, job->offset, job->length);
+      job->error = dropper ? dropper->drop(job->inode, job->offset, job->length) : EAGAIN;
       job->done.set();
       job = next;
     }
     lock.lock();
   }
-  shared->device.reset();
   lock.unlock();
+  dropper.reset();
   shared->ended.set();
 }
 

@@ -3,8 +3,8 @@
 // mapped have any; for them a change by another user of the disk has to be told.
 //
 // The kernel drops a page only once a READ of it that is under way has been answered, so telling
-// it blocks: it is done by a thread of its own, on a descriptor of its own, never by a loop (which
-// may be the one to answer) nor by a pool (which the answer may need).
+// it blocks (PageDropper): it is done by a thread of its own, on a descriptor of its own, never by
+// a loop (which may be the one to answer) nor by a pool (which the answer may need).
 #pragma once
 
 #include <condition_variable>
