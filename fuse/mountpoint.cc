@@ -88,9 +88,11 @@ std::string resolve(const std::string& path) {
   fs::path given = without_tail(fs::absolute(path, error));
   if (error) throw Error(error.value(), path + ": not a usable path");
   constexpr int kMostLinks = 40;
-  for (int i = 0; i < kMostLinks && fs::is_symlink(given, error); ++i) {
-    given = without_tail(given.parent_path() / fs::read_symlink(given, error));
-    if (error) throw errno_error(error.value(), "FUSE mountpoint " + given.string());
+  for (int i = 0; i < kMostLinks; ++i) {
+    // Not lstat(), which asks a mount that is there, and that may never answer.
+    const fs::path target = fs::read_symlink(given, error);
+    if (error) break;
+    given = without_tail(given.parent_path() / target);
   }
   if (given.filename() == ".." || !given.has_relative_path()) {
     given = fs::canonical(given, error);
