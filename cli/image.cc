@@ -8,39 +8,61 @@
 
 #include "cli/command.h"
 #include "cli/image_commands.h"
+#include "cli/image_personality.h"
 
 namespace minivmm::cli {
 namespace {
 
-constexpr Command kImageCommands[] = {
-    {"create", "make a disk image", &run_image_create},
-    {"info", "what an image file says of itself", &run_image_info},
-    {"check", "check the consistency of an image's metadata", &run_image_check},
+constexpr ImageCommand kImageCommands[] = {
+    {"bench", "time requests to an image", &image_bench_syntax, &run_image_bench},
+    {"check", "check the consistency of an image's metadata", &image_check_syntax,
+     &run_image_check},
+    {"commit", "move what an overlay holds into its backing file", &image_commit_syntax,
+     &run_image_commit},
+    {"compare", "whether two images have the same content", &image_compare_syntax,
+     &run_image_compare},
+    {"convert", "copy images into a new one, in any format", &image_convert_syntax,
+     &run_image_convert},
+    {"create", "make a disk image", &image_create_syntax, &run_image_create},
+    {"dd", "copy a part of an image", &image_dd_syntax, &run_image_dd},
+    {"info", "what an image file says of itself", &image_info_syntax, &run_image_info},
+    {"map", "what of an image is stored where", &image_map_syntax, &run_image_map},
+    {"measure", "how large the file of a new image will be", &image_measure_syntax,
+     &run_image_measure},
+    {"rebase", "give an overlay another backing file", &image_rebase_syntax, &run_image_rebase},
+    {"resize", "make an image larger or smaller", &image_resize_syntax, &run_image_resize},
 };
 
-constexpr std::string_view kElsewhere[] = {
-    "amend", "bench", "bitmap",  "commit", "compare", "convert",
-    "dd",    "map",   "measure", "rebase", "resize",  "snapshot",
-};
+constexpr std::string_view kElsewhere[] = {"amend", "bitmap", "snapshot"};
 
 void print_help(std::FILE* to) {
+  const bool drop_in = personality().drop_in;
+  const char* name = drop_in ? "qemu-img" : "minivmm image";
+  if (drop_in) fmt::print(to, "qemu-img version 7.2.0 (minivmm {})\n", MINIVMM_VERSION);
   fmt::print(to,
              "Works on disk images with qemu-img's arguments, output and exit statuses.\n\n"
-             "Usage: minivmm image COMMAND [options]\n\nCommands:\n");
-  for (const Command& command : kImageCommands) {
+             "{}: {} COMMAND [options]\n\nCommands:\n",
+             drop_in ? "usage" : "Usage", name);
+  for (const ImageCommand& command : kImageCommands) {
     fmt::print(to, "  {:<8} {}\n", command.name, command.summary);
   }
   fmt::print(to,
-             "\n`minivmm image COMMAND --help` teaches each one.\n\nExamples:\n"
-             "  minivmm image create -f qcow2 disk.qcow2 20G\n"
-             "  minivmm image info --output=json disk.qcow2\n"
-             "  minivmm image check disk.qcow2\n");
+             "\n`{0} COMMAND --help` teaches each one.\n\nExamples:\n"
+             "  {0} create -f qcow2 disk.qcow2 20G\n"
+             "  {0} info --output=json disk.qcow2\n"
+             "  {0} convert -p -O qcow2 disk.img disk.qcow2\n"
+             "  {0} check disk.qcow2\n\nSupported formats: qcow2 raw\n",
+             name);
 }
 
 }  // namespace
 
+std::span<const ImageCommand> image_commands() { return kImageCommands; }
+
 int run_image(const std::vector<std::string>& arguments) {
+  const bool drop_in = personality().drop_in;
   if (arguments.empty()) {
+    if (drop_in) throw UsageError{"Not enough arguments"};
     print_help(stderr);
     return 1;
   }
@@ -49,14 +71,19 @@ int run_image(const std::vector<std::string>& arguments) {
     print_help(stdout);
     return 0;
   }
-  for (const Command& command : kImageCommands) {
+  if (drop_in && (first == "--version" || first == "-V")) {
+    fmt::print("qemu-img version 7.2.0 (minivmm {})\n", MINIVMM_VERSION);
+    return 0;
+  }
+  for (const ImageCommand& command : kImageCommands) {
     if (command.name == first) return command.run({arguments.begin() + 1, arguments.end()});
   }
   for (const std::string_view name : kElsewhere) {
     if (name != first) continue;
-    throw UsageError{fmt::format("image {0} is not supported; `qemu-img {0}` is", name)};
+    throw UsageError{fmt::format("image {0} is not supported; QEMU's `qemu-img {0}` is", name)};
   }
-  throw UsageError{fmt::format("unknown command 'image {}'", first)};
+  throw UsageError{drop_in ? fmt::format("Command not found: {}", first)
+                           : fmt::format("unknown command 'image {}'", first)};
 }
 
 }  // namespace minivmm::cli

@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // What the image subcommands share on the command line: qemu-img's conventions, and texts of their
-// own for --help.
+// own for --help. As with getopt, an option that is given again replaces what was there.
 #pragma once
 
 #include <string>
+#include <string_view>
 
+#include <cstdint>
+#include <optional>
 #include <vector>
 
 #include <boost/program_options.hpp>
@@ -15,13 +18,17 @@ enum class OutputFormat { kHuman, kJson };
 
 struct ImageSyntax {
   std::string usage;  // printed before the options by --help
-  boost::program_options::options_description options;
+  boost::program_options::options_description options{"Options", 100, 60};
 };
 
-// The options that every image subcommand has: -f, --output, -q, -U, --help. `what` are letters
-// out of "foqU".
+// An option with a value that --help calls `name`, and one without.
+boost::program_options::typed_value<std::vector<std::string>>* text_option(const char* name);
+boost::program_options::typed_value<bool>* flag_option();
+
+// Options that several subcommands have, by letters: f, o (--output), q, U, p, t, T, i
+// (--image-opts), and always --object and --help.
 void add_common_options(boost::program_options::options_description& options,
-                        const std::string& what);
+                        std::string_view what);
 
 // Parses; prints usage and options and returns false for --help. Throws UsageError, also for
 // options of qemu-img that are not supported here, by name.
@@ -29,13 +36,22 @@ bool parse_image_arguments(const std::vector<std::string>& arguments, const Imag
                            boost::program_options::variables_map& values);
 
 bool is_set(const boost::program_options::variables_map& values, const char* name);
+// The last one that was given; empty if none was.
 std::string text_value(const boost::program_options::variables_map& values, const char* name);
+std::vector<std::string> text_values(const boost::program_options::variables_map& values,
+                                     const char* name);
 // The arguments that are not options.
 std::vector<std::string> given_names(const boost::program_options::variables_map& values);
-// The one file that info and check take. Throws UsageError.
+// The one file that most subcommands take. Throws UsageError.
 std::string one_file_name(const boost::program_options::variables_map& values);
 // Throws UsageError.
 OutputFormat output_format(const boost::program_options::variables_map& values);
+
+// A size ("64k") from 0 to `most` under an option, or nothing. What is wrong is said as qemu-img
+// does of `what` ("rate limit").
+std::optional<uint64_t> size_value(const boost::program_options::variables_map& values,
+                                   const char* name, const char* what, uint64_t most = INT64_MAX);
+uint64_t parse_size_as(const std::string& text, const char* what, uint64_t most = INT64_MAX);
 
 // For text on a terminal: what an image says of itself may hold control characters, which could
 // pass for other lines of the output or command the terminal. They become \xNN.

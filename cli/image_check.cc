@@ -13,6 +13,9 @@
 #include "cli/image_arguments.h"
 #include "cli/image_commands.h"
 #include "cli/image_facts.h"
+#include "cli/image_open.h"
+#include "cli/image_personality.h"
+#include "cli/image_sandbox.h"
 
 namespace minivmm::cli {
 
@@ -41,18 +44,20 @@ constexpr int kCorrupt = 2;
 constexpr int kLeaky = 3;
 constexpr int kNoChecks = 63;
 
-ImageSyntax syntax() {
-  ImageSyntax out{kUsage, po::options_description("Options", 100, 60)};
+}  // namespace
+
+ImageSyntax image_check_syntax() {
+  ImageSyntax out{kUsage};
   // clang-format off
   out.options.add_options()
-    ("repair,r", po::value<std::string>()->value_name("leaks|all"), "not supported: see qemu-img")
-    (",T", po::value<std::string>()->value_name("CACHE"),
-     "how the file is read: none and directsync with O_DIRECT, writeback (the default), "
-     "writethrough and unsafe through the page cache");
+    ("repair,r", text_option("leaks|all"), "not supported: see qemu-img");
   // clang-format on
-  add_common_options(out.options, "foqU");
+  add_sandbox_options(out.options);
+  add_common_options(out.options, "fToqU");
   return out;
 }
+
+namespace {
 
 void refuse_repair(const po::variables_map& values, const std::string& name) {
   if (values.count("repair") == 0) return;
@@ -63,15 +68,6 @@ void refuse_repair(const po::variables_map& values, const std::string& name) {
   }
   throw Error(ENOTSUP, fmt::format("{0}: repair is not supported; use `qemu-img check -r {1} {0}`",
                                    name, what));
-}
-
-bool wants_direct(const po::variables_map& values) {
-  const std::string mode = text_value(values, "-T");
-  if (mode == "none" || mode == "off" || mode == "directsync") return true;
-  for (const char* cached : {"", "writeback", "writethrough", "unsafe"}) {
-    if (mode == cached) return false;
-  }
-  throw UsageError{fmt::format("Invalid source cache option: {}", mode)};
 }
 
 std::string json_text(const CheckResult& r, const std::string& path, const std::string& format) {
@@ -157,17 +153,24 @@ Outcome check(block::Edge& file, const std::string& path, const std::string& for
 
 int run_image_check(const Strings& arguments) {
   po::variables_map values;
-  if (!parse_image_arguments(arguments, syntax(), values)) return 0;
+  if (!parse_image_arguments(arguments, image_check_syntax(), values)) return 0;
   const OutputFormat output = output_format(values);
   const std::string path = host_path(one_file_name(values));
   refuse_repair(values, path);
-  const FileAccess access{.locked = !is_set(values, "force-share"), .direct = wants_direct(values)};
+  const CacheMode cache =
+      parse_cache_mode(text_value(values, "source-cache"), "source cache", "writeback");
+  const FileAccess access{.locked = !is_set(values, "force-share"), .direct = cache.direct};
   const std::string format = text_value(values, "format");
-  ImageGraph graph;
-  const Outcome outcome =
-      graph.with_file(path, access, [&](block::Edge& file) { return check(file, path, format); });
+  const std::string name = one_file_name(values);
+  require_openable(path, name);
+  Sandbox sandbox(values, {ImageName{name, format}}, Sandbox::Backing::kNotNeeded);
+  Outcome outcome;
+  sandbox.run([&](ImageGraph& graph) {
+    outcome =
+        graph.use_file(path, access, [&](block::Edge& file) { return check(file, path, format); });
+  });
   if (!outcome.result) {
-    fmt::print(stderr, "minivmm: This image format does not support checks\n");
+    print_error("This image format does not support checks");
     return kNoChecks;
   }
   const CheckResult& result = *outcome.result;
@@ -176,8 +179,7 @@ int run_image_check(const Strings& arguments) {
                                                    : human_text(result));
   }
   if (result.check_errors != 0) {
-    std::fflush(stdout);
-    fmt::print(stderr, "minivmm: Check failed\n");
+    print_error("Check failed");
   }
   return exit_status(result);
 }

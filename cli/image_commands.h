@@ -1,16 +1,52 @@
 // SPDX-License-Identifier: Apache-2.0
-// The subcommands of `minivmm image`. As the commands of command.h: the arguments after the name
-// in, the exit status out.
+// The subcommands of `minivmm image`, in a table: the name, what it does, its options and its
+// function. The table is what help, manual pages and shell completion are made from.
 #pragma once
 
 #include <string>
+#include <string_view>
 
+#include <span>
 #include <vector>
+
+#include "cli/image_arguments.h"
 
 namespace minivmm::cli {
 
-int run_image_create(const std::vector<std::string>& arguments);
-int run_image_info(const std::vector<std::string>& arguments);
+struct ImageCommand {
+  std::string_view name;
+  std::string_view summary;
+  ImageSyntax (*syntax)();
+  // The arguments after the subcommand's name in, the exit status out; throws as Command::run.
+  int (*run)(const std::vector<std::string>& arguments);
+};
+
+std::span<const ImageCommand> image_commands();
+
+// One pair a file image_NAME.cc.
+ImageSyntax image_bench_syntax();
+int run_image_bench(const std::vector<std::string>& arguments);
+ImageSyntax image_check_syntax();
 int run_image_check(const std::vector<std::string>& arguments);
+ImageSyntax image_commit_syntax();
+int run_image_commit(const std::vector<std::string>& arguments);
+ImageSyntax image_compare_syntax();
+int run_image_compare(const std::vector<std::string>& arguments);
+ImageSyntax image_convert_syntax();
+int run_image_convert(const std::vector<std::string>& arguments);
+ImageSyntax image_create_syntax();
+int run_image_create(const std::vector<std::string>& arguments);
+ImageSyntax image_dd_syntax();
+int run_image_dd(const std::vector<std::string>& arguments);
+ImageSyntax image_info_syntax();
+int run_image_info(const std::vector<std::string>& arguments);
+ImageSyntax image_map_syntax();
+int run_image_map(const std::vector<std::string>& arguments);
+ImageSyntax image_measure_syntax();
+int run_image_measure(const std::vector<std::string>& arguments);
+ImageSyntax image_rebase_syntax();
+int run_image_rebase(const std::vector<std::string>& arguments);
+ImageSyntax image_resize_syntax();
+int run_image_resize(const std::vector<std::string>& arguments);
 
 }  // namespace minivmm::cli

@@ -73,4 +73,10 @@ ImageFacts inspect_image(ImageGraph& graph, const std::string& path, const std::
                          [&](block::Edge& file) { return inspect(file, path, format); });
 }
 
+ImageFacts inspect_image_on_fiber(ImageGraph& graph, const std::string& path,
+                                  const std::string& format, FileAccess access) {
+  return graph.use_file(path, access,
+                        [&](block::Edge& file) { return inspect(file, path, format); });
+}
+
 }  // namespace minivmm::cli

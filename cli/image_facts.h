@@ -36,5 +36,8 @@ std::string image_format(block::Edge& file, const std::string& path, const std::
 // Throws base::Error that begins with the path.
 ImageFacts inspect_image(ImageGraph& graph, const std::string& path, const std::string& format,
                          FileAccess access);
+// The same, for those that are on a fiber of the graph's first loop.
+ImageFacts inspect_image_on_fiber(ImageGraph& graph, const std::string& path,
+                                  const std::string& format, FileAccess access);
 
 }  // namespace minivmm::cli

@@ -14,8 +14,8 @@ namespace minivmm::cli {
 using block::Edge;
 using block::Permissions;
 
-ImageGraph::ImageGraph(block::OpenPolicy policy)
-    : loops_(1), graph_(std::make_unique<block::Graph>(std::move(policy))) {}
+ImageGraph::ImageGraph(block::OpenPolicy policy, unsigned loops, base::BackendChoice backend)
+    : loops_(loops, backend), graph_(std::make_unique<block::Graph>(std::move(policy))) {}
 
 ImageGraph::~ImageGraph() = default;
 

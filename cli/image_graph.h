@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a short command on image files needs to run: one event loop and a graph. Owned by the
-// command's function; used from its thread, which waits while a fiber of the loop works.
+// What a short command on image files needs to run: event loops and a graph. Owned by the command's
+// function; used from its thread, which waits while a fiber of the first loop works.
 #pragma once
 
 #include <string>
@@ -25,12 +25,26 @@ struct FileAccess {
 
 class ImageGraph {
  public:
-  explicit ImageGraph(block::OpenPolicy policy = {});
+  explicit ImageGraph(block::OpenPolicy policy = {}, unsigned loops = 1,
+                      base::BackendChoice backend = base::BackendChoice::kAuto);
   ImageGraph(const ImageGraph&) = delete;
   ImageGraph& operator=(const ImageGraph&) = delete;
   ~ImageGraph();
 
   const block::OpenPolicy& policy() const noexcept { return graph_->policy(); }
+  block::Graph& graph() noexcept { return *graph_; }
+  base::LoopGroup& loops() noexcept { return loops_; }
+
+  // Calls body() on a fiber and returns what it does.
+  template <typename Body>
+  auto run(Body&& body) -> std::invoke_result_t<Body> {
+    return loops_.loop(0).call("image command", std::forward<Body>(body));
+  }
+
+  // Fiber. The same as with_file, for those that are on one already.
+  template <typename Body>
+  auto use_file(const std::string& path, FileAccess access, Body&& body)
+      -> std::invoke_result_t<Body, block::Edge&>;
 
   // Opens the host file `path` alone, without its format, calls body(edge) on a fiber, and closes
   // the file, reporting what that finds. Returns what `body` does.
@@ -62,17 +76,21 @@ class ImageGraph {
 template <typename Body>
 auto ImageGraph::with_file(const std::string& path, FileAccess access, Body&& body)
     -> std::invoke_result_t<Body, block::Edge&> {
-  return loops_.loop(0).call("image command", [&] {
-    OpenFile file(*graph_, path, access);
-    if constexpr (std::is_void_v<std::invoke_result_t<Body, block::Edge&>>) {
-      body(file.edge());
-      file.close();
-    } else {
-      auto result = body(file.edge());
-      file.close();
-      return result;
-    }
-  });
+  return run([&] { return use_file(path, access, std::forward<Body>(body)); });
+}
+
+template <typename Body>
+auto ImageGraph::use_file(const std::string& path, FileAccess access, Body&& body)
+    -> std::invoke_result_t<Body, block::Edge&> {
+  OpenFile file(*graph_, path, access);
+  if constexpr (std::is_void_v<std::invoke_result_t<Body, block::Edge&>>) {
+    body(file.edge());
+    file.close();
+  } else {
+    auto result = body(file.edge());
+    file.close();
+    return result;
+  }
 }
 
 // The path behind a file name as qemu-img reads it: "file:" in front is dropped. Throws EINVAL for

@@ -14,6 +14,9 @@
 #include "cli/image_commands.h"
 #include "cli/image_facts.h"
 #include "cli/image_info_output.h"
+#include "cli/image_open.h"
+#include "cli/image_personality.h"
+#include "cli/image_sandbox.h"
 
 namespace minivmm::cli {
 
@@ -34,17 +37,20 @@ constexpr const char* kUsage =
     "  minivmm image info --backing-chain overlay.qcow2\n"
     "  minivmm image info --output=json disk.qcow2 | jq '.\"virtual-size\"'\n\n";
 
-ImageSyntax syntax() {
-  ImageSyntax out{kUsage, po::options_description("Options", 100, 60)};
+}  // namespace
+
+ImageSyntax image_info_syntax() {
+  ImageSyntax out{kUsage};
   // clang-format off
   out.options.add_options()
-    ("backing-chain", po::bool_switch(), "the backing files as well, from the image downwards")
-    ("backing-root", po::value<Strings>()->composing()->value_name("DIR"),
-     "where backing files that images name may lie, besides the image's own directory");
+    ("backing-chain", flag_option(), "the backing files as well, from the image downwards");
   // clang-format on
+  add_sandbox_options(out.options);
   add_common_options(out.options, "foU");
   return out;
 }
+
+namespace {
 
 std::string real_path(const std::string& path) {
   const std::unique_ptr<char, decltype(&::free)> resolved(::realpath(path.c_str(), nullptr),
@@ -64,13 +70,17 @@ std::vector<ImageFacts> inspect_chain(ImageGraph& graph, std::string path, std::
   std::vector<ImageFacts> chain;
   Strings seen;
   for (;;) {
-    chain.push_back(inspect_image(graph, path, format, {.locked = false}));
+    chain.push_back(inspect_image_on_fiber(graph, path, format, {.locked = false}));
     seen.push_back(real_path(path));
     const ImageFacts& last = chain.back();
     if (!last.has_backing()) return chain;
-    block::Options link = block::backing_options(graph.policy(), path, last.qcow2->backing_file,
-                                                 last.qcow2->backing_format);
-    format = link.take_string("driver").value_or("");
+    if (personality().drop_in) {
+      format = last.qcow2->backing_format;
+    } else {
+      block::Options link = block::backing_options(graph.policy(), path, last.qcow2->backing_file,
+                                                   last.qcow2->backing_format);
+      format = link.take_string("driver").value_or("");
+    }
     path = last.full_backing_path();
     if (std::find(seen.begin(), seen.end(), real_path(path)) != seen.end()) {
       throw Error(ELOOP, fmt::format("Backing file '{0}' creates an infinite loop: {1}{0}",
@@ -96,22 +106,23 @@ std::string human_text(const std::vector<ImageFacts>& chain) {
 
 int run_image_info(const Strings& arguments) {
   po::variables_map values;
-  if (!parse_image_arguments(arguments, syntax(), values)) return 0;
+  if (!parse_image_arguments(arguments, image_info_syntax(), values)) return 0;
   const OutputFormat output = output_format(values);
   const std::string path = host_path(one_file_name(values));
   const std::string format = text_value(values, "format");
-  block::OpenPolicy policy;
-  if (values.count("backing-root") != 0) {
-    policy.backing_roots = values["backing-root"].as<Strings>();
-  }
   const bool whole_chain = is_set(values, "backing-chain");
-  ImageGraph graph(policy);
+  const std::string name = one_file_name(values);
+  require_openable(path, name);
+  Sandbox sandbox(values, {ImageName{name, format}},
+                  whole_chain ? Sandbox::Backing::kAsked : Sandbox::Backing::kNotNeeded);
   std::vector<ImageFacts> chain;
-  if (whole_chain) {
-    chain = inspect_chain(graph, path, format);
-  } else {
-    chain.push_back(inspect_image(graph, path, format, {.locked = false}));
-  }
+  sandbox.run([&](ImageGraph& graph) {
+    if (whole_chain) {
+      chain = inspect_chain(graph, path, format);
+    } else {
+      chain.push_back(inspect_image_on_fiber(graph, path, format, {.locked = false}));
+    }
+  });
   if (output == OutputFormat::kHuman) {
     fmt::print("{}", human_text(chain));
   } else {

@@ -14,6 +14,7 @@
 
 #include "base/error.h"
 #include "cli/command.h"
+#include "cli/image_personality.h"
 
 namespace minivmm::cli {
 namespace {
@@ -42,6 +43,7 @@ void print_help(std::FILE* to) {
 }
 
 int dispatch(const std::vector<std::string>& arguments) {
+  if (personality().drop_in) return run_image(arguments);
   if (arguments.empty()) {
     print_help(stderr);
     return 1;
@@ -83,14 +85,22 @@ int guarded_main(const std::vector<std::string>& arguments) {
   try {
     return dispatch(arguments);
   } catch (const UsageError& e) {
-    fmt::print(stderr, "minivmm: {}\nTry 'minivmm --help' or 'minivmm COMMAND --help'.\n",
-               e.message);
+    print_error(e.message);
+    const char* const help = personality().drop_in
+                                 ? "Try 'qemu-img --help' for more information"
+                                 : "Try 'minivmm --help' or 'minivmm COMMAND --help'.";
+    fmt::print(stderr, "{}\n", help);
   } catch (const std::exception& e) {
-    fmt::print(stderr, "minivmm: {}\n", e.what());
+    print_error(e.what());
   }
   return 1;
 }
 
 }  // namespace minivmm::cli
 
-int main(int argc, char** argv) { return minivmm::cli::guarded_main({argv + 1, argv + argc}); }
+int main(int argc, char** argv) {
+  if (argc > 0 && minivmm::cli::is_qemu_img_name(argv[0])) {
+    minivmm::cli::set_personality({.program = "qemu-img", .drop_in = true});
+  }
+  return minivmm::cli::guarded_main({argv + (argc > 0 ? 1 : 0), argv + argc});
+}

@@ -48,6 +48,14 @@ class ImageCase(unittest.TestCase):
     def ours(self, *arguments, folder=None):
         return self.run_in(folder or self.folder, MINIVMM, "image", *arguments)
 
+    def drop_in(self, *arguments, folder=None):
+        """Ours under the name qemu-img."""
+        name = self.path(".bin", "qemu-img")
+        if not os.path.lexists(name):
+            os.makedirs(os.path.dirname(name), exist_ok=True)
+            os.symlink(os.path.abspath(MINIVMM), name)
+        return self.run_in(folder or self.folder, name, *arguments)
+
     def theirs(self, *arguments, folder=None):
         return self.run_in(folder or self.folder, "qemu-img", *arguments)
 
@@ -62,6 +70,29 @@ class ImageCase(unittest.TestCase):
     def qemu_io(self, name, *commands):
         words = [word for command in commands for word in ("-c", command)]
         return self.must(self.run_in(self.folder, "qemu-io", "-f", "qcow2", *words, name))
+
+    def same_answer(self, *arguments, status=None, err=True):
+        """Ours under the name qemu-img says and returns what qemu-img does. Returns it."""
+        theirs = self.theirs(*arguments)
+        ours = self.drop_in(*arguments)
+        told = f"{arguments}\n=== ours\n{ours}\n=== theirs\n{theirs}"
+        self.assertEqual(ours.status, theirs.status, told)
+        self.assertEqual(ours.out, theirs.out, told)
+        if err:
+            self.assertEqual(ours.err, theirs.err, told)
+        if status is not None:
+            self.assertEqual(ours.status, status, told)
+        return ours
+
+    def fill(self, name, size, rng, runs=40, longest=300_000):
+        """A sparse raw file with random runs of data, and of zeroes that are stored."""
+        with open(self.path(name), "wb") as file:
+            file.truncate(size)
+            for _ in range(runs):
+                length = rng.randint(1, longest)
+                file.seek(rng.randrange(max(1, size - length)))
+                file.write(bytes(length) if rng.random() < 0.3 else rng.randbytes(length))
+            file.truncate(size)
 
     def in_use(self, name):
         """A context in which somebody has the image open for writing."""

@@ -1,0 +1,165 @@
+// SPDX-License-Identifier: Apache-2.0
+// minivmm image commit
+#include <cerrno>
+#include <memory>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "block/jobs/copy_job.h"
+#include "cli/command.h"
+#include "cli/image_arguments.h"
+#include "cli/image_commands.h"
+#include "cli/image_header.h"
+#include "cli/image_loops.h"
+#include "cli/image_open.h"
+#include "cli/image_personality.h"
+#include "cli/image_progress.h"
+
+namespace minivmm::cli {
+
+namespace po = boost::program_options;
+using base::Error;
+using Strings = std::vector<std::string>;
+
+namespace {
+
+constexpr const char* kUsage =
+    "Usage: minivmm image commit [options] FILE\n\n"
+    "Copies what an overlay holds into its backing file, or with -b into one further down, and "
+    "then\n"
+    "empties the overlay. Other overlays on that backing file are of no use afterwards.\n\n"
+    "Examples:\n"
+    "  minivmm image commit overlay.qcow2\n"
+    "  minivmm image commit -d overlay.qcow2              # the overlay is not needed any more\n"
+    "  minivmm image commit -b base.qcow2 third.qcow2     # the whole chain\n\n";
+
+}  // namespace
+
+ImageSyntax image_commit_syntax() {
+  ImageSyntax out{kUsage};
+  // clang-format off
+  out.options.add_options()
+    ("base,b", text_option("FILE"), "the file of the chain to copy into (implies -d)")
+    ("drop,d", flag_option(), "do not empty the overlay afterwards: it is to be deleted")
+    ("rate,r", text_option("BYTES"), "bytes of data a second, at most")
+    ("backing-root", text_option("DIR"),
+     "where backing files that images name may lie, besides the image's own directory");
+  // clang-format on
+  add_common_options(out.options, "ftipq");
+  return out;
+}
+
+namespace {
+
+struct CommitRequest {
+  std::string name;
+  std::string format;
+  std::string base;
+  CacheMode cache;
+  uint64_t rate = 0;
+  bool drop = false;
+  bool progress = false;
+  bool quiet = false;
+};
+
+CommitRequest read_request(const po::variables_map& values) {
+  CommitRequest out;
+  out.name = one_file_name(values);
+  if (is_set(values, "image-opts")) {
+    throw Error(ENOTSUP, "--image-opts is not supported here: the chain is found by file names");
+  }
+  out.format = text_value(values, "format");
+  out.base = text_value(values, "base");
+  out.cache = parse_cache_mode(text_value(values, "cache"), "cache", "writeback");
+  out.rate = size_value(values, "rate", "rate limit").value_or(0);
+  out.drop = is_set(values, "drop") || !out.base.empty();
+  out.progress = is_set(values, "progress");
+  out.quiet = is_set(values, "quiet");
+  return out;
+}
+
+// The place in the chain of what is copied into.
+size_t find_base(const std::vector<ChainLink>& chain, const CommitRequest& request) {
+  if (chain.size() < 2) throw Error(EINVAL, "Image does not have a backing file");
+  if (request.base.empty()) return 1;
+  for (size_t i = 1; i < chain.size(); ++i) {
+    const bool named = chain[i - 1].recorded_name == request.base;
+    if (named || same_file(chain[i].path, request.base) ||
+        same_file(chain[i].path, path_from_image(chain[i - 1].path, request.base))) {
+      return i;
+    }
+  }
+  throw Error(EINVAL, fmt::format("Did not find '{}' in the backing chain of '{}'", request.base,
+                                  request.name));
+}
+
+void copy_down(ImageGraph& graph, const std::vector<ChainLink>& chain, size_t base_at,
+               const CommitRequest& request) {
+  std::vector<std::unique_ptr<OpenImage>> layers;
+  std::vector<block::Edge*> edges;
+  for (size_t i = 0; i < base_at; ++i) {
+    const ImageName name{chain[i].path, chain[i].format};
+    layers.push_back(std::make_unique<OpenImage>(
+        graph, name, OpenMode{.with_backing = false, .cache = request.cache}));
+    edges.push_back(&layers.back()->edge());
+  }
+  OpenImage base(graph, {chain[base_at].path, chain[base_at].format},
+                 {.writable = true, .cache = request.cache});
+  if (base.edge().size() < edges[0]->size()) base.edge().truncate(edges[0]->size());
+  block::LayersSource source(std::move(edges));
+  block::CopyJob job(source, request.name, base.edge(), base.name(), {.rate = request.rate});
+  const auto style = ProgressMeter::choose(request.progress, request.quiet);
+  const uint64_t total = style == ProgressMeter::Style::kNone ? 0 : block::count_data(source);
+  ProgressMeter meter(
+      style,
+      [&] {
+        return ProgressState{job.data_done(), total, job.data_done()};
+      },
+      [&] { job.cancel(); });
+  job.run(graph.loops());
+  base.close();
+  meter.finish();
+}
+
+// Fiber.
+void commit(ImageGraph& graph, const CommitRequest& request) {
+  const std::string path = host_path(request.name);
+  std::vector<ChainLink> chain;
+  try {
+    chain = find_chain(graph, path, request.format, {.writable = true});
+  } catch (Error& e) {
+    e.prepend(fmt::format("Could not open '{}'", request.name));
+    throw;
+  }
+  const size_t base_at = find_base(chain, request);
+  try {
+    copy_down(graph, chain, base_at, request);
+  } catch (Error& e) {
+    // The overlay still shows what it did: what it holds covers what is in its backing file now.
+    e.prepend("The commit was not completed; the overlay is unchanged");
+    throw;
+  }
+  if (!request.drop && !replace_by_empty(graph, path)) {
+    print_warning(
+        fmt::format("{}: everything is in its backing file now, but the image itself "
+                    "could not be emptied",
+                    request.name));
+  }
+}
+
+}  // namespace
+
+int run_image_commit(const Strings& arguments) {
+  po::variables_map values;
+  if (!parse_image_arguments(arguments, image_commit_syntax(), values)) return 0;
+  const CommitRequest request = read_request(values);
+  block::OpenPolicy policy;
+  policy.backing_roots = text_values(values, "backing-root");
+  ImageGraph graph(policy, job_loops());
+  graph.run([&] { commit(graph, request); });
+  if (!request.quiet) fmt::print("Image committed.\n");
+  return 0;
+}
+
+}  // namespace minivmm::cli

@@ -1,0 +1,182 @@
+// SPDX-License-Identifier: Apache-2.0
+// minivmm image convert
+#include <sys/stat.h>
+#include <sys/statfs.h>
+
+#include <cerrno>
+#include <memory>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "block/jobs/copy_job.h"
+#include "cli/command.h"
+#include "cli/image_commands.h"
+#include "cli/image_convert_options.h"
+#include "cli/image_loops.h"
+#include "cli/image_personality.h"
+#include "cli/image_progress.h"
+#include "cli/image_target.h"
+
+namespace minivmm::cli {
+
+namespace po = boost::program_options;
+using base::Error;
+using block::ConcatSource;
+using block::CopyJob;
+using block::CopyOptions;
+using block::CopySource;
+using block::DiskSource;
+using Strings = std::vector<std::string>;
+
+namespace {
+
+// The sources, open, as one.
+struct Sources {
+  std::vector<std::unique_ptr<OpenImage>> images;
+  std::vector<std::unique_ptr<DiskSource>> disks;
+  std::unique_ptr<ConcatSource> all;
+  uint64_t size = 0;
+};
+
+// How many layers of the first source lie above the file that the new image has for its backing
+// file: those are copied. Where it is not in the chain, the user vouches that it is what lies below
+// the uppermost one.
+uint32_t depth_above(OpenImage& image, const std::string& backing) {
+  uint32_t depth = 0;
+  for (block::Edge* edge = &image.edge(); edge != nullptr; ++depth) {
+    if (depth > 0 && same_file(edge->node().filename(), backing)) return depth;
+    const std::vector<block::Edge*> children = edge->node().children();
+    edge = children.size() > 1 ? children[1] : nullptr;
+  }
+  return 1;
+}
+
+void open_sources(ImageGraph& graph, const ConvertRequest& request, Sources& out) {
+  for (const ImageName& name : request.sources) {
+    const OpenMode mode{.force_share = request.force_share, .cache = request.source_cache};
+    out.images.push_back(std::make_unique<OpenImage>(graph, name, mode));
+  }
+  std::string backing;
+  if (request.backing) backing = path_from_image(host_path(request.target), *request.backing);
+  std::vector<CopySource*> parts;
+  for (const auto& image : out.images) {
+    const uint32_t depth = request.backing ? depth_above(*image, backing) : DiskSource::kWholeChain;
+    out.disks.push_back(std::make_unique<DiskSource>(image->edge(), image->size(), depth));
+    parts.push_back(out.disks.back().get());
+    out.size += image->size();
+  }
+  out.all = std::make_unique<ConcatSource>(std::move(parts));
+}
+
+std::unique_ptr<TargetImage> open_target(ImageGraph& graph, const ConvertRequest& request,
+                                         uint64_t size) {
+  if (request.skip_create) {
+    const ImageName name{request.target, request.target_is_options ? "" : request.target_format,
+                         request.target_is_options};
+    auto target = std::make_unique<TargetImage>(graph, name, request.target_cache);
+    return target;
+  }
+  NewImage image;
+  image.file_name = request.target;
+  image.path = host_path(request.target);
+  image.format = request.target_format;
+  image.options = CreateOptionList(request.target_format);
+  for (const std::string& text : request.create_options) image.options.parse(text);
+  if (!image.options.has("size")) image.options.set("size", fmt::format("{}", size));
+  set_backing(image, request.backing, request.backing_format);
+  if (request.compress && request.target_format != "qcow2") {
+    throw Error(ENOTSUP, "Compression not supported for this file format");
+  }
+  return std::make_unique<TargetImage>(graph, image, request.target_cache);
+}
+
+// File systems that share data between files instead of copying it.
+bool shares_data(const std::string& from, const std::string& to) {
+  constexpr long kBtrfs = 0x9123683e;
+  constexpr long kXfs = 0x58465342;
+  constexpr long kBcachefs = static_cast<long>(0xca451a4e);
+  struct stat a {};
+  struct stat b {};
+  struct statfs system {};
+  if (::stat(from.c_str(), &a) != 0 || ::stat(to.c_str(), &b) != 0) return false;
+  if (!S_ISREG(a.st_mode) || !S_ISREG(b.st_mode) || a.st_dev != b.st_dev) return false;
+  if (::statfs(to.c_str(), &system) != 0) return false;
+  return system.f_type == kBtrfs || system.f_type == kXfs || system.f_type == kBcachefs;
+}
+
+CopyOptions copy_options(const ConvertRequest& request, Sources& sources, TargetImage& target) {
+  CopyOptions out;
+  out.requests = request.requests;
+  out.zero_bytes = request.zero_bytes;
+  out.target_is_zero = target.is_zero() || request.target_is_zero;
+  out.rate = request.rate;
+  if (request.compress) {
+    const uint32_t cluster = target.edge().node().limits().optimal_io;
+    if (target.image().format() != "qcow2" || cluster == 0) {
+      throw Error(ENOTSUP, "Compression not supported for this file format");
+    }
+    out.compressed_cluster = cluster;
+  }
+  const bool shared =
+      sources.images.size() == 1 && request.zero_bytes != 0 && !request.compress &&
+      shares_data(sources.images[0]->edge().node().filename(), target.edge().node().filename());
+  out.copy_range = request.copy_range || shared;
+  if (request.salvage) {
+    const bool quiet = request.quiet;
+    out.tolerate = [quiet](uint64_t offset, uint64_t, const Error& e) {
+      if (!quiet) print_warning(fmt::format("error while reading offset {}: {}", offset, e.what()));
+      return true;
+    };
+  }
+  return out;
+}
+
+// Fiber.
+void convert(ImageGraph& graph, const ConvertRequest& request) {
+  Sources sources;
+  open_sources(graph, request, sources);
+  const std::unique_ptr<TargetImage> target = open_target(graph, request, sources.size);
+  if (target->image().size() < sources.size) {
+    throw Error(ENOSPC, "output file is smaller than input file");
+  }
+  CopyJob job(*sources.all, request.sources.front().text, target->edge(), request.target,
+              copy_options(request, sources, *target));
+  const auto style = ProgressMeter::choose(request.progress, request.quiet);
+  const uint64_t total = style == ProgressMeter::Style::kNone ? 0 : block::count_data(*sources.all);
+  {
+    ProgressMeter meter(
+        style,
+        [&] {
+          return ProgressState{job.data_done(), total, job.data_done()};
+        },
+        [&] { job.cancel(); });
+    job.run(graph.loops());
+    target->finish();
+    meter.finish();
+  }
+}
+
+bool print_option_help(const po::variables_map& values) {
+  for (const std::string& text : text_values(values, "options")) {
+    if (!CreateOptionList::asks_for_help(text)) continue;
+    const std::string format = text_value(values, "output-format");
+    fmt::print("{}", CreateOptionList(format.empty() ? "raw" : format).help());
+    return true;
+  }
+  return false;
+}
+
+}  // namespace
+
+int run_image_convert(const Strings& arguments) {
+  po::variables_map values;
+  if (!parse_image_arguments(arguments, image_convert_syntax(), values)) return 0;
+  if (print_option_help(values)) return 0;
+  const ConvertRequest request = read_convert_request(values);
+  ImageGraph graph({}, job_loops());
+  graph.run([&] { convert(graph, request); });
+  return 0;
+}
+
+}  // namespace minivmm::cli

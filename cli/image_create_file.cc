@@ -1,0 +1,189 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "cli/image_create_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdint>
+
+#include <fmt/core.h>
+
+#include "base/buffer.h"
+#include "base/checked.h"
+#include "base/error.h"
+#include "base/pool.h"
+#include "base/unique_fd.h"
+#include "block/formats/qcow2/create.h"
+#include "cli/image_facts.h"
+#include "cli/image_open.h"
+
+namespace minivmm::cli {
+
+namespace qcow2 = block::qcow2;
+using base::Error;
+
+void set_backing(NewImage& image, const std::optional<std::string>& backing,
+                 const std::optional<std::string>& format) {
+  const bool raw = image.format == "raw";
+  if (backing) {
+    if (raw) throw Error(EINVAL, "Backing file not supported for file format 'raw'");
+    image.options.set("backing_file", *backing);
+  }
+  if (format) {
+    if (raw) throw Error(EINVAL, "Backing file format not supported for file format 'raw'");
+    image.options.set("backing_fmt", *format);
+  }
+}
+
+namespace {
+
+// The backing file must be there, and of the format that is recorded for it; it gives the size
+// where none was asked for. It is the user's word, so it may lie anywhere.
+void check_backing(ImageGraph& graph, NewImage& request) {
+  const std::string recorded = request.options.get("backing_file");
+  const std::string format = request.options.get("backing_fmt");
+  if (!request.options.has("backing_file")) {
+    if (!format.empty()) throw Error(EINVAL, "Backing format cannot be used without backing file");
+    return;
+  }
+  if (recorded.empty()) throw Error(EINVAL, "Expected backing file name, got empty string");
+  if (!format.empty() && format != "qcow2" && format != "raw") {
+    throw Error(
+        EINVAL,
+        fmt::format("Unknown backing file format '{}' (qcow2 and raw are supported)", format));
+  }
+  const std::string path = path_from_image(request.path, recorded);
+  if (same_file(path, request.path)) {
+    throw Error(EINVAL,
+                "Error: Trying to create an image with the same filename as the backing file");
+  }
+  constexpr const char* kNoFormat = "Backing file specified without backing format";
+  if (!request.look_at_backing) {
+    if (format.empty()) throw Error(EINVAL, kNoFormat);
+    return;
+  }
+  const ImageFacts backing =
+      inspect_image_on_fiber(graph, host_path(path), format, {.locked = false});
+  if (format.empty()) {
+    throw Error(EINVAL, fmt::format("{}\nDetected format of {}: add -F {} if that is right.",
+                                    kNoFormat, backing.format, backing.format));
+  }
+  if (!request.options.has("size")) {
+    request.options.set("size", fmt::format("{}", backing.virtual_size));
+  }
+}
+
+// Makes the file if it is not there; true if it was not.
+bool make_file(const std::string& path) {
+  base::UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644));
+  if (fd) return true;
+  // Not exclusively: a symbolic link may lead to a file that is yet to be made.
+  if (errno == EEXIST) {
+    fd.reset(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0644));
+  }
+  if (!fd) throw base::errno_error(errno, fmt::format("Could not create '{}'", path));
+  return false;
+}
+
+void allocate(const std::string& path, uint64_t size) {
+  // Allocation is the file system's; it needs a descriptor of its own, whose end does not touch
+  // the node's locks.
+  const base::UniqueFd fd(::open(path.c_str(), O_RDWR | O_CLOEXEC));
+  if (!fd) throw base::errno_error(errno, path);
+  const int err = base::Pool::syscalls().run(
+      [&] { return ::posix_fallocate(fd.get(), 0, static_cast<off_t>(size)); });
+  if (err != 0) throw base::errno_error(err, "Could not preallocate data for the new file");
+}
+
+void write_out_zeroes(block::Edge& file, uint64_t size) {
+  constexpr uint64_t kPiece = 1 << 20;
+  base::Buffer zeroes = base::Buffer::zeroed(kPiece);
+  for (uint64_t at = 0; at < size; at += kPiece) {
+    const base::SingleBuffer piece(zeroes.data(), std::min(kPiece, size - at));
+    file.write(at, piece);
+  }
+  file.flush();
+}
+
+// A device keeps its size and content; it only has to be large enough.
+void require_device_size(block::Edge& device, uint64_t size) {
+  if (device.size() >= size) return;
+  throw Error(ENOSPC, fmt::format("The device has {} bytes, fewer than the {} asked for",
+                                  device.size(), size));
+}
+
+enum class Preallocation { kOff, kFalloc, kFull };
+
+Preallocation raw_preallocation(const CreateOptionList& options) {
+  block::Options given = options.for_driver();
+  return static_cast<Preallocation>(
+      given.take_choice("preallocation", {"off", "falloc", "full"}, 0));
+}
+
+// Fiber.
+void write_raw(block::Edge& file, const NewImage& request) {
+  const std::string& path = request.path;
+  // Whole sectors, as qemu-img makes them.
+  const uint64_t size = base::align_up<uint64_t>(*request.options.size(), 512);
+  struct stat info {};
+  if (::stat(path.c_str(), &info) == 0 && S_ISBLK(info.st_mode)) {
+    return require_device_size(file, size);
+  }
+  file.truncate(0);
+  try {
+    file.truncate(size);
+  } catch (const Error& e) {
+    if (e.err() != EFBIG) throw;
+    throw Error(EFBIG, "The image size is too large for file format 'raw'");
+  }
+  const Preallocation wanted = raw_preallocation(request.options);
+  if (wanted == Preallocation::kFalloc && size > 0) allocate(path, size);
+  if (wanted == Preallocation::kFull) write_out_zeroes(file, size);
+}
+
+qcow2::CreateOptions qcow2_options(const CreateOptionList& options) {
+  const std::string preallocation = options.get("preallocation");
+  if (preallocation == "falloc" || preallocation == "full") {
+    throw Error(ENOTSUP, fmt::format("option 'preallocation={}' is not supported for qcow2 (off "
+                                     "and metadata are)",
+                                     preallocation));
+  }
+  block::Options given = options.for_driver();
+  const qcow2::CreateOptions out = qcow2::take_create_options(given);
+  given.finish("-o");
+  return out;
+}
+
+}  // namespace
+
+void prepare_image(ImageGraph& graph, NewImage& image) {
+  check_backing(graph, image);
+  if (!image.options.has("size")) throw Error(EINVAL, "Image creation needs a size parameter");
+  if (image.format == "qcow2") {
+    qcow2::check_create_options(qcow2_options(image.options));
+  } else {
+    (void)raw_preallocation(image.options);
+  }
+}
+
+bool make_image(ImageGraph& graph, const NewImage& image) {
+  const bool made = make_file(image.path);
+  try {
+    graph.use_file(image.path, {.writable = true}, [&](block::Edge& file) {
+      if (image.format == "qcow2") {
+        qcow2::create_image(file, qcow2_options(image.options));
+      } else {
+        write_raw(file, image);
+      }
+    });
+  } catch (...) {
+    if (made) ::unlink(image.path.c_str());
+    throw;
+  }
+  return made;
+}
+
+}  // namespace minivmm::cli

@@ -1,0 +1,35 @@
+// SPDX-License-Identifier: Apache-2.0
+// Makes image files: what `image create`, and the commands that write new images, have in common.
+#pragma once
+
+#include <string>
+
+#include <optional>
+
+#include "cli/image_create_options.h"
+#include "cli/image_graph.h"
+
+namespace minivmm::cli {
+
+struct NewImage {
+  std::string file_name;  // as given
+  std::string path;
+  std::string format;
+  bool look_at_backing = true;
+  CreateOptionList options{"raw"};
+};
+
+// Sets what -b and -F say. Throws EINVAL where the format has no backing files.
+void set_backing(NewImage& image, const std::optional<std::string>& backing,
+                 const std::optional<std::string>& format);
+
+// Checks everything that can be known to be wrong before a file is touched; fills in the size from
+// the backing file where none was asked for. Fiber of the graph's first loop.
+void prepare_image(ImageGraph& graph, NewImage& image);
+
+// Makes the file hold an empty image; what it held is lost. prepare_image went before. Returns true
+// if the file was not there before; after an error one that was not there is not there. Fiber of
+// the graph's first loop.
+bool make_image(ImageGraph& graph, const NewImage& image);
+
+}  // namespace minivmm::cli

@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+// How large the file of a new image becomes. Pure arithmetic.
+#pragma once
+
+#include <cstdint>
+
+namespace minivmm::cli {
+
+struct Qcow2Shape {
+  uint64_t cluster_size = 65536;
+  unsigned refcount_bits = 16;
+  bool extended_l2 = false;
+};
+
+// The file of a qcow2 image of `size` bytes in which every cluster is allocated: header, tables,
+// refcounts and data.
+uint64_t full_qcow2_size(uint64_t size, const Qcow2Shape& shape);
+
+}  // namespace minivmm::cli

@@ -1,0 +1,102 @@
+// SPDX-License-Identifier: Apache-2.0
+// Opens the images that a command names: by path or by options, with the backing files that they
+// record, as the personality allows it.
+//
+// Fiber throughout, of the graph's first loop.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <vector>
+
+#include "block/graph/edge.h"
+#include "block/graph/options.h"
+#include "cli/image_graph.h"
+
+namespace minivmm::cli {
+
+// qemu-img's cache modes.
+struct CacheMode {
+  bool direct = false;
+  bool no_flush = false;
+  bool write_through = false;
+};
+// Throws EINVAL: "Invalid <what> option: text". Empty text is `otherwise`.
+CacheMode parse_cache_mode(const std::string& text, std::string_view what,
+                           std::string_view otherwise);
+
+// An image as the user names it.
+struct ImageName {
+  std::string text;         // a path, or options
+  std::string format = {};  // empty: guessed
+  bool is_options = false;  // --image-opts
+};
+
+struct OpenMode {
+  bool writable = false;
+  bool force_share = false;
+  bool with_backing = true;  // false: the layer alone
+  // Follow what the image records wherever it leads: it is our own, or the user said so.
+  bool trusted = false;
+  CacheMode cache = {};
+};
+
+// An image that is open. Closed by close(), which reports what that finds, or by the destructor,
+// which logs it.
+class OpenImage {
+ public:
+  // Throws "Could not open 'NAME': why".
+  OpenImage(ImageGraph& graph, const ImageName& name, const OpenMode& mode);
+  ~OpenImage();
+  OpenImage(const OpenImage&) = delete;
+  OpenImage& operator=(const OpenImage&) = delete;
+
+  block::Edge& edge() noexcept { return *edge_; }
+  const std::string& name() const noexcept { return name_; }
+  const std::string& format() const noexcept { return format_; }
+  // True where the format was guessed and not given.
+  bool guessed() const noexcept { return guessed_; }
+  // In whole sectors, as qemu-img counts: reads past the end of a raw file give zeroes.
+  uint64_t size() const noexcept;
+  void close();
+
+ private:
+  block::Graph& graph_;
+  const std::string name_;
+  std::string format_;
+  bool guessed_ = false;
+  std::string node_name_;
+  std::unique_ptr<block::Edge> edge_;
+};
+
+// One image of a chain, as found in the files.
+struct ChainLink {
+  std::string path;
+  std::string format;
+  uint64_t size = 0;
+  std::string recorded_name = {};  // of its backing file; empty: none
+  std::string recorded_format = {};
+};
+
+// The images from `path` down the recorded backing files. Which of those are opened is up to the
+// mode, the personality and the graph's policy. Throws ELOOP with the chain for loops and absurd
+// chains, naming "Could not open backing file" otherwise.
+std::vector<ChainLink> find_chain(ImageGraph& graph, const std::string& path,
+                                  const std::string& format, const OpenMode& mode);
+
+// The options of the node for a path. `format` not empty.
+block::Options layer_options(const std::string& path, const std::string& format,
+                             const OpenMode& mode);
+
+// Called as qemu-img: throws what it says of a file that cannot be opened. Otherwise nothing: the
+// message of opening it says it better.
+void require_openable(const std::string& path, const std::string& name);
+
+// True if both names lead to one file.
+bool same_file(const std::string& a, const std::string& b);
+
+}  // namespace minivmm::cli

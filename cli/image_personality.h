@@ -1,0 +1,28 @@
+// SPDX-License-Identifier: Apache-2.0
+// Under which name the image tool was called. As `qemu-img` it says what qemu-img says, word for
+// word where scripts read it, and trusts images as qemu-img does; as `minivmm image` its messages
+// say more, and images are not trusted. Set once by main, before anything else.
+#pragma once
+
+#include <string>
+#include <string_view>
+
+namespace minivmm::cli {
+
+struct Personality {
+  std::string program = "minivmm";
+  bool drop_in = false;  // called as qemu-img
+};
+
+const Personality& personality() noexcept;
+void set_personality(Personality personality);
+
+// True for "qemu-img", "/usr/local/bin/qemu-img".
+bool is_qemu_img_name(std::string_view argv0) noexcept;
+
+// "minivmm: text" on standard error, after what standard output still holds.
+void print_error(std::string_view text);
+// "minivmm: warning: text".
+void print_warning(std::string_view text);
+
+}  // namespace minivmm::cli
