@@ -53,56 +53,97 @@ bool is_format(const std::string& name) {
   return false;
 }
 
+// A file that an image refers to, and how messages speak of it.
+struct Reference {
+  const std::string& image;  // its path
+  const std::string& name;   // as recorded
+  const char* what;
+  const char* remedy;  // how the user's own word is given
+};
+
+Error refusal(const Reference& r, int err, const std::string& why) {
+  return Error(err, fmt::format("{}: {} '{}' {}", r.image, r.what, r.name, why));
+}
+
+void require_file_name(const OpenPolicy& policy, const Reference& r) {
+  if (!policy.follow_references) {
+    throw refusal(r, EACCES, "is not opened: references inside images are not followed here");
+  }
+  if (names_a_protocol(r.name)) {
+    throw refusal(
+        r, EACCES,
+        fmt::format("is not a plain file name, and an image is not trusted to choose more "
+                    "than that; {}",
+                    r.remedy));
+  }
+}
+
+// Where it is, once that is known to be a regular file in the image's directory or in one of
+// `roots`.
+std::string allowed_path(const Reference& r, const std::vector<std::string>& roots,
+                         const char* root_option) {
+  const std::string own_directory = directory_of(r.image);
+  const std::string path = r.name.starts_with('/') ? r.name : own_directory + "/" + r.name;
+  const std::string target = real_path(path);
+  if (target.empty()) {
+    throw refusal(r, ENOENT, fmt::format("not found (looked for {}); {}", path, r.remedy));
+  }
+  struct stat info {};
+  if (::stat(target.c_str(), &info) != 0 || !S_ISREG(info.st_mode)) {
+    throw refusal(r, EACCES, fmt::format("is not a regular file; {}", r.remedy));
+  }
+  bool allowed = is_below(target, real_path(own_directory));
+  for (const std::string& root : roots) allowed = allowed || is_below(target, real_path(root));
+  if (!allowed) {
+    const std::string option =
+        root_option == nullptr
+            ? std::string()
+            : fmt::format("allow it with {} {} or ", root_option, directory_of(target));
+    throw refusal(r, EACCES,
+                  fmt::format("lies outside the image's own directory; {}{}", option, r.remedy));
+  }
+  return path;
+}
+
 }  // namespace
 
 Options backing_options(const OpenPolicy& policy, const std::string& image,
                         const std::string& reference, const std::string& format) {
-  const auto refuse = [&](int err, const std::string& why) {
-    return Error(err, fmt::format("{}: backing file '{}' {}", image, reference, why));
-  };
-  constexpr const char* kNameIt = "name it yourself (backing=FILE,backing_fmt=FORMAT)";
-  if (!policy.follow_references) {
-    throw refuse(EACCES, "is not opened: references inside images are not followed here");
-  }
-  if (names_a_protocol(reference)) {
-    throw refuse(EACCES, fmt::format("is not a plain file name, and an image is not trusted to "
-                                     "choose more than that; {}",
-                                     kNameIt));
-  }
+  const Reference r{image, reference, "backing file",
+                    "name it yourself (backing=FILE,backing_fmt=FORMAT)"};
+  require_file_name(policy, r);
   if (format.empty()) {
-    throw refuse(EACCES, fmt::format("is recorded without a format, and guessing one is unsafe; "
-                                     "record it (qemu-img rebase -u -F FORMAT) or {}",
-                                     kNameIt));
+    throw refusal(r, EACCES,
+                  fmt::format("is recorded without a format, and guessing one is unsafe; record it "
+                              "(qemu-img rebase -u -F FORMAT) or {}",
+                              r.remedy));
   }
   if (!is_format(format)) {
-    throw refuse(EINVAL, fmt::format("is recorded with the format '{}', which is not an image "
-                                     "format that can be opened here",
-                                     format));
-  }
-  const std::string own_directory = directory_of(image);
-  const std::string path = reference.starts_with('/') ? reference : own_directory + "/" + reference;
-  const std::string target = real_path(path);
-  if (target.empty()) {
-    throw refuse(ENOENT, fmt::format("not found (looked for {}); {}", path, kNameIt));
-  }
-  struct stat info {};
-  if (::stat(target.c_str(), &info) != 0 || !S_ISREG(info.st_mode)) {
-    throw refuse(EACCES, fmt::format("is not a regular file; {}", kNameIt));
-  }
-  bool allowed = is_below(target, real_path(own_directory));
-  for (const std::string& root : policy.backing_roots) {
-    allowed = allowed || is_below(target, real_path(root));
-  }
-  if (!allowed) {
-    throw refuse(EACCES, fmt::format("lies outside the image's own directory; allow it with "
-                                     "--backing-root {} or {}",
-                                     directory_of(target), kNameIt));
+    throw refusal(r, EINVAL,
+                  fmt::format("is recorded with the format '{}', which is not an image format that "
+                              "can be opened here",
+                              format));
   }
   Options options;
   options.set("driver", format);
   options.set("read-only", "on");
   options.set("file.driver", "file");
-  options.set("file.filename", path);
+  options.set("file.filename", allowed_path(r, policy.backing_roots, "--backing-root"));
+  return options;
+}
+
+Options data_file_options(const OpenPolicy& policy, const std::string& image,
+                          const std::string& reference, bool writable) {
+  const Reference r{image, reference, "data file",
+                    "name it yourself (data-file.driver=file,data-file.filename=FILE)"};
+  require_file_name(policy, r);
+  // What may be read for a backing file is not thereby free to be written.
+  const std::vector<std::string> none;
+  Options options;
+  options.set("driver", "file");
+  options.set("read-only", writable ? "off" : "on");
+  options.set("filename", writable ? allowed_path(r, none, nullptr)
+                                   : allowed_path(r, policy.backing_roots, "--backing-root"));
   return options;
 }
 

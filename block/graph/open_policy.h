@@ -27,4 +27,9 @@ struct OpenPolicy {
 Options backing_options(const OpenPolicy& policy, const std::string& image,
                         const std::string& reference, const std::string& format);
 
+// The same for the external data file that an image records: taken as raw bytes. To be written it
+// has to lie within the image's own directory.
+Options data_file_options(const OpenPolicy& policy, const std::string& image,
+                          const std::string& reference, bool writable);
+
 }  // namespace minivmm::block

@@ -47,7 +47,13 @@ std::shared_ptr<Qcow2Node> open_image(std::shared_ptr<Node> file, bool read_only
   }
   const auto sizes =
       qcow2::choose_cache_sizes(header, std::nullopt, 64 << 10, std::nullopt, std::nullopt);
-  return std::make_shared<Qcow2Node>(NodeConfig{"disk", read_only}, std::move(file), nullptr,
+  // Where the image asks for a data file it gets one.
+  std::shared_ptr<Node> data;
+  if (header.geometry().external_data) {
+    data = std::make_shared<MemoryNode>(NodeConfig{"data", false}, kRoomToGrow);
+  }
+  Qcow2Node::Children children{std::move(file), std::move(data), nullptr};
+  return std::make_shared<Qcow2Node>(NodeConfig{"disk", read_only}, std::move(children),
                                      std::move(header), sizes);
 }
 

@@ -123,7 +123,7 @@ void Checker::count_l1(uint64_t offset, uint64_t entries, Active active) {
       corruption("L1 entry {} ({:#x}) refers to the L2 table of another entry", i, raw);
       if (active == Active::kYes) table[i] = 0;
     } else {
-      count_l2(l2, active);
+      count_l2(l2, i, active);
     }
   }
   if (active == Active::kYes) l1_ = std::move(table);
@@ -140,10 +140,12 @@ std::vector<RawL2> Checker::read_l2_table(uint64_t offset) {
   return out;
 }
 
-void Checker::count_l2(uint64_t offset, Active active) {
+void Checker::count_l2(uint64_t offset, uint64_t l1_index, Active active) {
   next_fragment_ = 0;  // each table by itself, as in qemu-img's numbers
+  uint64_t guest_offset = l1_index << geometry_.l1_shift();
   for (const RawL2& raw : read_l2_table(offset)) {
-    if (raw != RawL2{}) count_entry(raw, active);
+    if (raw != RawL2{}) count_entry(raw, guest_offset, active);
+    guest_offset += geometry_.cluster_size();
   }
 }
 
@@ -153,17 +155,18 @@ void Checker::follow_fragments(uint64_t offset) {
   next_fragment_ = offset + geometry_.cluster_size();
 }
 
-void Checker::count_entry(RawL2 raw, Active active) {
-  const L2Entry entry = decode_l2(raw, geometry_);
+void Checker::count_entry(RawL2 raw, uint64_t guest_offset, Active active) {
+  const L2Entry entry = decode_l2(raw, geometry_, guest_offset);
   if (entry.problem != nullptr) {
     corruption("L2 entry {:#x} (bitmap {:#x}) is invalid: {}", raw.entry, raw.bitmap,
                entry.problem);
     return;
   }
   if (entry.has_host) {
-    if (count_range(entry.host_offset, geometry_.cluster_size()) && active == Active::kYes) {
-      follow_fragments(entry.host_offset);
-    }
+    // What lies in an external data file is not counted.
+    const bool sound =
+        geometry_.external_data || count_range(entry.host_offset, geometry_.cluster_size());
+    if (sound && active == Active::kYes) follow_fragments(entry.host_offset);
     return;
   }
   if (!entry.compressed) return;

@@ -31,8 +31,8 @@ class Checker {
 
   // checker.cc
   void count_l1(uint64_t offset, uint64_t entries, Active active);
-  void count_l2(uint64_t offset, Active active);
-  void count_entry(RawL2 raw, Active active);
+  void count_l2(uint64_t offset, uint64_t l1_index, Active active);
+  void count_entry(RawL2 raw, uint64_t guest_offset, Active active);
   void count_snapshots();
   bool count_snapshot(uint64_t& offset);
   void count_bitmaps();

@@ -79,10 +79,14 @@ void Checker::check_copied_l2(uint64_t l1_index, uint64_t l1_entry) {
     corruption("OFLAG_COPIED L2 cluster: l1_index={} l1_entry={:x} refcount={}", l1_index, l1_entry,
                table_refcount);
   }
+  uint64_t guest_offset = l1_index << geometry_.l1_shift();
   for (const RawL2& raw : read_l2_table(table)) {
-    const L2Entry entry = decode_l2(raw, geometry_);
+    const L2Entry entry = decode_l2(raw, geometry_, guest_offset);
+    guest_offset += geometry_.cluster_size();
     if (entry.problem != nullptr || !entry.has_host) continue;
-    const uint64_t refcount = refcount_on_disk(entry.host_offset >> geometry_.cluster_bits);
+    // Clusters of an external data file count as used once.
+    const uint64_t refcount =
+        geometry_.external_data ? 1 : refcount_on_disk(entry.host_offset >> geometry_.cluster_bits);
     if ((refcount == 1) != entry.copied) {
       corruption("OFLAG_COPIED data cluster: l2_entry={:x} refcount={}", raw.entry, refcount);
     }

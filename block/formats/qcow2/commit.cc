@@ -15,7 +15,8 @@
 //  1  writes the refcount slices. They belong to blocks that were written when they were made; if
 //     there are new blocks: flush, then the refcount table's entries for them. (A table entry must
 //     not point to a block that a crash may lose: all refcounts behind it would be garbage.)
-//  2  flushes: data, refcounts and new L2 tables are durable before anything points to them. A
+//  2  flushes (an external data file first of all): data, refcounts and new L2 tables are durable
+//  before anything points to them. A
 //     crash up to here leaves clusters that are counted and not used: leaks.
 //  3  writes the L2 slices and exactly the L1 entries taken. They need no order among themselves:
 //     a new L2 table was written when it was made, so an L1 entry that arrives before the slices
@@ -44,9 +45,10 @@ struct Committer::Changes {
   std::vector<MetadataCache::Copy> blocks;
 };
 
-Committer::Committer(ImageFile& image, L1Table& l1, MetadataCache& l2, MetadataCache& blocks,
-                     Refcounts& refcounts, Quarantine& quarantine)
+Committer::Committer(ImageFile& image, Edge* data, L1Table& l1, MetadataCache& l2,
+                     MetadataCache& blocks, Refcounts& refcounts, Quarantine& quarantine)
     : image_(image),
+      data_(data),
       l1_(l1),
       l2_(l2),
       blocks_(blocks),
@@ -108,6 +110,7 @@ void Committer::take(Changes& changes) {
 
 void Committer::write(const Changes& changes) {
   Edge& file = image_.file();
+  if (data_ != nullptr) data_->flush();
   write_slices(changes.blocks);
   if (!changes.table.empty()) {
     file.flush();

@@ -21,7 +21,8 @@ namespace minivmm::block::qcow2 {
 
 class Committer {
  public:
-  Committer(ImageFile& image, L1Table& l1, MetadataCache& l2, MetadataCache& blocks,
+  // `data`: the external data file, or nullptr.
+  Committer(ImageFile& image, Edge* data, L1Table& l1, MetadataCache& l2, MetadataCache& blocks,
             Refcounts& refcounts, Quarantine& quarantine);
 
   // Everything that was written before the call, data and metadata, is durable on return. Throws
@@ -40,6 +41,7 @@ class Committer {
   void write_slices(const std::vector<MetadataCache::Copy>& copies);
 
   ImageFile& image_;
+  Edge* const data_;
   L1Table& l1_;
   MetadataCache& l2_;
   MetadataCache& blocks_;

@@ -26,12 +26,14 @@ using base::Error;
 // Where everything lies, in clusters.
 struct Layout {
   Geometry geometry;
+  bool raw_data = false;
   uint64_t table_clusters = 1;
   uint64_t blocks = 1;
   uint64_t l1_entries = 1;
   uint64_t l1_clusters = 1;
   uint64_t l2_tables = 0;
-  uint64_t data = 0;
+  uint64_t mapped = 0;  // guest clusters that have an entry
+  uint64_t data = 0;    // and those that lie in the image
 
   uint64_t table() const noexcept { return 1; }
   uint64_t first_block() const noexcept { return table() + table_clusters; }
@@ -44,13 +46,16 @@ struct Layout {
 Layout lay_out(const CreateOptions& options) {
   Layout out;
   out.geometry = options.geometry();
+  out.raw_data = options.data_file_raw;
   const Geometry& g = out.geometry;
   const uint64_t clusters = g.clusters(options.size);
   out.l1_entries = std::max<uint64_t>(1, base::div_ceil(clusters, g.l2_entries()));
   out.l1_clusters = g.clusters(out.l1_entries * 8);
-  if (options.preallocation == Preallocation::kMetadata) {
+  // A raw data file holds everything from the beginning.
+  if (options.preallocation == Preallocation::kMetadata || options.data_file_raw) {
     out.l2_tables = base::div_ceil(clusters, g.l2_entries());
-    out.data = clusters;
+    out.mapped = clusters;
+    out.data = g.external_data ? 0 : clusters;
   }
   // More blocks need more blocks; this settles after a few rounds.
   for (uint64_t before = 0; before != out.total();) {
@@ -81,6 +86,9 @@ Header make_header(const CreateOptions& options, const Layout& layout) {
   }
   h.compression = options.compression;
   if (options.compression != Compression::kZlib) h.incompatible |= kIncompatCompression;
+  if (!options.data_file.empty()) h.incompatible |= kIncompatDataFile;
+  if (options.data_file_raw) h.autoclear |= kAutoclearRawData;
+  h.data_file = options.data_file;
   if (options.extended_l2) h.incompatible |= kIncompatExtendedL2;
   if (options.lazy_refcounts) h.compatible |= kCompatLazyRefcounts;
   h.feature_names = {
@@ -115,11 +123,15 @@ void write_tables(Edge& file, const Layout& layout) {
     const uint64_t offset = (layout.first_l2() + i) << g.cluster_bits;
     base::store_be(l1.data() + i * 8, offset | kFlagCopied);
     std::fill_n(l2.data(), l2.size(), std::byte{0});
-    const uint64_t used = std::min(g.l2_entries(), layout.data - i * g.l2_entries());
+    const uint64_t first = i * g.l2_entries();
+    const uint64_t used = std::min(g.l2_entries(), layout.mapped - first);
     for (uint64_t k = 0; k < used; ++k) {
-      const uint64_t data = (layout.first_data() + i * g.l2_entries() + k) << g.cluster_bits;
-      // With subclusters: reserved, and not allocated, so that a backing file is still seen.
-      store_l2(l2.data() + k * g.l2_entry_bytes(), {data | kFlagCopied, 0}, g);
+      const uint64_t place = g.external_data ? first + k : layout.first_data() + first + k;
+      // With subclusters: reserved, and not allocated, so that a backing file is still seen. A raw
+      // data file is all that is seen.
+      const uint64_t bitmap = g.extended_l2 && layout.raw_data ? g.all_subclusters() : 0;
+      store_l2(l2.data() + k * g.l2_entry_bytes(), {place << g.cluster_bits | kFlagCopied, bitmap},
+               g);
     }
     write_at(file, offset, l2);
   }
@@ -147,6 +159,22 @@ void reserve_data(Edge& file, const Layout& layout) {
     file.write_zeroes(start, std::min(end, file.size()) - start, {.may_unmap = true});
   }
   if (file.size() < end) file.truncate(end);
+}
+
+// The external data file: empty, and of the disk's size. A device has to be large enough.
+void prepare_data_file(Edge& data, uint64_t size) {
+  try {
+    data.truncate(0);
+    data.truncate(size);
+  } catch (const Error& e) {
+    if (e.err() != ENOTSUP && e.err() != EINVAL) throw;
+    if (data.size() < size) {
+      throw Error(ENOSPC, fmt::format("The data file has {} bytes, fewer than the {} of the disk",
+                                      data.size(), size));
+    }
+    if (size != 0) data.write_zeroes(0, size, {.may_unmap = true});
+  }
+  data.flush();
 }
 
 unsigned bits_of(uint64_t value, const char* message) {
@@ -177,11 +205,36 @@ CreateOptions take_create_options(Options& options) {
   out.lazy_refcounts = options.take_bool("lazy_refcounts", false);
   out.preallocation =
       static_cast<Preallocation>(options.take_choice("preallocation", {"off", "metadata"}, 0));
+  out.data_file = options.take_string("data_file").value_or("");
+  out.data_file_raw = options.take_bool("data_file_raw", false);
   out.backing_file = options.take_string("backing_file").value_or("");
   out.backing_format = options.take_string("backing_fmt").value_or("");
   check_create_options(out);
   return out;
 }
+
+namespace {
+
+void check_data_file(const CreateOptions& o) {
+  if (o.data_file_raw && o.data_file.empty()) {
+    throw Error(EINVAL, "data-file-raw requires data-file");
+  }
+  if (o.data_file.empty()) return;
+  if (o.version < 3) {
+    throw Error(EINVAL,
+                "External data files are only supported with compatibility level 1.1 and above "
+                "(use compat=1.1 or greater)");
+  }
+  if (o.data_file_raw && !o.backing_file.empty()) {
+    throw Error(EINVAL, "Backing file and data-file-raw cannot be used at the same time");
+  }
+  if (o.data_file.size() > kMaxBackingNameBytes) {
+    throw Error(EINVAL,
+                fmt::format("The data file's name is longer than {} bytes", kMaxBackingNameBytes));
+  }
+}
+
+}  // namespace
 
 void check_create_options(const CreateOptions& o) {
   if (o.cluster_bits < kMinClusterBits || o.cluster_bits > kMaxClusterBits) {
@@ -213,6 +266,7 @@ void check_create_options(const CreateOptions& o) {
                 "Extended L2 entries are only supported with cluster sizes of at least 16384 "
                 "bytes");
   }
+  check_data_file(o);
   if (o.preallocation != Preallocation::kOff && !o.backing_file.empty() && !o.extended_l2) {
     throw Error(EINVAL,
                 "Backing file and preallocation can only be used at the same time if "
@@ -233,7 +287,7 @@ void check_create_options(const CreateOptions& o) {
   }
 }
 
-void create_image(Edge& file, const CreateOptions& options) {
+void create_image(Edge& file, const CreateOptions& options, Edge* data) {
   CreateOptions o = options;
   check_create_options(o);
   o.size = base::align_up<uint64_t>(o.size, 512);
@@ -245,6 +299,7 @@ void create_image(Edge& file, const CreateOptions& options) {
   }
   const std::vector<std::byte> header = serialise_header(make_header(o, layout));
   empty_file(file);
+  if (data != nullptr) prepare_data_file(*data, o.size);
   write_refcounts(file, layout);
   write_tables(file, layout);
   reserve_data(file, layout);

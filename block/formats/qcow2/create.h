@@ -24,25 +24,29 @@ struct CreateOptions {
   bool extended_l2 = false;
   bool lazy_refcounts = false;
   Preallocation preallocation = Preallocation::kOff;
+  std::string data_file = {};     // the external data file, as it is to be recorded; empty: none
+  bool data_file_raw = false;     // it is a raw image by itself
   std::string backing_file = {};  // as it is to be recorded; empty: none
   std::string backing_format = {};
 
   uint64_t cluster_size() const noexcept { return 1ULL << cluster_bits; }
   Geometry geometry() const noexcept {
-    return {cluster_bits, refcount_order, version, extended_l2};
+    return {cluster_bits, refcount_order, version, extended_l2, !data_file.empty()};
   }
 };
 
 // Takes qemu-img's -o options: size, compat, cluster_size, refcount_bits, extended_l2,
-// compression_type, lazy_refcounts, preallocation, backing_file, backing_fmt. Throws EINVAL. `size`
-// stays 0 where it is not given (the caller may know the backing file's).
+// data_file, data_file_raw, compression_type, lazy_refcounts, preallocation, backing_file,
+// backing_fmt. Throws EINVAL. `size` stays 0 where it
+// is not given (the caller may know the backing file's).
 CreateOptions take_create_options(Options& options);
 
 // Throws EINVAL, in qemu-img's words where it has some.
 void check_create_options(const CreateOptions& options);
 
 // Makes the file hold an empty image; what it held is lost. The edge may write and resize. Durable
-// on return. After an error the file holds no image. Fiber.
-void create_image(Edge& file, const CreateOptions& options);
+// on return. After an error the file holds no image. `data` is the external data file where the
+// options name one: it is emptied as well, and gets the disk's size. Fiber.
+void create_image(Edge& file, const CreateOptions& options, Edge* data = nullptr);
 
 }  // namespace minivmm::block::qcow2

@@ -13,11 +13,13 @@
 namespace minivmm::block::qcow2 {
 namespace {
 
-// How many subclusters from the first entry's `sub` on are alike and contiguous in the file; at
-// most `most`.
-uint64_t run_length(const std::byte* entries, uint64_t most, unsigned sub, const Geometry& g) {
+// How many subclusters from guest offset `offset`, in the first entry's cluster, on are alike and
+// contiguous in the file; at most `most`.
+uint64_t run_length(const std::byte* entries, uint64_t most, uint64_t offset, const Geometry& g) {
   const RawL2 raw = load_l2(entries, g);
-  const L2Entry first = decode_l2(raw, g);
+  const unsigned sub = g.subcluster(offset);
+  const uint64_t cluster = offset - g.offset_in_cluster(offset);
+  const L2Entry first = decode_l2(raw, g, cluster);
   const unsigned n = g.subclusters();
   uint64_t run = first.same_kind(sub, n);
   if (first.compressed || first.problem != nullptr || sub + run < n) return std::min(most, run);
@@ -36,7 +38,7 @@ uint64_t run_length(const std::byte* entries, uint64_t most, unsigned sub, const
       }
       if (n == 1) break;
     }
-    const L2Entry next = decode_l2(next_raw, g);
+    const L2Entry next = decode_l2(next_raw, g, cluster + (i << g.cluster_bits));
     if (next.kind(0) != kind) break;
     if (stored && (next.copied != first.copied ||
                    next.host_offset != first.host_offset + (i << g.cluster_bits))) {
@@ -132,12 +134,13 @@ Extent GuestMap::lookup(uint64_t offset, uint64_t max) {
   uint64_t count = 0;
   l2_.read(place.slice, [&](const std::byte* slice) {
     raw = load_l2(slice + place.position, g);
-    count = run_length(slice + place.position, most, sub, g);
+    count = run_length(slice + place.position, most, offset, g);
   });
-  const L2Entry entry = decode_l2(raw, g);
+  const L2Entry entry = decode_l2(raw, g, offset - in_cluster);
   if (entry.problem != nullptr) throw invalid_entry(offset, raw, entry.problem);
   Extent out = extent_of(entry, offset, std::min(max, (count << g.subcluster_bits()) - in_sub), g);
-  if (out.kind == ClusterKind::kData || out.kind == ClusterKind::kCompressed) {
+  const bool stored = out.kind == ClusterKind::kData || out.kind == ClusterKind::kCompressed;
+  if (stored && !g.external_data) {
     const uint64_t inside = inside_file(entry);
     if (inside == 0) throw invalid_entry(offset, raw, "it lies past the end of the file");
     out.length = std::min(out.length, (inside << g.cluster_bits) - in_cluster);

@@ -213,6 +213,17 @@ void check_tables(const Header& h, uint64_t file_size) {
   }
 }
 
+void check_external_data(const Header& h) {
+  if (h.snapshots != 0) bad("there are internal snapshots beside an external data file");
+  if (h.data_file.find('\0') != std::string::npos) {
+    bad("the data file's name contains a zero byte");
+  }
+  if (h.data_file.size() > kMaxBackingNameBytes) {
+    bad("the data file's name has {} bytes, above {}", h.data_file.size(), kMaxBackingNameBytes);
+  }
+  if (h.raw_data() && h.has_backing) bad("a raw data file and a backing file exclude each other");
+}
+
 std::string feature_name(const Header& h, unsigned bit) {
   for (const FeatureName& f : h.feature_names) {
     if (f.type == 0 && f.bit == bit && !f.name.empty()) return fmt::format("'{}'", f.name);
@@ -253,6 +264,7 @@ Header parse_header(std::span<const std::byte> b, uint64_t file_size) {
     bad("the bitmaps bit is set and the bitmaps extension is missing");
   }
   check_tables(h, file_size);
+  if (h.geometry().external_data) check_external_data(h);
   return h;
 }
 
@@ -264,7 +276,6 @@ void require_supported(const Header& h) {
                                      feature_name(h, bit)));
   }
   const char* feature = nullptr;
-  if ((h.incompatible & kIncompatDataFile) != 0) feature = "an external data file";
   if (h.crypt_method == 1) feature = "AES encryption";
   if (h.crypt_method == 2) feature = "LUKS encryption";
   if (feature != nullptr) {

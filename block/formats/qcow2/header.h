@@ -74,7 +74,12 @@ struct Header {
   std::vector<HeaderExtension> unknown_extensions;
 
   Geometry geometry() const noexcept {
-    return {cluster_bits, refcount_order, version, (incompatible & kIncompatExtendedL2) != 0};
+    return {cluster_bits, refcount_order, version, (incompatible & kIncompatExtendedL2) != 0,
+            (incompatible & kIncompatDataFile) != 0};
+  }
+  // The data file is a raw image by itself: its content is the guest's, whatever the tables say.
+  bool raw_data() const noexcept {
+    return geometry().external_data && (autoclear & kAutoclearRawData) != 0;
   }
   uint64_t refcount_table_bytes() const noexcept {
     return uint64_t{refcount_table_clusters} << cluster_bits;

@@ -62,9 +62,10 @@ CacheSizes choose_cache_sizes(const Header& h, std::optional<uint64_t> total,
   return out;
 }
 
-Image::Image(std::unique_ptr<Edge> file, Header header, bool writable, std::string name,
-             const CacheSizes& sizes)
+Image::Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data, Header header, bool writable,
+             std::string name, const CacheSizes& sizes)
     : file_(std::move(file), std::move(header), writable, std::move(name)),
+      data_(std::move(data)),
       metadata_(file_.header()),
       l2_(file_, "the L2 table", sizes.l2_entry, sizes.l2),
       blocks_(file_, "the refcount block",
@@ -74,7 +75,7 @@ Image::Image(std::unique_ptr<Edge> file, Header header, bool writable, std::stri
       refcounts_(file_, blocks_, metadata_),
       allocator_(file_, refcounts_, metadata_),
       map_(file_, l1_, l2_, allocator_, metadata_, quarantine_),
-      committer_(file_, l1_, l2_, blocks_, refcounts_, quarantine_) {}
+      committer_(file_, data_.get(), l1_, l2_, blocks_, refcounts_, quarantine_) {}
 
 void Image::prepare_first_write() {
   const std::lock_guard lock(preparing_);
@@ -95,7 +96,17 @@ void Image::prepare_first_write() {
   ready_to_write_.store(true, std::memory_order_release);
 }
 
+Allocator::Run Image::allocate_data(uint64_t guest_cluster, uint64_t max) {
+  if (data_) return {guest_cluster << file_.geometry().cluster_bits, max, false};
+  return allocator_.allocate(max);
+}
+
+void Image::give_back_data(const Allocator::Run& run) noexcept {
+  if (!data_) allocator_.give_back(run.offset, run.clusters);
+}
+
 void Image::require_data(uint64_t host_offset, uint64_t length) {
+  if (data_) return;
   const Geometry& g = file_.geometry();
   const uint64_t first = host_offset >> g.cluster_bits;
   const uint64_t last = (host_offset + length - 1) >> g.cluster_bits;

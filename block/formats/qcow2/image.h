@@ -40,9 +40,10 @@ CacheSizes choose_cache_sizes(const Header& header, std::optional<uint64_t> tota
 
 class Image {
  public:
-  // Reads the L1 table. `name` begins every message.
-  Image(std::unique_ptr<Edge> file, Header header, bool writable, std::string name,
-        const CacheSizes& sizes);
+  // Reads the L1 table. `name` begins every message. `data` is the external data file, where the
+  // image has one.
+  Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data, Header header, bool writable,
+        std::string name, const CacheSizes& sizes);
 
   ImageFile& file() noexcept { return file_; }
   const ImageFile& file() const noexcept { return file_; }
@@ -61,9 +62,15 @@ class Image {
     if (!ready_to_write_.load(std::memory_order_acquire)) prepare_first_write();
     if (file_.broken()) file_.require_intact();
   }
+  // --- Where the guest's data lies: clusters of the image, or the external data file ---
+  Edge& data() noexcept { return data_ ? *data_ : file_.file(); }
+  // nullptr: in the image.
+  Edge* data_file() const noexcept { return data_.get(); }
+  // Room for 1 to `max` clusters of the guest's, from this one on. See Allocator.
+  Allocator::Run allocate_data(uint64_t guest_cluster, uint64_t max);
+  void give_back_data(const Allocator::Run& run) noexcept;
   // Before data is written to host clusters that exist. Throws EIO if metadata lies there.
   void require_data(uint64_t host_offset, uint64_t length);
-
   // Gives up the guest's reference to host clusters, after the L2 entry was changed in memory.
   void drop(HostClusters clusters);
 
@@ -82,6 +89,7 @@ class Image {
   void release_free(ClusterRun& free);
 
   ImageFile file_;
+  const std::unique_ptr<Edge> data_;
   MetadataMap metadata_;
   MetadataCache l2_;
   MetadataCache blocks_;

@@ -57,10 +57,12 @@ void ImageFile::mark_corrupt() {
 }
 
 void ImageFile::clear_autoclear() {
-  if (header_.autoclear == 0) return;
+  const uint64_t kept = header_.raw_data() ? kAutoclearRawData : 0;
+  if (header_.autoclear == kept) return;
   const std::lock_guard lock(header_lock_);
-  const std::array<std::byte, 8> zero{};
-  write_field(kAutoclearField, zero);
+  std::array<std::byte, 8> field;
+  base::store_be(field.data(), kept);
+  write_field(kAutoclearField, field);
   if ((header_.autoclear & kAutoclearBitmaps) != 0) {
     base::log_warning(
         "{}: its persistent bitmaps are out of date from now on: this program does "

@@ -44,7 +44,8 @@ class ImageFile {
   // gets its corrupt bit. Returns the error to throw. Fiber; no lock may be held.
   base::Error corruption(const std::string& text);
 
-  // Before the first change: clears the autoclear bits, which promise things about other parts of
+  // Before the first change: clears the autoclear bits (but for "raw data", which is kept true),
+  // which promise things about other parts of
   // the image that this driver does not maintain. Durable on return.
   void clear_autoclear();
   // Points the header at another refcount table. Durable on return.

@@ -41,8 +41,11 @@ L2Entry with_subclusters(L2Entry out, RawL2 raw, const Geometry& g) noexcept {
 
 }  // namespace
 
-L2Entry decode_l2(RawL2 raw, const Geometry& g) noexcept {
-  if ((raw.entry & kFlagCompressed) != 0) return decode_compressed(raw, g);
+L2Entry decode_l2(RawL2 raw, const Geometry& g, uint64_t guest_offset) noexcept {
+  if ((raw.entry & kFlagCompressed) != 0) {
+    if (g.external_data) return invalid("a cluster in the external data file is compressed");
+    return decode_compressed(raw, g);
+  }
   const uint64_t zero_flag = g.extended_l2 ? 0 : kFlagZero;
   if ((raw.entry & ~(kFlagCopied | kOffsetMask | zero_flag)) != 0) {
     return invalid("reserved bits are set");
@@ -57,7 +60,14 @@ L2Entry decode_l2(RawL2 raw, const Geometry& g) noexcept {
   if (g.offset_in_cluster(out.host_offset) != 0) {
     return invalid("the host cluster is not aligned to the cluster size");
   }
-  if (!out.has_host && out.copied) return invalid("the host cluster is the header");
+  if (g.external_data) {
+    out.has_host = out.has_host || out.copied;
+    if (out.has_host && out.host_offset != guest_offset) {
+      return invalid("its place in the data file is not the guest's");
+    }
+  } else if (!out.has_host && out.copied) {
+    return invalid("the host cluster is the header");
+  }
   return with_subclusters(out, raw, g);
 }
 
@@ -73,6 +83,7 @@ RawL2 encode_l2(const L2Entry& entry, const Geometry& g) noexcept {
 }
 
 HostClusters clusters_of(const L2Entry& entry, const Geometry& g) noexcept {
+  if (g.external_data) return {};
   if (entry.has_host) return {entry.host_offset >> g.cluster_bits, 1};
   if (!entry.compressed) return {};
   const uint64_t first = entry.host_offset >> g.cluster_bits;

@@ -3,6 +3,8 @@
 //
 //   entry         63 COPIED | 62 COMPRESSED | 9-55 host cluster | 0 ZERO (version 3, not extended)
 //   compressed    62 set | x-61 further sectors | 0-(x-1) byte offset, x = 62 - (cluster_bits - 8)
+//                 With an external data file the host cluster is where the guest has it, and may
+//                 be 0: COPIED says that it is allocated.
 //   bitmap        32-63 the subcluster reads as zeroes | 0-31 the subcluster has data
 //                 (extended entries only, behind the entry)
 //
@@ -77,12 +79,14 @@ struct L2Entry {
   }
 };
 
-L2Entry decode_l2(RawL2 raw, const Geometry& geometry) noexcept;
+// `guest_offset` is that of the cluster; it matters only where data lies in an external file.
+L2Entry decode_l2(RawL2 raw, const Geometry& geometry, uint64_t guest_offset) noexcept;
 // Of an entry that is neither compressed nor invalid. In an image without subclusters a host
 // cluster is there for data or zeroes.
 RawL2 encode_l2(const L2Entry& entry, const Geometry& geometry) noexcept;
 
-// The host clusters that an entry holds references to: first cluster number and count (0: none).
+// The clusters of the image that an entry holds references to: first cluster number and count (0:
+// none). Those of an external data file are not counted.
 struct HostClusters {
   uint64_t first = 0;
   uint64_t count = 0;

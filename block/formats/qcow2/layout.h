@@ -52,6 +52,7 @@ struct Geometry {
   unsigned refcount_order = 4;
   unsigned version = 3;
   bool extended_l2 = false;
+  bool external_data = false;  // guest data lies in another file, where the guest has it
 
   uint64_t cluster_size() const noexcept { return 1ULL << cluster_bits; }
   uint64_t offset_in_cluster(uint64_t offset) const noexcept {

@@ -10,19 +10,24 @@ namespace minivmm::block {
 
 using qcow2::Extent;
 
-std::unique_ptr<Edge> Qcow2Node::file_edge(const NodeConfig& config, std::shared_ptr<Node> file) {
-  return std::make_unique<Edge>(std::move(file), "qcow2 node '" + config.node_name + "'",
+std::unique_ptr<Edge> Qcow2Node::file_edge(const NodeConfig& config, std::shared_ptr<Node> file,
+                                           const char* what) {
+  if (!file) return nullptr;
+  return std::make_unique<Edge>(std::move(file), "qcow2 node '" + config.node_name + "'" + what,
                                 Permissions::format_file(!config.read_only));
 }
 
-Qcow2Node::Qcow2Node(const NodeConfig& config, std::shared_ptr<Node> file,
-                     std::shared_ptr<Node> backing, qcow2::Header header,
+Qcow2Node::Qcow2Node(const NodeConfig& config, Children children, qcow2::Header header,
                      const qcow2::CacheSizes& sizes)
     : Node(config.node_name, "qcow2", config.read_only),
-      image_(file_edge(config, file), std::move(header), !config.read_only,
-             file->filename().empty() ? "'" + config.node_name + "'" : file->filename(), sizes) {
-  if (backing) {
-    backing_ = std::make_unique<Edge>(std::move(backing),
+      image_(file_edge(config, children.file, ""),
+             file_edge(config, std::move(children.data), " (data file)"), std::move(header),
+             !config.read_only,
+             children.file->filename().empty() ? "'" + config.node_name + "'"
+                                               : children.file->filename(),
+             sizes) {
+  if (children.backing) {
+    backing_ = std::make_unique<Edge>(std::move(children.backing),
                                       "the overlay '" + config.node_name + "' (backing file)",
                                       Permissions::backing());
   }
@@ -50,6 +55,10 @@ Facts Qcow2Node::facts() const {
     out.emplace_back("lazy-refcounts", (h.compatible & qcow2::kCompatLazyRefcounts) != 0);
   }
   out.emplace_back("refcount-bits", uint64_t{1} << h.refcount_order);
+  if (h.geometry().external_data) {
+    out.emplace_back("data-file", h.data_file);
+    out.emplace_back("data-file-raw", h.raw_data());
+  }
   if (h.version >= 3) {
     out.emplace_back("corrupt", (image_.file().incompatible() & qcow2::kIncompatCorrupt) != 0);
     out.emplace_back("extended-l2", (h.incompatible & qcow2::kIncompatExtendedL2) != 0);
@@ -59,6 +68,7 @@ Facts Qcow2Node::facts() const {
 
 std::vector<Edge*> Qcow2Node::children() {
   std::vector<Edge*> out{&file()};
+  if (image_.data_file() != nullptr) out.push_back(image_.data_file());
   if (backing_) out.push_back(backing_.get());
   return out;
 }

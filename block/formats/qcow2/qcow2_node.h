@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The qcow2 driver: versions 2 and 3, every cluster size and refcount width, extended L2 entries,
-// backing files, compressed clusters (read), internal snapshots in the image (kept, written
-// around).
+// external data files, backing files, compressed clusters (read), internal snapshots in the image
+// (kept, written around).
 //
 // Reads and writes of clusters that exist look up the L2 entry under a short lock and go straight
 // to the file. A write to a cluster of which nothing exists claims it, takes a host cluster,
@@ -35,9 +35,14 @@ namespace minivmm::block {
 
 class Qcow2Node final : public Node {
  public:
-  // `backing` may be empty. See open_qcow2 for the checks that come before.
-  Qcow2Node(const NodeConfig& config, std::shared_ptr<Node> file, std::shared_ptr<Node> backing,
-            qcow2::Header header, const qcow2::CacheSizes& sizes);
+  struct Children {
+    std::shared_ptr<Node> file;
+    std::shared_ptr<Node> data;     // only with an external data file
+    std::shared_ptr<Node> backing;  // may be empty
+  };
+  // See open_qcow2 for the checks that come before.
+  Qcow2Node(const NodeConfig& config, Children children, qcow2::Header header,
+            const qcow2::CacheSizes& sizes);
   ~Qcow2Node() override;
 
   std::string filename() const override;
@@ -68,7 +73,8 @@ class Qcow2Node final : public Node {
     uint64_t length() const noexcept { return end - begin; }
   };
   struct Zeroing;
-  static std::unique_ptr<Edge> file_edge(const NodeConfig& config, std::shared_ptr<Node> file);
+  static std::unique_ptr<Edge> file_edge(const NodeConfig& config, std::shared_ptr<Node> file,
+                                         const char* what);
   Edge& file() noexcept { return image_.file().file(); }
   const qcow2::Geometry& geometry() const noexcept { return image_.file().geometry(); }
 
@@ -98,6 +104,8 @@ class Qcow2Node final : public Node {
   void zero_range(Range range, ZeroFlags flags);
   void zero_part(Range range, ZeroFlags flags);
   void zero_data(const qcow2::Extent& extent, uint64_t offset, ZeroFlags flags);
+  void zero_raw(uint64_t offset, uint64_t length, ZeroFlags flags);
+  void punch_data(Range hole);
   void change_entries(Range range, ZeroFlags flags);
   void change_in_slice(Range range, ZeroFlags flags);
   qcow2::L2Entry zeroed(const qcow2::L2Entry& entry, uint32_t subclusters, bool unmap) const;
@@ -114,7 +122,7 @@ class Qcow2Node final : public Node {
   base::WaitGroup background_;
 };
 
-// Fiber. Takes: file, backing, cache-size, l2-cache-size, refcount-cache-size,
+// Fiber. Takes: file, data-file, backing, cache-size, l2-cache-size, refcount-cache-size,
 // l2-cache-entry-size.
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options);
 

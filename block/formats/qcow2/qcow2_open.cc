@@ -71,6 +71,31 @@ std::shared_ptr<Node> open_backing(Graph& graph, const NodeConfig& config, Optio
   return graph.open_inline(std::move(found), "backing");
 }
 
+std::shared_ptr<Node> open_data_file(Graph& graph, const NodeConfig& config, Options& options,
+                                     const Header& header, const Node& file) {
+  const std::string name = name_of(config, file);
+  if (!header.geometry().external_data) {
+    if (!options.has("data-file")) return nullptr;
+    throw Error(EINVAL,
+                name + ": 'data-file' can only be set for images with an external data file");
+  }
+  if (options.has("data-file")) return graph.open_child(options, "data-file", config.read_only);
+  if (header.data_file.empty()) {
+    throw Error(EINVAL, name +
+                            ": the image has an external data file and does not say which: "
+                            "give the option 'data-file'");
+  }
+  if (file.filename().empty()) {
+    throw Error(EINVAL, fmt::format("{}: the image records the data file '{}', relative to "
+                                    "nothing: give the option 'data-file'",
+                                    name, header.data_file));
+  }
+  Options found = base::Pool::syscalls().run([&] {
+    return data_file_options(graph.policy(), file.filename(), header.data_file, !config.read_only);
+  });
+  return graph.open_inline(std::move(found), "data-file");
+}
+
 }  // namespace
 
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options) {
@@ -83,8 +108,11 @@ std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options
   const auto refcount = options.take_size("refcount-cache-size");
   const auto l2_entry = options.take_size("l2-cache-entry-size");
   const qcow2::CacheSizes sizes = qcow2::choose_cache_sizes(header, total, l2, refcount, l2_entry);
-  std::shared_ptr<Node> backing = open_backing(graph, config, options, header, *file);
-  return std::make_shared<Qcow2Node>(config, std::move(file), std::move(backing), header, sizes);
+  Qcow2Node::Children children;
+  children.data = open_data_file(graph, config, options, header, *file);
+  children.backing = open_backing(graph, config, options, header, *file);
+  children.file = std::move(file);
+  return std::make_shared<Qcow2Node>(config, std::move(children), header, sizes);
 }
 
 }  // namespace minivmm::block

@@ -77,7 +77,7 @@ void Qcow2Node::write_range(uint64_t offset, IoSpan from) {
     base::IoList list;
     if (extent.kind == ClusterKind::kData && extent.copied) {
       image_.require_data(extent.host_offset, extent.length);
-      file().write(extent.host_offset, base::slice(from, done, extent.length, list));
+      image_.data().write(extent.host_offset, base::slice(from, done, extent.length, list));
       done += extent.length;
     } else {
       done += write_new(offset + done, base::slice(from, done, extent.length, list));
@@ -99,7 +99,7 @@ uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
     carry_out(plan, from);
     return plan.length;
   }
-  const qcow2::Allocator::Run run = image_.allocator().allocate(plan.clusters);
+  const qcow2::Allocator::Run run = image_.allocate_data(cluster, plan.clusters);
   if (run.clusters < plan.clusters) {
     plan.clusters = run.clusters;
     plan.length = (run.clusters << g.cluster_bits) - g.offset_in_cluster(offset);
@@ -113,7 +113,7 @@ uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
     error = std::current_exception();
   }
   if (error) {
-    image_.allocator().give_back(run.offset, run.clusters);
+    image_.give_back_data(run);
     std::rethrow_exception(error);
   }
   return plan.length;
@@ -125,13 +125,14 @@ Qcow2Node::Plan Qcow2Node::plan_write(uint64_t offset, uint64_t length, uint64_t
   Plan plan;
   plan.offset = offset;
   plan.entries = image_.map().writable(offset >> g.cluster_bits);
+  const uint64_t start = offset - g.offset_in_cluster(offset);
   qcow2::RawL2 raw;
   L2Entry entry;
   image_.l2().read(plan.entries.slice, [&](const std::byte* slice) {
     const std::byte* at = slice + plan.entries.position;
     for (uint64_t i = 0; i < count; ++i, at += g.l2_entry_bytes()) {
       raw = qcow2::load_l2(at, g);
-      entry = qcow2::decode_l2(raw, g);
+      entry = qcow2::decode_l2(raw, g, start + (i << g.cluster_bits));
       if (!extend(plan, entry, offset + length)) break;
     }
   });
@@ -244,7 +245,7 @@ void Qcow2Node::write_clusters(const Plan& plan, IoSpan from) {
   list.add(from);
   if (!skip_tail) add_piece(list, around.after, plan.end - plan.stop());
   const uint64_t begin = skip_head ? plan.offset : plan.begin;
-  file().write(plan.host + geometry().offset_in_cluster(begin), list);
+  image_.data().write(plan.host + geometry().offset_in_cluster(begin), list);
 }
 
 // Whether the guest sees only zeroes in a range inside one cluster, by that cluster's entry.
@@ -275,11 +276,12 @@ void Qcow2Node::read_old(const L2Entry& entry, uint64_t offset, std::span<std::b
 // The data is in its place: from here on readers find it.
 void Qcow2Node::link(const Plan& plan) {
   const qcow2::Geometry& g = geometry();
+  const uint64_t start = plan.offset - g.offset_in_cluster(plan.offset);
   std::vector<qcow2::HostClusters> dropped;
   image_.l2().change(plan.entries.slice, [&](std::byte* slice) {
     std::byte* at = slice + plan.entries.position;
     for (uint64_t i = 0; i < plan.clusters; ++i, at += g.l2_entry_bytes()) {
-      L2Entry entry = qcow2::decode_l2(qcow2::load_l2(at, g), g);
+      L2Entry entry = qcow2::decode_l2(qcow2::load_l2(at, g), g, start + (i << g.cluster_bits));
       const auto old = clusters_of(entry, g);
       if (!plan.reuse && old.count != 0) dropped.push_back(old);
       const uint32_t written = qcow2::subcluster_mask(

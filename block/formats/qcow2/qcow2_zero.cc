@@ -8,6 +8,7 @@
 
 #include "base/checked.h"
 #include "base/event_loop.h"
+#include "base/log.h"
 #include "block/formats/qcow2/qcow2_node.h"
 
 namespace minivmm::block {
@@ -45,6 +46,11 @@ bool Qcow2Node::can_zero_by_entry() const noexcept {
 
 void Qcow2Node::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
   image_.prepare_write();
+  if (header().raw_data()) {
+    zero_raw(offset, length, flags);
+    after_change(flags.fua);
+    return;
+  }
   if (!can_zero_by_entry()) {
     throw Error(ENOTSUP,
                 describe() + ": a version 2 image with a backing file has no zero clusters");
@@ -56,8 +62,21 @@ void Qcow2Node::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags 
 void Qcow2Node::driver_discard(uint64_t offset, uint64_t length) {
   image_.prepare_write();
   if (!can_zero_by_entry()) return;
+  if (header().raw_data()) {
+    zero_raw(offset, length, {.may_unmap = true});
+    after_change(false);
+    return;
+  }
   change_entries(whole_units(offset, length, geometry().cluster_size()), {.may_unmap = true});
   after_change(false);
+}
+
+// A raw data file has to say by itself that there are zeroes; then the entries may stay as they
+// are.
+void Qcow2Node::zero_raw(uint64_t offset, uint64_t length, ZeroFlags flags) {
+  const base::Epoch::Pin pin(epoch_);
+  image_.data().write_zeroes(offset, length,
+                             {.may_unmap = flags.may_unmap, .no_fallback = flags.no_fallback});
 }
 
 void Qcow2Node::zero_range(Range range, ZeroFlags flags) {
@@ -88,10 +107,11 @@ void Qcow2Node::zero_data(const Extent& extent, uint64_t offset, ZeroFlags flags
   if (extent.kind == ClusterKind::kData && extent.copied) {
     image_.require_data(extent.host_offset, extent.length);
     // What lies past the end of the file is zero already.
-    const uint64_t file_size = image_.file().size();
+    const uint64_t file_size = image_.data().size();
     if (extent.host_offset >= file_size) return;
-    file().write_zeroes(extent.host_offset, std::min(extent.length, file_size - extent.host_offset),
-                        {.may_unmap = flags.may_unmap, .no_fallback = flags.no_fallback});
+    image_.data().write_zeroes(extent.host_offset,
+                               std::min(extent.length, file_size - extent.host_offset),
+                               {.may_unmap = flags.may_unmap, .no_fallback = flags.no_fallback});
     return;
   }
   if (flags.no_fallback) {
@@ -134,6 +154,7 @@ struct Qcow2Node::Zeroing {
   qcow2::RawL2 raw = {};
   const char* problem = nullptr;
   std::vector<qcow2::HostClusters> dropped = {};
+  std::vector<Range> emptied = {};  // in an external data file
   // Compressed clusters of which only a part is to be zero: the first or the last.
   std::array<Range, 2> by_writing = {};
 
@@ -143,10 +164,10 @@ struct Qcow2Node::Zeroing {
     bool changed = false;
     for (; done < count; ++done, at += g.l2_entry_bytes()) {
       raw = qcow2::load_l2(at, g);
-      const L2Entry old = qcow2::decode_l2(raw, g);
+      const uint64_t start = (first + done) << g.cluster_bits;
+      const L2Entry old = qcow2::decode_l2(raw, g, start);
       problem = old.problem;
       if (problem != nullptr) break;
-      const uint64_t start = (first + done) << g.cluster_bits;
       const Range part{std::max(start, range.begin), std::min(start + g.cluster_size(), range.end)};
       const uint32_t subclusters =
           qcow2::subcluster_mask(g.subcluster(part.begin), g.subcluster(part.end - 1) + 1);
@@ -159,10 +180,17 @@ struct Qcow2Node::Zeroing {
       if (wanted_raw == raw) continue;
       qcow2::store_l2(at, wanted_raw, g);
       changed = true;
-      if (!wanted.has_host && clusters_of(old, g).count != 0)
-        dropped.push_back(clusters_of(old, g));
+      if (!wanted.has_host) let_go(old, start);
     }
     return changed;
+  }
+
+  void let_go(const L2Entry& old, uint64_t start) {
+    const qcow2::Geometry& g = node.geometry();
+    if (const auto clusters = clusters_of(old, g); clusters.count != 0) dropped.push_back(clusters);
+    if (!g.external_data || !old.has_host) return;
+    if (emptied.empty() || emptied.back().end != start) emptied.push_back({start, start});
+    emptied.back().end = start + g.cluster_size();
   }
 };
 
@@ -177,11 +205,22 @@ void Qcow2Node::change_in_slice(Range range, ZeroFlags flags) {
     image_.l2().change(entries.slice,
                        [&](std::byte* slice) { return work.change(slice + entries.position); });
     for (const qcow2::HostClusters& clusters : work.dropped) image_.drop(clusters);
+    // Under the claim: nobody writes there anew before the hole is punched.
+    for (const Range& hole : work.emptied) punch_data(hole);
   }
   if (work.done < work.count) {
     throw image_.map().invalid_entry((first + work.done) << g.cluster_bits, work.raw, work.problem);
   }
   for (const Range& part : work.by_writing) zero_part(part, flags);
+}
+
+void Qcow2Node::punch_data(Range hole) {
+  try {
+    image_.data().discard(hole.begin, hole.length());
+  } catch (const Error& e) {
+    base::log_debug("{}: its data file keeps the space at {:#x}: {}", describe(), hole.begin,
+                    e.what());
+  }
 }
 
 // The entry after these subclusters were made zero.

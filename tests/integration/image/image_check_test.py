@@ -206,9 +206,10 @@ class Check(ImageCase):
                       self.must(self.ours("check", "-T", "nope", "x"), 1).err)
 
     def test_features_that_cannot_be_checked_are_named(self):
-        self.make("-f", "qcow2", "-o", "data_file=y.data", "y", "1M")
+        self.make("-f", "qcow2", "--object", "secret,id=s,data=abc", "-o",
+                  "encrypt.format=aes,encrypt.key-secret=s", "y", "1M")
         done = self.must(self.ours("check", "y"), 1)
-        self.assertIn("external data file", done.err)
+        self.assertIn("AES encryption", done.err)
 
 
 if __name__ == "__main__":

@@ -106,7 +106,6 @@ TEST(Qcow2Header, RefusesEachBadFieldByName) {
   has(refusal_with<uint32_t>(56, 0x10000), "refcount_table_clusters");
   has(refusal_with<uint32_t>(60, 70000), "nb_snapshots");
   has(refusal_with<uint32_t>(60, 1), "snapshot table");
-  has(refusal_with<uint64_t>(72, 4), "external data file");
   Header small = sample();
   small.cluster_bits = 13;
   small.incompatible = kIncompatExtendedL2;
@@ -179,14 +178,16 @@ TEST(Qcow2Header, EveryTruncationIsAnError) {
   }
 }
 
-ClusterKind kind_of(uint64_t entry, const Geometry& g) { return decode_l2({entry, 0}, g).kind(0); }
+ClusterKind kind_of(uint64_t entry, const Geometry& g) {
+  return decode_l2({entry, 0}, g, 0).kind(0);
+}
 
 TEST(Qcow2Layout, DecodesEveryKindOfEntry) {
   const Geometry g{16, 4, 3};
   EXPECT_EQ(kind_of(0, g), ClusterKind::kUnallocated);
   EXPECT_EQ(kind_of(kFlagZero, g), ClusterKind::kZeroPlain);
   EXPECT_EQ(kind_of(0x50000 | kFlagZero, g), ClusterKind::kZeroAllocated);
-  const L2Entry data = decode_l2({0x50000 | kFlagCopied, 0}, g);
+  const L2Entry data = decode_l2({0x50000 | kFlagCopied, 0}, g, 0);
   EXPECT_EQ(data.kind(0), ClusterKind::kData);
   EXPECT_TRUE(data.copied);
   EXPECT_EQ(data.host_offset, 0x50000U);
@@ -201,18 +202,18 @@ TEST(Qcow2Layout, EncodesWhatItDecodes) {
   const Geometry g{16, 4, 3};
   for (const uint64_t entry : {uint64_t{0}, kFlagZero, 0x50000 | kFlagZero | kFlagCopied,
                                uint64_t{0x50000}, 0x50000 | kFlagCopied}) {
-    EXPECT_EQ(encode_l2(decode_l2({entry, 0}, g), g), (RawL2{entry, 0}));
+    EXPECT_EQ(encode_l2(decode_l2({entry, 0}, g, 0), g), (RawL2{entry, 0}));
   }
   const Geometry extended{16, 4, 3, true};
   const RawL2 mixed{0x50000 | kFlagCopied, uint64_t{0xff00} << 32 | 0x00f1};
-  EXPECT_EQ(encode_l2(decode_l2(mixed, extended), extended), mixed);
+  EXPECT_EQ(encode_l2(decode_l2(mixed, extended, 0), extended), mixed);
   const RawL2 zero{0, ~uint64_t{0} << 32};
-  EXPECT_EQ(encode_l2(decode_l2(zero, extended), extended), zero);
+  EXPECT_EQ(encode_l2(decode_l2(zero, extended, 0), extended), zero);
 }
 
 TEST(Qcow2Layout, DecodesSubclusters) {
   const Geometry g{16, 4, 3, true};
-  const L2Entry entry = decode_l2({0x50000, uint64_t{0xff00} << 32 | 0x00f1}, g);
+  const L2Entry entry = decode_l2({0x50000, uint64_t{0xff00} << 32 | 0x00f1}, g, 0);
   EXPECT_EQ(entry.kind(0), ClusterKind::kData);
   EXPECT_EQ(entry.kind(1), ClusterKind::kUnallocated);
   EXPECT_EQ(entry.kind(7), ClusterKind::kData);
@@ -224,11 +225,11 @@ TEST(Qcow2Layout, DecodesSubclusters) {
   EXPECT_EQ(entry.same_kind(5, 6), 1U);
   EXPECT_EQ(entry.same_kind(9, 32), 7U);
   EXPECT_EQ(entry.same_kind(16, 32), 16U);
-  EXPECT_EQ(decode_l2({0, uint64_t{1} << 33}, g).kind(1), ClusterKind::kZeroPlain);
+  EXPECT_EQ(decode_l2({0, uint64_t{1} << 33}, g, 0).kind(1), ClusterKind::kZeroPlain);
   // Contradictions, and the flag that extended entries do not have.
-  EXPECT_NE(decode_l2({0x50000, uint64_t{1} << 32 | 1}, g).problem, nullptr);
-  EXPECT_NE(decode_l2({0, 1}, g).problem, nullptr);
-  EXPECT_NE(decode_l2({0x50000 | kFlagZero, 0}, g).problem, nullptr);
+  EXPECT_NE(decode_l2({0x50000, uint64_t{1} << 32 | 1}, g, 0).problem, nullptr);
+  EXPECT_NE(decode_l2({0, 1}, g, 0).problem, nullptr);
+  EXPECT_NE(decode_l2({0x50000 | kFlagZero, 0}, g, 0).problem, nullptr);
   EXPECT_EQ(g.l2_entries(), 4096U);
   EXPECT_EQ(g.subcluster_size(), 2048U);
   EXPECT_EQ(subcluster_mask(0, 32), ~uint32_t{0});
@@ -236,12 +237,25 @@ TEST(Qcow2Layout, DecodesSubclusters) {
   EXPECT_EQ(subcluster_mask(31, 32), 0x8000'0000U);
 }
 
+TEST(Qcow2Layout, DataInAnotherFileLiesWhereTheGuestHasIt) {
+  const Geometry g{16, 4, 3, false, true};
+  EXPECT_EQ(decode_l2({kFlagCopied, 0}, g, 0).kind(0), ClusterKind::kData);
+  EXPECT_EQ(decode_l2({0, 0}, g, 0).kind(0), ClusterKind::kUnallocated);
+  EXPECT_EQ(decode_l2({0x50000 | kFlagCopied, 0}, g, 0x50000).kind(0), ClusterKind::kData);
+  EXPECT_NE(decode_l2({0x50000 | kFlagCopied, 0}, g, 0x40000).problem, nullptr);
+  EXPECT_NE(decode_l2({kFlagCompressed | 0x50000, 0}, g, 0x50000).problem, nullptr);
+  EXPECT_EQ(clusters_of(decode_l2({0x50000 | kFlagCopied, 0}, g, 0x50000), g).count, 0U);
+  for (const uint64_t entry : {kFlagCopied, kFlagCopied | kFlagZero, kFlagZero, uint64_t{0}}) {
+    EXPECT_EQ(encode_l2(decode_l2({entry, 0}, g, 0), g), (RawL2{entry, 0}));
+  }
+}
+
 TEST(Qcow2Layout, DecodesCompressedEntriesForEveryClusterSize) {
   for (unsigned bits = kMinClusterBits; bits <= kMaxClusterBits; ++bits) {
     const Geometry g{bits, 4, 3};
     const unsigned x = 62 - (bits - 8);
     const uint64_t offset = (5ULL << bits) + 700;
-    const L2Entry entry = decode_l2({kFlagCompressed | (uint64_t{1} << x) | offset, 0}, g);
+    const L2Entry entry = decode_l2({kFlagCompressed | (uint64_t{1} << x) | offset, 0}, g, 0);
     EXPECT_EQ(entry.kind(0), ClusterKind::kCompressed);
     EXPECT_EQ(entry.host_offset, offset);
     EXPECT_EQ(entry.compressed_bytes, 1024 - offset % 512);
@@ -250,7 +264,7 @@ TEST(Qcow2Layout, DecodesCompressedEntriesForEveryClusterSize) {
     EXPECT_EQ(host.count, ((offset + entry.compressed_bytes - 1) >> bits) - host.first + 1);
     // The most that any entry can ask to be read.
     const uint64_t largest = kFlagCompressed | ((1ULL << 62) - 1 - ((1ULL << x) - 1)) | 512;
-    EXPECT_LE(decode_l2({largest, 0}, g).compressed_bytes, 2 * g.cluster_size());
+    EXPECT_LE(decode_l2({largest, 0}, g, 0).compressed_bytes, 2 * g.cluster_size());
   }
 }
 
@@ -369,6 +383,12 @@ TEST(Qcow2Create, RefusesWhatTheFormatCannotSay) {
   EXPECT_NE(refused({.cluster_bits = 13, .extended_l2 = true}).find("at least 16384 bytes"),
             std::string::npos);
   EXPECT_NE(refused({.version = 2, .extended_l2 = true}).find("Extended L2 entries are only"),
+            std::string::npos);
+  EXPECT_EQ(refused({.data_file_raw = true}), "data-file-raw requires data-file");
+  EXPECT_NE(refused({.version = 2, .data_file = "d"}).find("External data files are only"),
+            std::string::npos);
+  EXPECT_NE(refused({.data_file = "d", .data_file_raw = true, .backing_file = "b"})
+                .find("cannot be used at the same time"),
             std::string::npos);
   EXPECT_NE(refused({.cluster_bits = 22}).find("Cluster size must be"), std::string::npos);
   EXPECT_NE(refused({.size = ~uint64_t{0}, .cluster_bits = 21}).find("too large"),

@@ -142,7 +142,8 @@ TEST_F(Qcow2Recovery, WhatCouldNotBeFreedIsFreedLater) {
       header = qcow2::read_header(edge);
     }
     const auto sizes = qcow2::choose_cache_sizes(header, std::nullopt, 1 << 20, 4096, std::nullopt);
-    node_ = std::make_shared<Qcow2Node>(NodeConfig{"disk", false}, file_, nullptr, header, sizes);
+    node_ = std::make_shared<Qcow2Node>(
+        NodeConfig{"disk", false}, Qcow2Node::Children{file_, nullptr, nullptr}, header, sizes);
     disk_ = std::make_unique<Edge>(node_, "guest", Permissions::front_end(true));
     disk_->discard(0, 1 << 20);
     std::atomic<int> reads{0};

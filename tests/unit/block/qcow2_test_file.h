@@ -196,7 +196,8 @@ inline std::shared_ptr<TestFile> make_test_image(const qcow2::CreateOptions& opt
 inline std::shared_ptr<Qcow2Node> open_test_image(std::shared_ptr<Node> file,
                                                   std::shared_ptr<Node> backing = nullptr,
                                                   bool read_only = false,
-                                                  uint64_t l2_cache = 1 << 20) {
+                                                  uint64_t l2_cache = 1 << 20,
+                                                  std::shared_ptr<Node> data = nullptr) {
   qcow2::Header header;
   {
     Edge edge(file, "open", {0, Permissions::kWrite | Permissions::kResize});
@@ -205,8 +206,9 @@ inline std::shared_ptr<Qcow2Node> open_test_image(std::shared_ptr<Node> file,
   }
   const auto sizes =
       qcow2::choose_cache_sizes(header, std::nullopt, l2_cache, std::nullopt, std::nullopt);
-  return std::make_shared<Qcow2Node>(NodeConfig{"disk", read_only}, std::move(file),
-                                     std::move(backing), std::move(header), sizes);
+  Qcow2Node::Children children{std::move(file), std::move(data), std::move(backing)};
+  return std::make_shared<Qcow2Node>(NodeConfig{"disk", read_only}, std::move(children),
+                                     std::move(header), sizes);
 }
 
 }  // namespace minivmm::block
