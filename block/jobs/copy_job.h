@@ -27,7 +27,7 @@ namespace minivmm::block {
 
 // Bytes of data a request, unless the caller knows better. Measured: larger ones leave the CPU's
 // cache before they are written, smaller ones pay for more requests.
-inline constexpr uint64_t kCopyRequest = 512 * 1024;
+inline constexpr uint64_t kCopyRequest = 1024 * 1024;
 
 struct CopyOptions {
   uint64_t request = kCopyRequest;  // a power of two
