@@ -2,7 +2,6 @@
 #include "block/formats/qcow2/checker.h"
 
 #include <algorithm>
-#include <unordered_set>
 #include <utility>
 
 #include "base/bytes.h"
@@ -36,6 +35,7 @@ CheckResult Checker::run() {
   count_range(0, geometry_.cluster_size());
   count_l1(header_.l1_offset, header_.l1_size, Active::kYes);
   count_snapshots();
+  count_l2_tables();
   count_bitmaps();
   count_refcount_table();
   compare();
@@ -70,7 +70,7 @@ Checker::Table Checker::read_table(uint64_t offset, uint64_t entries, const char
   return out;
 }
 
-bool Checker::count_range(uint64_t offset, uint64_t bytes, bool* shared) {
+bool Checker::count_range(uint64_t offset, uint64_t bytes, uint64_t times, bool* shared) {
   if (bytes == 0) return true;
   // As QEMU has it: the last cluster of a file may be cut short.
   if (offset > file_size_ || offset + bytes > file_size_ + geometry_.cluster_size()) {
@@ -82,7 +82,7 @@ bool Checker::count_range(uint64_t offset, uint64_t bytes, bool* shared) {
   }
   const uint64_t last = (offset + bytes - 1) >> geometry_.cluster_bits;
   for (uint64_t cluster = offset >> geometry_.cluster_bits; cluster <= last; ++cluster) {
-    const uint64_t before = counts_.add(cluster);
+    const uint64_t before = counts_.add(cluster, times);
     if (before != 0 && shared != nullptr) *shared = true;
   }
   return true;
@@ -91,42 +91,66 @@ bool Checker::count_range(uint64_t offset, uint64_t bytes, bool* shared) {
 void Checker::count_l1(uint64_t offset, uint64_t entries, Active active) {
   if (entries == 0) return;
   bool shared = false;
-  if (!count_range(offset, entries * 8, &shared)) return;
+  if (!count_range(offset, entries * 8, 1, &shared)) return;
   // No two L1 tables are the same: to follow it again would only take time.
   if (shared) {
     corruption("L1 table at {:#x} overlaps other metadata", offset);
     return;
   }
   Table table = read_table(offset, entries, "L1 table");
-  std::unordered_set<uint64_t> repeated;
-  {
-    Table sorted = table;
-    std::sort(sorted.begin(), sorted.end());
-    for (size_t i = 1; i < sorted.size(); ++i) {
-      if (sorted[i] != 0 && sorted[i] == sorted[i - 1]) repeated.insert(sorted[i]);
-    }
-  }
-  std::unordered_set<uint64_t> followed;
+  std::vector<std::pair<uint64_t, size_t>> found;  // L2 table, index
   for (size_t i = 0; i < table.size(); ++i) {
-    const uint64_t raw = table[i];
+    uint64_t& raw = table[i];
     if (raw == 0) continue;
     if (const char* problem = l1_problem(raw, geometry_)) {
       corruption("L1 entry {} ({:#x}) is invalid: {}", i, raw, problem);
-      if (active == Active::kYes) table[i] = 0;
-      continue;
-    }
-    const uint64_t l2 = raw & kOffsetMask;
-    const bool again = repeated.contains(raw) && !followed.insert(raw).second;
-    if (!count_range(l2, geometry_.cluster_size())) {
-      if (active == Active::kYes) table[i] = 0;
-    } else if (again) {
-      corruption("L1 entry {} ({:#x}) refers to the L2 table of another entry", i, raw);
-      if (active == Active::kYes) table[i] = 0;
+      raw = 0;
+    } else if (!count_range(raw & kOffsetMask, geometry_.cluster_size())) {
+      raw = 0;
     } else {
-      count_l2(l2, i, active);
+      found.emplace_back(raw & kOffsetMask, i);
     }
   }
+  std::sort(found.begin(), found.end());
+  for (size_t i = 0; i < found.size(); ++i) {
+    const auto [l2, index] = found[i];
+    if (i != 0 && l2 == found[i - 1].first) {
+      corruption("L1 entry {} ({:#x}) refers to the L2 table of another entry", index,
+                 table[index]);
+      table[index] = 0;
+    } else {
+      l2_uses_.push_back({l2, 1, index, active == Active::kYes});
+    }
+  }
+  if (l2_uses_.size() > join_at_) join_uses();
   if (active == Active::kYes) l1_ = std::move(table);
+}
+
+// One entry for each table. Snapshots share most of theirs, so this keeps the list short.
+void Checker::join_uses() {
+  std::sort(l2_uses_.begin(), l2_uses_.end(),
+            [](const L2Use& a, const L2Use& b) { return a.offset < b.offset; });
+  size_t kept = 0;
+  for (size_t i = 0; i < l2_uses_.size(); ++i) {
+    const L2Use use = l2_uses_[i];
+    if (kept == 0 || l2_uses_[kept - 1].offset != use.offset) {
+      l2_uses_[kept++] = use;
+      continue;
+    }
+    L2Use& known = l2_uses_[kept - 1];
+    known.times += use.times;
+    if (use.active) known.l1_index = use.l1_index;
+    known.active = known.active || use.active;
+  }
+  l2_uses_.resize(kept);
+  join_at_ = std::max(join_at_, 2 * kept);
+}
+
+// Each table is read once, however many snapshots use it.
+void Checker::count_l2_tables() {
+  join_uses();
+  for (const L2Use& use : l2_uses_) count_l2(use);
+  l2_uses_ = {};
 }
 
 std::vector<RawL2> Checker::read_l2_table(uint64_t offset) {
@@ -140,11 +164,11 @@ std::vector<RawL2> Checker::read_l2_table(uint64_t offset) {
   return out;
 }
 
-void Checker::count_l2(uint64_t offset, uint64_t l1_index, Active active) {
+void Checker::count_l2(const L2Use& use) {
   next_fragment_ = 0;  // each table by itself, as in qemu-img's numbers
-  uint64_t guest_offset = l1_index << geometry_.l1_shift();
-  for (const RawL2& raw : read_l2_table(offset)) {
-    if (raw != RawL2{}) count_entry(raw, guest_offset, active);
+  uint64_t guest_offset = use.l1_index << geometry_.l1_shift();
+  for (const RawL2& raw : read_l2_table(use.offset)) {
+    if (raw != RawL2{}) count_entry(raw, guest_offset, use);
     guest_offset += geometry_.cluster_size();
   }
 }
@@ -155,7 +179,7 @@ void Checker::follow_fragments(uint64_t offset) {
   next_fragment_ = offset + geometry_.cluster_size();
 }
 
-void Checker::count_entry(RawL2 raw, uint64_t guest_offset, Active active) {
+void Checker::count_entry(RawL2 raw, uint64_t guest_offset, const L2Use& use) {
   const L2Entry entry = decode_l2(raw, geometry_, guest_offset);
   if (entry.problem != nullptr) {
     corruption("L2 entry {:#x} (bitmap {:#x}) is invalid: {}", raw.entry, raw.bitmap,
@@ -164,9 +188,9 @@ void Checker::count_entry(RawL2 raw, uint64_t guest_offset, Active active) {
   }
   if (entry.has_host) {
     // What lies in an external data file is not counted.
-    const bool sound =
-        geometry_.external_data || count_range(entry.host_offset, geometry_.cluster_size());
-    if (sound && active == Active::kYes) follow_fragments(entry.host_offset);
+    const bool sound = geometry_.external_data ||
+                       count_range(entry.host_offset, geometry_.cluster_size(), use.times);
+    if (sound && use.active) follow_fragments(entry.host_offset);
     return;
   }
   if (!entry.compressed) return;
@@ -174,7 +198,7 @@ void Checker::count_entry(RawL2 raw, uint64_t guest_offset, Active active) {
     corruption("compressed cluster at {:#x} has a subcluster bitmap ({:#x})", entry.host_offset,
                raw.bitmap);
   }
-  if (count_range(entry.host_offset, entry.compressed_bytes) && active == Active::kYes) {
+  if (count_range(entry.host_offset, entry.compressed_bytes, use.times) && use.active) {
     // Compressed clusters are fragmented by nature.
     ++result_.allocated_clusters;
     ++result_.compressed_clusters;
@@ -251,7 +275,7 @@ void Checker::count_bitmap(uint64_t table_offset, uint64_t entries) {
     return;
   }
   bool shared = false;
-  count_range(table_offset, bytes, &shared);
+  count_range(table_offset, bytes, 1, &shared);
   if (shared) {
     corruption("bitmap table at {:#x} overlaps other metadata", table_offset);
     return;

@@ -31,8 +31,17 @@ class Checker {
 
   // checker.cc
   void count_l1(uint64_t offset, uint64_t entries, Active active);
-  void count_l2(uint64_t offset, uint64_t l1_index, Active active);
-  void count_entry(RawL2 raw, uint64_t guest_offset, Active active);
+  // Which L1 tables use an L2 table, and where the active one has it.
+  struct L2Use {
+    uint64_t offset = 0;
+    uint64_t times = 1;
+    uint64_t l1_index = 0;
+    bool active = false;
+  };
+  void join_uses();
+  void count_l2_tables();
+  void count_l2(const L2Use& use);
+  void count_entry(RawL2 raw, uint64_t guest_offset, const L2Use& use);
   void count_snapshots();
   bool count_snapshot(uint64_t& offset);
   void count_bitmaps();
@@ -50,9 +59,9 @@ class Checker {
   uint64_t refcount_on_disk(uint64_t cluster) const;
   uint64_t compared_clusters() const;
 
-  // Counts the clusters of a range; false: it lies past the end of the file (a corruption).
-  // `shared`: receives whether any of it had been counted before.
-  bool count_range(uint64_t offset, uint64_t bytes, bool* shared = nullptr);
+  // Counts the clusters of a range as used so many times; false: it lies past the end of the file
+  // (a corruption). `shared`: receives whether any of it had been counted before.
+  bool count_range(uint64_t offset, uint64_t bytes, uint64_t times = 1, bool* shared = nullptr);
   // A table of big-endian numbers; empty (and a check error) if it cannot be read.
   Table read_table(uint64_t offset, uint64_t entries, const char* what);
   std::vector<RawL2> read_l2_table(uint64_t offset);
@@ -72,6 +81,8 @@ class Checker {
   const uint64_t file_size_;
   CheckResult result_;
   ClusterCounts counts_;
+  std::vector<L2Use> l2_uses_;  // more than one for a table until they are joined
+  size_t join_at_ = 1 << 16;
   Table l1_;
   Table refcount_table_;
   base::Buffer block_;

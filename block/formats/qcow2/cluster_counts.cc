@@ -2,6 +2,7 @@
 #include "block/formats/qcow2/cluster_counts.h"
 
 #include <algorithm>
+#include <utility>
 
 namespace minivmm::block::qcow2 {
 
@@ -14,15 +15,17 @@ uint8_t* ClusterCounts::chunk(uint64_t number) {
   return last_;
 }
 
-uint64_t ClusterCounts::add(uint64_t cluster) {
+uint64_t ClusterCounts::add(uint64_t cluster, uint64_t times) {
   uint8_t& count = chunk(cluster / kChunk)[cluster % kChunk];
-  if (count < kElsewhere - 1) return count++;
-  if (count == kElsewhere - 1) {
+  if (count == kElsewhere) return std::exchange(large_[cluster], large_[cluster] + times);
+  const uint64_t before = count;
+  if (times < kElsewhere - before) {
+    count = static_cast<uint8_t>(before + times);
+  } else {
     count = kElsewhere;
-    large_[cluster] = kElsewhere;
-    return kElsewhere - 1;
+    large_[cluster] = before + times;
   }
-  return large_[cluster]++;
+  return before;
 }
 
 uint64_t ClusterCounts::get(uint64_t cluster) const {

@@ -14,7 +14,7 @@ namespace minivmm::block::qcow2 {
 class ClusterCounts {
  public:
   // Returns the count before.
-  uint64_t add(uint64_t cluster);
+  uint64_t add(uint64_t cluster, uint64_t times = 1);
   uint64_t get(uint64_t cluster) const;
   // The first clusters of all chunks that exist, ascending.
   static constexpr uint64_t kChunk = 256;

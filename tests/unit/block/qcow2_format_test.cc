@@ -348,6 +348,13 @@ TEST(Qcow2ClusterCounts, CountsPastAByte) {
   for (uint64_t i = 0; i < 1000; ++i) EXPECT_EQ(counts.add(12345), i);
   EXPECT_EQ(counts.get(12345), 1000U);
   EXPECT_EQ(counts.get(12346), 0U);
+  for (uint64_t times : {1U, 253U, 254U, 255U, 256U, 70'000U}) {
+    ClusterCounts many;
+    EXPECT_EQ(many.add(7, times), 0U);
+    EXPECT_EQ(many.add(7, times), times);
+    EXPECT_EQ(many.add(7, 1), 2 * times);
+    EXPECT_EQ(many.get(7), 2 * times + 1);
+  }
   EXPECT_EQ(counts.chunks(), std::vector<uint64_t>{12345 / 256 * 256});
 }
 

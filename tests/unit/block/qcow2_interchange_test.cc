@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // Images that QEMU's tools made in ways that this driver cannot, and the state bits of images.
+#include <map>
+
 #include "base/bytes.h"
 #include "block/formats/qcow2/check.h"
 #include "qcow2_fixture.h"
+#include "qcow2_test_file.h"
 
 namespace minivmm::block {
 namespace {
@@ -230,6 +233,30 @@ TEST_F(Qcow2Interchange, CheckCountsAsQemuDoes) {
   EXPECT_EQ(ours.allocated_clusters, theirs("allocated-clusters"));
   EXPECT_EQ(ours.fragmented_clusters, theirs("fragmented-clusters"));
   EXPECT_EQ(ours.compressed_clusters, theirs("compressed-clusters"));
+}
+
+// A check of an image with many snapshots once read the tables that they share for each of them.
+TEST_F(Qcow2Interchange, TablesThatSnapshotsShareAreCheckedOnce) {
+  must("qemu-img create -f qcow2 -o cluster_size=4k " + path("s.qcow2") + " 8M");
+  must("qemu-io -c 'write -P 1 0 6M' " + path("s.qcow2"));
+  for (int i = 0; i < 20; ++i) {
+    must(fmt::format("qemu-img snapshot -c s{} {}", i, path("s.qcow2")));
+    must(fmt::format("qemu-io -c 'write -P 2 {} 4k' {}", i * 4096, path("s.qcow2")));
+  }
+  std::ifstream in(path("s.qcow2"), std::ios::binary);
+  const std::string text((std::istreambuf_iterator<char>(in)), {});
+  const auto bytes = std::as_bytes(std::span(text));
+  on_fiber([&] {
+    auto file = std::make_shared<TestFile>();
+    file->set_content({bytes.begin(), bytes.end()});
+    std::map<uint64_t, int> reads;
+    file->before = [&](TestFile::Op, uint64_t offset, uint64_t) { ++reads[offset]; };
+    Edge edge(file, "check", {});
+    const auto result =
+        qcow2::check_image(edge, [](const std::string& line) { ADD_FAILURE() << line; });
+    EXPECT_EQ(result.allocated_clusters, 1536U);
+    for (const auto& [offset, count] : reads) EXPECT_LE(count, 3) << offset;
+  });
 }
 
 TEST_F(Qcow2Interchange, ALargeSparseDiskGrowsItsRefcountTable) {
