@@ -1,10 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "block/formats/qcow2/overlap.h"
 
+#include <algorithm>
+#include <bit>
+
 namespace minivmm::block::qcow2 {
 
+namespace {
+
+// 16 bits a table let about one cluster of data in 16 pass where all tables exist; up to 2 MiB.
+unsigned filter_bits(const Header& h) {
+  const auto wanted = static_cast<unsigned>(std::bit_width(uint64_t{h.l1_size} * 16));
+  return std::clamp(wanted, 16U, 24U);
+}
+
+}  // namespace
+
 MetadataMap::MetadataMap(const Header& h)
-    : filter_(std::make_unique<std::atomic<uint64_t>[]>(kFilterBits / 64)) {
+    : filter_bits_(filter_bits(h)),
+      filter_(std::make_unique<std::atomic<uint64_t>[]>((size_t{1} << filter_bits_) / 64)) {
   const Geometry g = h.geometry();
   const auto range = [&](uint64_t offset, uint64_t bytes, const char* what) {
     const uint64_t first = offset >> g.cluster_bits;

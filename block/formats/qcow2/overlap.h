@@ -40,9 +40,9 @@ class MetadataMap {
     uint64_t end = 0;
     const char* what = nullptr;
   };
-  static constexpr size_t kFilterBits = 1 << 16;
-  static size_t filter_bit(uint64_t cluster) noexcept {
-    return static_cast<size_t>((cluster * 0x9e3779b97f4a7c15ULL) >> 48);
+  // A bit of the filter, of 2^filter_bits_.
+  size_t filter_bit(uint64_t cluster) const noexcept {
+    return static_cast<size_t>((cluster * 0x9e3779b97f4a7c15ULL) >> (64 - filter_bits_));
   }
   bool may_contain(uint64_t cluster) const noexcept {
     const size_t bit = filter_bit(cluster);
@@ -52,7 +52,9 @@ class MetadataMap {
   std::array<Range, 3> fixed_;  // header, L1 table, snapshot table
   std::atomic<uint64_t> table_first_;
   std::atomic<uint64_t> table_end_;
-  // A Bloom filter in front of the exact set: most questions end here, without a lock.
+  // A Bloom filter in front of the exact set: most questions end here, without a lock. Its size
+  // follows the number of L2 tables that there can be.
+  const unsigned filter_bits_;
   std::unique_ptr<std::atomic<uint64_t>[]> filter_;
   mutable std::mutex mutex_;
   std::unordered_map<uint64_t, const char*> clusters_;  // guarded by mutex_

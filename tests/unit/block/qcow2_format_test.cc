@@ -343,6 +343,20 @@ TEST(Qcow2Overlap, FindsFixedAndAddedMetadata) {
   EXPECT_EQ(map.find(100, 1), nullptr);
 }
 
+// The filter grows with the L1 table; what was added is found whatever its size.
+TEST(Qcow2Overlap, FindsEachOfManyTables) {
+  for (const uint32_t tables : {1U, 5'000U, 300'000U}) {
+    Header h = sample();
+    h.l1_size = tables;
+    MetadataMap map(h);
+    for (uint64_t i = 0; i < tables; ++i) map.add(1000 + i * 3, kL2Table);
+    for (uint64_t i = 0; i < tables; ++i) {
+      ASSERT_EQ(map.find(1000 + i * 3, 1), kL2Table) << i;
+      ASSERT_EQ(map.find(1001 + i * 3, 2), nullptr) << i;
+    }
+  }
+}
+
 TEST(Qcow2ClusterCounts, CountsPastAByte) {
   ClusterCounts counts;
   for (uint64_t i = 0; i < 1000; ++i) EXPECT_EQ(counts.add(12345), i);
