@@ -61,6 +61,7 @@ void fill_zero_page(std::span<std::byte> page, const ZeroPageInput& input) {
   store_split(page, 0x228, 0xc8, input.command_line_address);
   store_split(page, 0x218, 0xc0, input.initrd_address);
   store_split(page, 0x21c, 0xc4, input.initrd_size);
+  store_le<uint64_t>(&page[0x250], input.setup_data_address);
   store_le(&page[0x1e8], static_cast<uint8_t>(input.memory_map.size()));
   size_t at = kE820Offset;
   for (const auto& entry : input.memory_map) {
@@ -69,6 +70,14 @@ void fill_zero_page(std::span<std::byte> page, const ZeroPageInput& input) {
     store_le<uint32_t>(&page[at + 16], static_cast<uint32_t>(entry.kind));
     at += kE820EntryBytes;
   }
+}
+
+void fill_rng_seed(std::span<std::byte> out, std::span<const std::byte> seed) {
+  constexpr uint32_t kSetupRngSeed = 9;
+  store_le<uint64_t>(&out[0], 0);  // next
+  store_le<uint32_t>(&out[8], kSetupRngSeed);
+  store_le(&out[12], static_cast<uint32_t>(seed.size()));
+  std::copy(seed.begin(), seed.end(), out.begin() + kSetupDataHeaderBytes);
 }
 
 void fill_linux_gdt(std::span<std::byte> gdt) {

@@ -16,12 +16,18 @@ struct ZeroPageInput {
   uint64_t command_line_address = 0;
   uint64_t initrd_address = 0;
   uint64_t initrd_size = 0;
-  uint64_t rsdp_address = 0;  // 0: the kernel looks for it
+  uint64_t rsdp_address = 0;        // 0: the kernel looks for it
+  uint64_t setup_data_address = 0;  // first of a list; 0: none
   std::span<const MemoryMapEntry> memory_map;
 };
 
 // `page` is 4096 bytes. Throws base::Error(EINVAL) for a header or map that does not fit.
 void fill_zero_page(std::span<std::byte> page, const ZeroPageInput& input);
+
+// A list of one setup_data entry that gives the kernel (6.0 and later) a seed for its random number
+// generator; the kernel wipes it. `out` is kSetupDataHeaderBytes longer than `seed`.
+inline constexpr size_t kSetupDataHeaderBytes = 16;
+void fill_rng_seed(std::span<std::byte> out, std::span<const std::byte> seed);
 
 // Flat 64-bit segments where the protocol document puts them.
 inline constexpr uint16_t kLinuxCodeSelector = 0x10;

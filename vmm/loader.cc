@@ -2,6 +2,8 @@
 #include "vmm/loader.h"
 
 #include <errno.h>
+#include <string.h>
+#include <string_view>
 
 #include <algorithm>
 #include <cstring>
@@ -21,6 +23,15 @@ namespace minivmm::vmm {
 namespace {
 
 constexpr uint64_t kVmlinuxInitrdMax = 0x7fffffff;
+
+// Kernels split at blanks.
+bool has_word(std::string_view text, std::string_view word) {
+  for (size_t at = 0; (at = text.find(word, at)) != std::string_view::npos; ++at) {
+    const size_t end = at + word.size();
+    if ((at == 0 || text[at - 1] == ' ') && (end == text.size() || text[end] == ' ')) return true;
+  }
+  return false;
+}
 
 class Loader {
  public:
@@ -51,6 +62,25 @@ class Loader {
     return {host, length};
   }
 
+  bool wants_acpi(bool known) const {
+    switch (request_.listing) {
+      case DeviceListing::kAcpi:
+        return true;
+      case DeviceListing::kCommandLine:
+        return false;
+      default:
+        return known && !has_word(request_.command_line, "acpi=off");
+    }
+  }
+
+  bool occurs(const ElfImage& elf, std::string_view text) const {
+    return std::any_of(elf.segments.begin(), elf.segments.end(), [&](const ElfSegment& segment) {
+      if (segment.file_size == 0) return false;
+      const auto bytes = guest(segment.address, segment.file_size, "ELF segment");
+      return ::memmem(bytes.data(), bytes.size(), text.data(), text.size()) != nullptr;
+    });
+  }
+
   BootState load_elf() {
     const ElfImage elf = parse_elf(*request_.kernel);
     if (elf.lowest < kKernelAddress) {
@@ -67,6 +97,7 @@ class Loader {
       request_.kernel->read(segment.file_offset, target.first(segment.file_size), "ELF segment");
       // The rest is zero already: guest RAM is fresh.
     }
+    acpi_ = wants_acpi(occurs(elf, "RSD PTR "));
     if (elf.pvh_entry && request_.protocol != BootProtocol::kLinux64) {
       load_initrd(elf.end, low_end_ - 1);
       return enter_pvh(*elf.pvh_entry);
@@ -88,6 +119,7 @@ class Loader {
       throw base::Error(EINVAL, fmt::format("{}: a bzImage has no PVH entry; use its vmlinux",
                                             request_.kernel->name()));
     }
+    acpi_ = wants_acpi(true);
     const auto target = guest(kKernelAddress, image.payload_size, "kernel");
     request_.kernel->read(image.payload_offset, target, "kernel");
     // The kernel unpacks itself at its preferred address and needs init_size bytes there.
@@ -110,7 +142,8 @@ class Loader {
   }
 
   void write_command_line(uint64_t max) {
-    const std::string& text = request_.command_line;
+    std::string text = request_.command_line;
+    if (!acpi_) text += request_.device_arguments;
     max = std::min(max, kCommandLineMax - 1);
     if (text.size() > max) {
       throw base::Error(EINVAL, fmt::format("command line of {} characters, {} takes at most {}",
@@ -130,14 +163,14 @@ class Loader {
     input.initrd_address = initrd_address_;
     input.initrd_size = initrd_size_;
     input.module_list_address = kPvhModuleListAddress;
-    input.rsdp_address = request_.rsdp_address;
+    input.rsdp_address = acpi_ ? kAcpiAddress : 0;
     input.memory_map_address = kPvhMemoryMapAddress;
     input.memory_map_entries = static_cast<uint32_t>(map_.size());
     fill_pvh_start_info(guest(kPvhStartInfoAddress, kPvhStartInfoBytes, "start_info"), input);
     fill_pvh_module(guest(kPvhModuleListAddress, kPvhModuleBytes, "module list"), input);
     fill_pvh_memory_map(guest(kPvhMemoryMapAddress, map_.size() * kPvhMapEntryBytes, "memory map"),
                         map_);
-    return {EntryMode::kProtected32, entry, kPvhStartInfoAddress};
+    return {EntryMode::kProtected32, entry, kPvhStartInfoAddress, acpi_};
   }
 
   BootState enter_linux(uint64_t entry, std::span<const std::byte> setup_header) {
@@ -146,13 +179,19 @@ class Loader {
     input.command_line_address = kCommandLineAddress;
     input.initrd_address = initrd_address_;
     input.initrd_size = initrd_size_;
-    input.rsdp_address = request_.rsdp_address;
+    input.rsdp_address = acpi_ ? kAcpiAddress : 0;
     input.memory_map = map_;
+    if (!request_.rng_seed.empty()) {
+      input.setup_data_address = kSetupDataAddress;
+      fill_rng_seed(guest(kSetupDataAddress, kSetupDataHeaderBytes + request_.rng_seed.size(),
+                          "seed of random numbers"),
+                    request_.rng_seed);
+    }
     fill_zero_page(guest(kZeroPageAddress, kPageSize, "zero page"), input);
     fill_linux_gdt(guest(kGdtAddress, kLinuxGdtBytes, "GDT"));
     fill_identity_tables(guest(kPageTableAddress, kIdentityTableBytes, "page tables"),
                          kPageTableAddress);
-    return {EntryMode::kLong64, entry, kZeroPageAddress};
+    return {EntryMode::kLong64, entry, kZeroPageAddress, acpi_};
   }
 
   const LoadRequest& request_;
@@ -161,6 +200,7 @@ class Loader {
   const uint64_t low_end_;
   uint64_t initrd_address_ = 0;
   uint64_t initrd_size_ = 0;
+  bool acpi_ = false;
 };
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <sys/eventfd.h>
+#include <sys/random.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -17,7 +18,9 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "base/log.h"
 #include "base/unique_fd.h"
+#include "vmm/acpi.h"
 #include "vmm/console.h"
 #include "vmm/image_reader.h"
 #include "vmm/kick.h"
@@ -25,6 +28,7 @@
 #include "vmm/layout.h"
 #include "vmm/legacy_devices.h"
 #include "vmm/memory.h"
+#include "vmm/mp_table.h"
 #include "vmm/serial.h"
 #include "vmm/vcpu.h"
 
@@ -53,6 +57,17 @@ kvm_ioeventfd describe_ioeventfd(int eventfd, uint64_t address, uint32_t length,
     out.flags |= KVM_IOEVENTFD_FLAG_DATAMATCH;
     out.datamatch = *match;
   }
+  return out;
+}
+
+// Linux with hardware-reduced ACPI and no `reboot=` jumps to the reset vector in real mode:
+// mov $1, %al; mov $kPowerPort, %dx; out %al, %dx; 1: hlt; jmp 1b
+std::array<std::byte, 9> reset_code() {
+  constexpr uint8_t kCode[] = {0xb0, 0x01, 0xba, kPowerPort & 0xff, kPowerPort >> 8, 0xee,
+                               0xf4, 0xeb, 0xfd};
+  std::array<std::byte, 9> out{};
+  std::transform(std::begin(kCode), std::end(kCode), out.begin(),
+                 [](uint8_t byte) { return std::byte{byte}; });
   return out;
 }
 
@@ -94,6 +109,7 @@ class Machine::Impl final : public VcpuHost {
   void add_memory_slots();
   void refuse_after_start(std::string_view what) const;
   BootState load();
+  void write_firmware(bool acpi);
   void run_vcpus();
 
   Bus ports_{"port"};
@@ -106,6 +122,7 @@ class Machine::Impl final : public VcpuHost {
   DebugExit debug_exit_;
   std::vector<std::unique_ptr<Vcpu>> vcpus_;
   std::string device_arguments_;
+  std::vector<AcpiDevice> acpi_devices_;  // the same devices
   unsigned next_slot_ = 0;
   bool start_called_ = false;  // building thread only
 
@@ -213,6 +230,7 @@ void Machine::Impl::add_mmio_device(std::string_view name, const MmioSlot& slot,
   mmio_.add(slot.base, slot.size, name, device);
   device_arguments_ +=
       fmt::format(" virtio_mmio.device={}K@{:#x}:{}", slot.size / 1024, slot.base, slot.gsi);
+  acpi_devices_.push_back({slot.base, slot.size, slot.gsi});
 }
 
 void Machine::Impl::add_port_device(std::string_view name, uint64_t base, uint64_t size,
@@ -248,10 +266,43 @@ BootState Machine::Impl::load() {
   LoadRequest request;
   request.kernel = kernel.get();
   request.initrd = initrd.get();
-  request.command_line = config_.command_line + device_arguments_;
+  request.command_line = config_.command_line;
+  request.device_arguments = device_arguments_;
+  request.listing = config_.device_listing;
   request.ram_size = memory_.size();
   request.protocol = config_.protocol;
-  return load_kernel(request, memory_.view());
+  std::array<std::byte, 32> seed{};
+  if (::getrandom(seed.data(), seed.size(), GRND_NONBLOCK) == ssize_t{seed.size()}) {
+    request.rng_seed = seed;
+  }
+  const BootState state = load_kernel(request, memory_.view());
+  write_firmware(state.acpi);
+  return state;
+}
+
+// What a kernel expects of a PC's firmware and finds in memory.
+void Machine::Impl::write_firmware(bool acpi) {
+  const auto put = [&](uint64_t address, uint64_t end, std::span<const std::byte> bytes) {
+    if (bytes.size() > end - address) {
+      throw base::Error(ENOSPC, fmt::format("{}: {} bytes of firmware tables do not fit",
+                                            config_.name, bytes.size()));
+    }
+    std::copy(bytes.begin(), bytes.end(),
+              memory_.bytes(address, bytes.size(), "firmware tables").begin());
+  };
+  if (acpi) {
+    put(kAcpiAddress, kMpTableAddress,
+        make_acpi_tables({config_.vcpus, acpi_devices_}, kAcpiAddress));
+  } else {
+    // A kernel that reads neither ACPI nor kvmclock measures its clocks with the timer of a PC.
+    kvm_pit_config timer{};
+    timer.flags = KVM_PIT_SPEAKER_DUMMY;
+    if (kvm_ioctl(vm_.get(), KVM_CREATE_PIT2, &timer) != 0) {
+      base::log_debug("{}: KVM makes no PIT", config_.name);
+    }
+  }
+  put(kMpTableAddress, kResetVectorAddress, make_mp_table(config_.vcpus, kMpTableAddress));
+  put(kResetVectorAddress, kKernelAddress, reset_code());
 }
 
 void Machine::Impl::start() {

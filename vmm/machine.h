@@ -47,8 +47,9 @@ struct MachineConfig {
   unsigned vcpus = 1;
   KernelSource kernel;
   BootProtocol protocol = BootProtocol::kAuto;
-  std::string initrd_path;             // optional; Linux and PVH kernels
-  std::string command_line;            // device entries are added behind it
+  std::string initrd_path;  // optional; Linux and PVH kernels
+  std::string command_line;
+  DeviceListing device_listing = DeviceListing::kAuto;  // may add to the command line
   bool triple_fault_is_reset = false;  // for a guest that reboots that way; else it is a crash
   SerialConfig serial;
 };
@@ -77,10 +78,11 @@ class Machine {
 
   // The next free virtio window and interrupt line. Throws base::Error(ENOSPC) after 19.
   MmioSlot allocate_slot();
-  // Registers a virtio-mmio device: bus window and an entry on the kernel's command line.
+  // Registers a virtio-mmio device: bus window, and an entry in the ACPI tables or on the kernel's
+  // command line.
   // Throws base::Error: EBUSY for an overlap or after start().
   void add_mmio_device(std::string_view name, const MmioSlot& slot, BusDevice& device);
-  // Other devices: no command line entry.
+  // Other devices: the kernel is not told.
   void add_port_device(std::string_view name, uint64_t base, uint64_t size, BusDevice& device);
 
   // An edge on `gsi` for each time `eventfd` is written. Before start(). Throws base::Error.

@@ -121,6 +121,68 @@ TEST(Loader, EntersAVmlinuxWithoutANoteByTheLinuxProtocol) {
   EXPECT_EQ(std::memcmp(at(memory, state.boot_data + 0x202), "HdrS", 4), 0);
 }
 
+// The seed is found by the list that the zero page begins.
+TEST(Loader, GivesLinuxASeedForItsRandomNumbers) {
+  const Memory memory({.size = 64 * kMiB});
+  const auto kernel = make_bzimage();
+  const SpanReader reader("kernel", kernel);
+  const std::vector<std::byte> seed(32, std::byte{0x5a});
+  LoadRequest request;
+  request.kernel = &reader;
+  request.ram_size = memory.size();
+  request.rng_seed = seed;
+  const BootState state = load_kernel(request, memory.view());
+  const auto* data = at(memory, load_le<uint64_t>(at(memory, state.boot_data + 0x250)));
+  EXPECT_EQ(load_le<uint64_t>(data), 0u) << "the last of the list";
+  EXPECT_EQ(load_le<uint32_t>(data + 8), 9u) << "SETUP_RNG_SEED";
+  ASSERT_EQ(load_le<uint32_t>(data + 12), 32u);
+  EXPECT_EQ(std::memcmp(data + 16, seed.data(), seed.size()), 0);
+}
+
+// Listing devices in both ways makes a driver module refuse to be loaded.
+TEST(Loader, ListsDevicesInOneWay) {
+  struct Case {
+    std::vector<std::byte> kernel;
+    const char* command_line;
+    DeviceListing listing;
+    bool acpi;
+  };
+  TestElf knows_acpi({0xf4});
+  for (const char c : std::string("RSD PTR ")) {
+    knows_acpi.code.push_back(static_cast<uint8_t>(c));
+  }
+  knows_acpi.load.p_filesz = knows_acpi.load.p_memsz = knows_acpi.code.size();
+  const auto plain = TestElf({0xf4}).bytes();
+  for (const Case& c : {
+           Case{plain, "quiet", DeviceListing::kAuto, false},
+           Case{plain, "quiet", DeviceListing::kAcpi, true},
+           Case{knows_acpi.bytes(), "quiet", DeviceListing::kAuto, true},
+           Case{knows_acpi.bytes(), "quiet", DeviceListing::kCommandLine, false},
+           Case{knows_acpi.bytes(), "a acpi=off", DeviceListing::kAuto, false},
+           Case{knows_acpi.bytes(), "acpi=off b", DeviceListing::kAuto, false},
+           Case{knows_acpi.bytes(), "xacpi=off acpi=offx", DeviceListing::kAuto, true},
+           Case{make_bzimage(), "quiet", DeviceListing::kAuto, true},
+           Case{make_bzimage(), "acpi=off", DeviceListing::kAuto, false},
+       }) {
+    SCOPED_TRACE(c.command_line);
+    const Memory memory({.size = 64 * kMiB});
+    const SpanReader reader("kernel", c.kernel);
+    LoadRequest request;
+    request.kernel = &reader;
+    request.command_line = c.command_line;
+    request.device_arguments = " virtio_mmio.device=4K@0xd0000000:5";
+    request.listing = c.listing;
+    request.ram_size = memory.size();
+    const BootState state = load_kernel(request, memory.view());
+    EXPECT_EQ(state.acpi, c.acpi);
+    const bool linux_entry = state.mode == EntryMode::kLong64;
+    EXPECT_EQ(load_le<uint64_t>(at(memory, state.boot_data + (linux_entry ? 0x70 : 32))),
+              c.acpi ? kAcpiAddress : 0);
+    const std::string text = reinterpret_cast<const char*>(at(memory, kCommandLineAddress));
+    EXPECT_EQ(text, c.command_line + std::string(c.acpi ? "" : request.device_arguments));
+  }
+}
+
 TEST(Loader, SaysWhyAFileIsRefused) {
   const auto expect = [](const std::string& text, const char* part) {
     EXPECT_NE(text.find(part), std::string::npos) << "wanted: " << part << ", got: " << text;

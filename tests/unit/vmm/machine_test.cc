@@ -9,6 +9,7 @@
 
 #include <atomic>
 #include <cstdio>
+#include <cstring>
 #include <mutex>
 #include <thread>
 
@@ -165,6 +166,32 @@ TEST_F(MachineTest, MmioDevicesAnswerAndAreNamedOnTheCommandLine) {
   EXPECT_EQ(window.written_first, 0x33);
   EXPECT_STREQ(reinterpret_cast<const char*>(machine.memory().at(kCommandLineAddress, 64)),
                "job=info virtio_mmio.device=4K@0xd0000000:5");
+}
+
+// Linux with hardware-reduced ACPI jumps there when it is not told how to reset.
+TEST_F(MachineTest, TheResetVectorResets) {
+  Machine machine(config({kHlt, 0xeb, 0xfd}));
+  machine.start();
+  const std::byte* code = machine.memory().at(kResetVectorAddress, 16);
+  constexpr uint8_t kWanted[] = {0xb0, 0x01, 0xba, 0x00, 0x06, 0xee};  // out %al, 1 to 0x600
+  EXPECT_EQ(std::memcmp(code, kWanted, sizeof kWanted), 0);
+}
+
+// The probe guest reads no ACPI and finds an MP table; a kernel that does finds the disks there.
+TEST_F(MachineTest, FirmwareTablesAreThereForTheKernelsThatReadThem) {
+  for (const DeviceListing listing : {DeviceListing::kAcpi, DeviceListing::kCommandLine}) {
+    auto machine_config = config({kHlt, 0xeb, 0xfd});
+    machine_config.device_listing = listing;
+    Machine machine(std::move(machine_config));
+    Window window;
+    machine.add_mmio_device("disk", machine.allocate_slot(), window);
+    machine.start();
+    const bool acpi = listing == DeviceListing::kAcpi;
+    EXPECT_EQ(std::memcmp(machine.memory().at(kAcpiAddress, 8), "RSD PTR ", 8) == 0, acpi);
+    EXPECT_EQ(std::memcmp(machine.memory().at(kMpTableAddress, 4), "_MP_", 4), 0);
+    machine.stop();
+    EXPECT_EQ(machine.wait().kind, ExitKind::kStopped);
+  }
 }
 
 TEST_F(MachineTest, IoeventfdTakesMatchingWritesOnly) {
