@@ -17,6 +17,7 @@
 #include <thread>
 
 #include <fmt/core.h>
+#include <limits.h>
 #include <spawn.h>
 
 #include "base/error.h"
@@ -80,6 +81,15 @@ std::filesystem::path without_tail(std::filesystem::path path) {
   return path;
 }
 
+// Where a symbolic link points, or nothing. std::filesystem asks what it is first, and a mount that
+// lies there may never answer that.
+std::filesystem::path link_target(const std::filesystem::path& path) {
+  std::string target(PATH_MAX, '\0');
+  const ssize_t length = ::readlink(path.c_str(), target.data(), target.size());
+  target.resize(length > 0 ? static_cast<size_t>(length) : 0);
+  return target;
+}
+
 // Resolves all but the last component: that one may be a dead mount, which nothing can look into.
 // What comes before ".." may be a link, so that is for the system to resolve, not for the text.
 std::string resolve(const std::string& path) {
@@ -89,9 +99,8 @@ std::string resolve(const std::string& path) {
   if (error) throw Error(error.value(), path + ": not a usable path");
   constexpr int kMostLinks = 40;
   for (int i = 0; i < kMostLinks; ++i) {
-    // Not lstat(), which asks a mount that is there, and that may never answer.
-    const fs::path target = fs::read_symlink(given, error);
-    if (error) break;
+    const fs::path target = link_target(given);
+    if (target.empty()) break;
     given = without_tail(given.parent_path() / target);
   }
   if (given.filename() == ".." || !given.has_relative_path()) {

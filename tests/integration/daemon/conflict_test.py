@@ -119,7 +119,7 @@ class Ourselves(ConflictScene):
                                 *EXPORT, "--export", "other,writable")
             self.assertIn(f"{name}: is", said)
             self.assertIn("disk", said)
-            self.assertIn("open in this process already for writing", said)
+            self.assertIn("already open for writing by node", said)
 
     def test_a_live_socket_is_not_taken(self):
         self.daemon("serve", *DISK, *UNIX, *EXPORT)
