@@ -9,6 +9,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/jobs/chain_status.h"
 #include "block/jobs/copy_job.h"
 #include "cli/command.h"
 #include "cli/image_commands.h"
@@ -46,8 +47,7 @@ uint32_t depth_above(OpenImage& image, const std::string& backing) {
   uint32_t depth = 0;
   for (block::Edge* edge = &image.edge(); edge != nullptr; ++depth) {
     if (depth > 0 && same_file(edge->node().filename(), backing)) return depth;
-    const std::vector<block::Edge*> children = edge->node().children();
-    edge = children.size() > 1 ? children[1] : nullptr;
+    edge = block::backing_edge(edge->node());
   }
   return 1;
 }

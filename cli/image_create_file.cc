@@ -157,6 +157,22 @@ qcow2::CreateOptions qcow2_options(const CreateOptionList& options) {
   return out;
 }
 
+// Fiber.
+void write_qcow2(ImageGraph& graph, block::Edge& file, const NewImage& image) {
+  const qcow2::CreateOptions options = qcow2_options(image.options);
+  if (options.data_file.empty()) {
+    qcow2::create_image(file, options);
+    return;
+  }
+  const std::string path = host_path(path_from_image(image.path, options.data_file));
+  if (same_file(path, image.path)) {
+    throw Error(EINVAL, "The external data file cannot be the image itself");
+  }
+  make_file(path);
+  graph.use_file(path, {.writable = true},
+                 [&](block::Edge& data) { qcow2::create_image(file, options, &data); });
+}
+
 }  // namespace
 
 void prepare_image(ImageGraph& graph, NewImage& image) {
@@ -174,7 +190,7 @@ bool make_image(ImageGraph& graph, const NewImage& image) {
   try {
     graph.use_file(image.path, {.writable = true}, [&](block::Edge& file) {
       if (image.format == "qcow2") {
-        qcow2::create_image(file, qcow2_options(image.options));
+        write_qcow2(graph, file, image);
       } else {
         write_raw(file, image);
       }

@@ -48,9 +48,10 @@ namespace {
 // The options with which an empty image of the same kind is made; nothing where that would lose
 // something.
 std::optional<qcow2::CreateOptions> same_kind(const qcow2::Header& h) {
-  const bool more = h.snapshots != 0 || h.bitmaps || !h.unknown_extensions.empty() ||
-                    h.crypt_method != 0 || h.autoclear != 0 ||
-                    (h.incompatible & ~uint64_t{qcow2::kIncompatCompression}) != 0;
+  const bool more =
+      h.snapshots != 0 || h.bitmaps || !h.unknown_extensions.empty() || h.crypt_method != 0 ||
+      h.autoclear != 0 ||
+      (h.incompatible & ~(qcow2::kIncompatCompression | qcow2::kIncompatExtendedL2)) != 0;
   if (more) return std::nullopt;
   qcow2::CreateOptions out;
   out.size = h.size;
@@ -58,6 +59,7 @@ std::optional<qcow2::CreateOptions> same_kind(const qcow2::Header& h) {
   out.cluster_bits = h.cluster_bits;
   out.refcount_order = h.refcount_order;
   out.compression = h.compression;
+  out.extended_l2 = (h.incompatible & qcow2::kIncompatExtendedL2) != 0;
   out.lazy_refcounts = (h.compatible & qcow2::kCompatLazyRefcounts) != 0;
   out.backing_file = h.backing_file;
   out.backing_format = h.backing_format;

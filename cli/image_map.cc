@@ -16,6 +16,7 @@
 #include "cli/image_commands.h"
 #include "cli/image_map_output.h"
 #include "cli/image_open.h"
+#include "cli/image_personality.h"
 #include "cli/image_sandbox.h"
 
 namespace minivmm::cli {
@@ -61,7 +62,7 @@ void walk(block::Edge& disk, const std::string& name, bool backing_missing, uint
   const block::LayerChain chain(disk);
   std::vector<std::string> files;
   for (size_t i = 0; i < chain.size(); ++i) {
-    files.push_back(chain.layer(i).node().filename());
+    files.push_back(block::data_filename(chain.layer(i).node()));
   }
   if (files[0].empty()) files[0] = name;
   std::optional<MapEntry> current;
@@ -110,6 +111,12 @@ void print_table(block::Edge& disk, const MapRequest& request, bool missing, uin
     const std::string line = map_line(entry);
     if (!line.empty()) fmt::print("{}", line);
   });
+  if (missing && !personality().drop_in) {
+    print_error(
+        fmt::format("what {} does not hold itself is in its backing file, which --trusted "
+                    "opens",
+                    printable(request.image.text)));
+  }
 }
 
 void print_json(block::Edge& disk, const MapRequest& request, bool missing, uint64_t end) {

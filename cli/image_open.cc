@@ -68,7 +68,10 @@ void try_to_open(const std::string& path, bool writable) {
                                    "image [{}]?",
                                    writable ? "" : "shared ", path));
   }
-  throw Error(EBUSY, fmt::format("{}\n{}", error.what(), lock_holders_text(path)));
+  const std::string text = error.what();
+  // Or it is this very command that has it open, in another part.
+  if (text.find("another process") == std::string::npos) throw Error(EBUSY, text);
+  throw Error(EBUSY, fmt::format("{}\n{}", text, lock_holders_text(path)));
 }
 
 std::string chain_text(const std::vector<ChainLink>& chain) {
@@ -85,6 +88,9 @@ ChainLink look_at(ImageGraph& graph, const std::string& path, const std::string&
   if (personality().drop_in) try_to_open(path, writable);
   const ImageFacts facts = inspect_image_on_fiber(graph, path, format, {.locked = false});
   ChainLink out{path, facts.format, facts.virtual_size};
+  if (facts.qcow2 && !facts.qcow2->data_file.empty()) {
+    out.data_file = path_from_image(path, facts.qcow2->data_file);
+  }
   if (facts.has_backing()) {
     out.recorded_name = facts.qcow2->backing_file;
     out.recorded_format = facts.qcow2->backing_format;
@@ -162,6 +168,10 @@ Options chain_options(const std::vector<ChainLink>& chain, const OpenMode& mode,
     if (i != 0) layer.writable = false;
     Options options = layer_options(chain[i].path, chain[i].format, layer);
     if (chain[i].format == "qcow2") {
+      // Otherwise the driver follows the recorded name, by the graph's policy.
+      if (!chain[i].data_file.empty() && (mode.trusted || personality().drop_in)) {
+        options.set_child("data-file", layer_options(host_path(chain[i].data_file), "raw", layer));
+      }
       if (below) {
         options.set_child("backing", std::move(*below));
       } else {
@@ -184,63 +194,85 @@ std::string path_of(const Options& options) {
   return {};
 }
 
+// An image as it is to be opened.
+struct Description {
+  Options options;
+  std::string path;  // of its file; empty where that is not known
+  std::string format;
+  bool guessed = false;
+};
+
+Description describe_path(ImageGraph& graph, const ImageName& name, const OpenMode& mode) {
+  Description out;
+  out.path = host_path(name.text);
+  const std::vector<ChainLink> chain = find_chain(graph, out.path, name.format, mode);
+  out.format = chain.front().format;
+  out.guessed = name.format.empty();
+  out.options = chain_options(chain, mode, out.guessed);
+  return out;
+}
+
+// What --image-opts leaves to be filled in.
+Description describe_options(ImageGraph& graph, const ImageName& name, const OpenMode& mode) {
+  Description out;
+  out.options = Options::from_text(name.text);
+  out.path = path_of(out.options);
+  if (!out.options.has("driver")) {
+    // As qemu-img: then it is guessed from the file.
+    out.guessed = true;
+    out.options.set("driver", look_at(graph, out.path, {}, mode.writable).format);
+  }
+  out.format = out.options.peek("driver").value_or("");
+  Options& options = out.options;
+  if (!options.has("read-only")) options.set("read-only", mode.writable ? "off" : "on");
+  if (!mode.with_backing && out.format == "qcow2" && !options.has("backing")) {
+    options.set_null("backing");
+  }
+  // A format with a file name of its own: the name is that of its file.
+  const bool is_file = out.format == "file" || out.format == "host_device";
+  if (options.has("filename") && !is_file) {
+    options.set("file.filename", *options.take_string("filename"));
+  }
+  Options copy = options;
+  const auto file = copy.take_child("file");
+  if (!file || !file->options) return out;
+  if (!file->options->has("driver")) options.set("file.driver", "file");
+  if (mode.force_share && !file->options->has("locking")) options.set("file.locking", "off");
+  return out;
+}
+
+// An error of opening, in the words of the personality.
+[[noreturn]] void refuse(Error& error, const std::string& path, const std::string& name,
+                         bool writable) {
+  const std::string where = fmt::format("Could not open '{}'", name);
+  try {
+    if (error.err() == EBUSY) refuse_locked(path.empty() ? name : path, writable, error);
+  } catch (Error& told) {
+    told.prepend(where);
+    throw;
+  }
+  error.prepend(where);
+  throw error;
+}
+
 }  // namespace
 
 OpenImage::OpenImage(ImageGraph& graph, const ImageName& name, const OpenMode& mode)
     : graph_(graph.graph()), name_(name.text) {
-  std::string path;
+  Description found;
   try {
-    Options options;
-    if (name.is_options) {
-      options = Options::from_text(name.text);
-      path = path_of(options);
-      if (!options.has("driver")) {
-        // As qemu-img: then it is guessed from the file.
-        format_ = look_at(graph, path, {}, mode.writable).format;
-        guessed_ = true;
-        options.set("driver", format_);
-      }
-      format_ = options.peek("driver").value_or("");
-      if (!options.has("read-only")) options.set("read-only", mode.writable ? "off" : "on");
-      if (!mode.with_backing && format_ == "qcow2" && !options.has("backing")) {
-        options.set_null("backing");
-      }
-      // A reference to a driver without one of its own: the file itself.
-      if (options.has("filename") && format_ != "file" && format_ != "host_device") {
-        options.set("file.driver", "file");
-        options.set("file.filename", *options.take_string("filename"));
-      }
-      Options probe = options;
-      auto child = probe.take_child("file");
-      if (child && child->options && !child->options->has("driver")) {
-        options.set("file.driver", "file");
-      }
-      if (mode.force_share && child && child->options && !child->options->has("locking")) {
-        options.set("file.locking", "off");
-      }
-    } else {
-      path = host_path(name.text);
-      const std::vector<ChainLink> chain = find_chain(graph, path, name.format, mode);
-      format_ = chain.front().format;
-      guessed_ = name.format.empty();
-      options = chain_options(chain, mode, guessed_);
-    }
-    const std::shared_ptr<block::Node> node = graph_.add(std::move(options));
+    found =
+        name.is_options ? describe_options(graph, name, mode) : describe_path(graph, name, mode);
+    format_ = found.format;
+    guessed_ = found.guessed;
+    const std::shared_ptr<block::Node> node = graph_.add(std::move(found.options));
     node_name_ = node->name();
     const uint8_t uses = mode.writable ? Permissions::kWrite | Permissions::kResize : 0;
     edge_ = std::make_unique<block::Edge>(
         node, "the image command",
         Permissions{.uses = uses, .shares = Permissions::kWrite | Permissions::kResize});
   } catch (Error& e) {
-    const std::string where = fmt::format("Could not open '{}'", name_);
-    try {
-      if (e.err() == EBUSY) refuse_locked(path.empty() ? name_ : path, mode.writable, e);
-    } catch (Error& told) {
-      told.prepend(where);
-      throw;
-    }
-    e.prepend(where);
-    throw;
+    refuse(e, found.path, name_, mode.writable);
   }
 }
 

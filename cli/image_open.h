@@ -80,6 +80,7 @@ struct ChainLink {
   uint64_t size = 0;
   std::string recorded_name = {};  // of its backing file; empty: none
   std::string recorded_format = {};
+  std::string data_file = {};  // where its data is, if not in itself
 };
 
 // The images from `path` down the recorded backing files. Which of those are opened is up to the

@@ -175,6 +175,7 @@ Strings Sandbox::files_to_allow() {
       graph.run([&] {
         for (const ChainLink& link : find_chain(graph, out.back(), image.format, {})) {
           paths.push_back(link.path);
+          if (!link.data_file.empty()) paths.push_back(link.data_file);
         }
       });
       return paths;

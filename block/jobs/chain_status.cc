@@ -3,14 +3,33 @@
 
 #include <algorithm>
 
+#include "block/formats/qcow2/qcow2_node.h"
+
 namespace minivmm::block {
 
+namespace {
+
+bool has_data_file(Node& node) {
+  const auto* qcow2 = dynamic_cast<const Qcow2Node*>(&node);
+  return qcow2 != nullptr && qcow2->header().geometry().external_data;
+}
+
+}  // namespace
+
+// Children are the file, the external data file, the backing file; of the latter two what there is.
+Edge* backing_edge(Node& node) {
+  const std::vector<Edge*> children = node.children();
+  const size_t at = has_data_file(node) ? 2 : 1;
+  return children.size() > at ? children[at] : nullptr;
+}
+
+std::string data_filename(Node& node) {
+  return has_data_file(node) ? node.children()[1]->node().filename() : node.filename();
+}
+
 LayerChain::LayerChain(Edge& disk) {
-  // A format's second child is its backing node, or it has none.
-  for (Edge* edge = &disk; edge != nullptr;) {
+  for (Edge* edge = &disk; edge != nullptr; edge = backing_edge(edge->node())) {
     layers_.push_back(edge);
-    const std::vector<Edge*> children = edge->node().children();
-    edge = children.size() > 1 ? children[1] : nullptr;
   }
 }
 

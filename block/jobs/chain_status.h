@@ -3,6 +3,8 @@
 // layer holds it at all, which a status that came through a chain cannot tell.
 #pragma once
 
+#include <string>
+
 #include <cstdint>
 #include <optional>
 #include <vector>
@@ -20,6 +22,11 @@ struct ChainStatus {
   bool compressed = false;
   std::optional<uint64_t> host_offset = std::nullopt;
 };
+
+// The edge to a node's backing file, or null.
+Edge* backing_edge(Node& node);
+// The file that a node's host offsets are in: its external data file, or its own. Empty: none.
+std::string data_filename(Node& node);
 
 // The layers of a disk, the uppermost first: the edge that it is used by, then those of its backing
 // nodes. Valid while the graph is not edited.

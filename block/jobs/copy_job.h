@@ -25,8 +25,8 @@
 
 namespace minivmm::block {
 
-// Bytes of data a request, unless the caller knows better. Measured: larger ones leave the CPU's
-// cache before they are written, smaller ones pay for more requests.
+// Bytes of data a request, unless the caller knows better. Measured: from 1 MiB on a buffered write
+// goes through the ring and overlaps with the next read; larger ones gain nothing.
 inline constexpr uint64_t kCopyRequest = 1024 * 1024;
 
 struct CopyOptions {

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "block/jobs/worker_group.h"
 
+#include <exception>
+
 namespace minivmm::block {
 
 void WorkerGroup::failed(uint64_t offset) noexcept {
-  {
-    const std::lock_guard lock(mutex_);
-    if (!error_ || offset < error_at_) {
-      error_ = std::current_exception();
-      error_at_ = offset;
-    }
-  }
   stop();
+  const std::exception_ptr error = std::current_exception();
+  const std::lock_guard lock(mutex_);
+  if (error_ && offset >= error_at_) return;
+  error_.emplace(base::errno_of(error), base::text_of(error));
+  error_at_ = offset;
 }
 
 void WorkerGroup::run(base::LoopGroup& loops, unsigned count, const std::function<void()>& work) {
@@ -34,7 +34,7 @@ void WorkerGroup::run(base::LoopGroup& loops, unsigned count, const std::functio
   }
   running_.wait();
   const std::lock_guard lock(mutex_);
-  if (error_) std::rethrow_exception(error_);
+  if (error_) throw base::Error(*error_);
 }
 
 }  // namespace minivmm::block

@@ -6,10 +6,11 @@
 
 #include <atomic>
 #include <cstdint>
-#include <exception>
 #include <functional>
 #include <mutex>
+#include <optional>
 
+#include "base/error.h"
 #include "base/loop_group.h"
 #include "base/sync.h"
 
@@ -18,7 +19,7 @@ namespace minivmm::block {
 class WorkerGroup {
  public:
   // Runs `work` on `count` fibers spread over the loops, and returns when all have ended. `work`
-  // ends where stopped() says so. Rethrows the error that was reported for the lowest offset.
+  // ends where stopped() says so. Throws the error that was reported for the lowest offset.
   // Fiber of one of the loops; once.
   void run(base::LoopGroup& loops, unsigned count, const std::function<void()>& work);
 
@@ -32,7 +33,8 @@ class WorkerGroup {
  private:
   std::atomic<bool> stopped_{false};
   std::mutex mutex_;
-  std::exception_ptr error_;          // guarded by mutex_
+  // Not the exception itself: that is its worker's loop's.
+  std::optional<base::Error> error_;  // guarded by mutex_
   uint64_t error_at_ = ~uint64_t{0};  // guarded by mutex_
   base::WaitGroup running_;
 };

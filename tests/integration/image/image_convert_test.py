@@ -29,6 +29,8 @@ class Convert(ImageCase):
                     if target == "qcow2" and rng.random() < 0.6:
                         cluster = rng.choice(["512", "4k", "64k", "2M"])
                         options = ["-o", f"cluster_size={cluster}"]
+                        if cluster == "64k":
+                            options[1] += f",extended_l2={rng.choice(['on', 'off'])}"
                     if rng.random() < 0.3:
                         options += ["-S", rng.choice(["0", "512", "64k", "12k"])]
                     if rng.random() < 0.3:

@@ -144,7 +144,7 @@ class Create(ImageCase):
     def test_what_is_not_supported_is_refused_by_name_and_leaves_the_file_alone(self):
         # An image that silently lacks what was asked for is worse than none.
         keep = self.path("a", "keep")
-        for option in ["data_file=d", "data_file_raw=on", "encryption=on",
+        for option in ["encryption=on",
                        "encrypt.format=luks", "preallocation=falloc", "preallocation=full",
                        "nocow=on", "extent_size_hint=1M"]:
             with self.subTest(option=option):
@@ -157,6 +157,23 @@ class Create(ImageCase):
                     self.assertEqual(file.read(), b"precious")
         self.must(self.ours("create", "-f", "qcow2", "-o", "data_file_raw=off,encryption=off", keep,
                             "1M"))
+
+    def test_external_data_file(self):
+        for options in ("data_file=d", "data_file=d,data_file_raw=on"):
+            ours, theirs = self.create_both("-f", "qcow2", "-o", options, "x", "3M")
+            self.must(theirs)
+            self.assertEqual((ours.status, ours.out), (theirs.status, theirs.out), ours)
+            self.assertEqual(self.info("a", "x"), self.info("b", "x"))
+            self.must(self.run_in(self.path("a"), "qemu-io", "-f", "qcow2", "-c",
+                                  "write -P 7 1M 300k", "x"))
+            self.must(self.theirs("check", "x", folder=self.path("a")))
+            self.must(self.ours("convert", "-O", "raw", "x", "flat", folder=self.path("a")))
+            self.must(self.theirs("compare", "-F", "raw", "x", "flat", folder=self.path("a")))
+            answers = [run("map", "--output=json", "x", folder=self.path("a"))
+                       for run in (self.drop_in, self.theirs)]
+            self.assertEqual(answers[0].out, answers[1].out)
+        self.must(self.ours("create", "-f", "qcow2", "-o", "data_file=x", "x", "1M",
+                            folder=self.path("a")), 1)
 
     def test_raw_preallocation(self):
         for mode, least in [("off", 0), ("falloc", 1 << 20), ("full", 1 << 20)]:

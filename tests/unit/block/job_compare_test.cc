@@ -56,7 +56,8 @@ TEST_F(CompareJobTest, AnErrorNamesSideAndOffset) {
       open("driver=fault,op=read,offset=1M,length=1,errno=EIO,file.driver=memory,file.size=2M");
   write(a, 0, Bytes(2 << 20, std::byte{3}));
   write(b, 0, Bytes(2 << 20, std::byte{3}));
-  const std::string text = error_text([&] { (void)compare(a, b); });
+  CompareJob job({&a, "first", a.size()}, {&b, "second", b.size()}, false);
+  const std::string text = on_fiber([&] { return error_text([&] { (void)job.run(loops_, 8); }); });
   EXPECT_EQ(text.find("Error while reading offset 1048576 of second"), 0U) << text;
 }
 

@@ -17,6 +17,21 @@ class CopyJobTest : public JobTest {
     CopyJob job(source, "source", target, "target", std::move(options));
     on_fiber([&] { job.run(loops_); });
   }
+  // What goes wrong with it. An exception stays on its loop.
+  base::Error failure(CopySource& source, Edge& target, CopyOptions options = {}) {
+    CopyJob job(source, "source", target, "target", std::move(options));
+    return failure(job);
+  }
+  base::Error failure(CopyJob& job) {
+    return on_fiber([&] {
+      try {
+        job.run(loops_);
+      } catch (const base::Error& e) {
+        return base::Error(e.err(), e.what());
+      }
+      return base::Error(EIO, "nothing");
+    });
+  }
 };
 
 // Every size, also such as end inside a request, a block and a sector, and targets that hold
@@ -69,7 +84,7 @@ TEST_F(CopyJobTest, AnErrorNamesSideAndOffset) {
       open("driver=fault,op=read,offset=1M,length=512,errno=EIO,file.driver=memory,file.size=4M");
   write(bad, 0, Bytes(4 << 20, std::byte{7}));
   DiskSource disk(bad, bad.size());
-  const std::string text = error_text([&] { copy(disk, target, {.request = 64 * 1024}); });
+  const std::string text = failure(disk, target, {.request = 64 * 1024}).what();
   EXPECT_EQ(text.find("error while reading at byte 1048576 of source"), 0U) << text;
 
   Edge& good = memory(4 << 20);
@@ -77,7 +92,7 @@ TEST_F(CopyJobTest, AnErrorNamesSideAndOffset) {
   Edge& full =
       open("driver=fault,op=write,offset=3M,length=1,errno=ENOSPC,file.driver=memory,file.size=4M");
   DiskSource whole(good, good.size());
-  const std::string other = error_text([&] { copy(whole, full, {.request = 64 * 1024}); });
+  const std::string other = failure(whole, full, {.request = 64 * 1024}).what();
   EXPECT_EQ(other.find("error while writing at byte 3145728 of target"), 0U) << other;
 }
 
@@ -156,7 +171,7 @@ TEST_F(CopyJobTest, CancelEndsItBetweenRequests) {
     while (job.done() == 0) std::this_thread::yield();
     job.cancel();
   });
-  EXPECT_EQ(error_number([&] { on_fiber([&] { job.run(loops_); }); }), ECANCELED);
+  EXPECT_EQ(failure(job).err(), ECANCELED);
   stopper.join();
   EXPECT_LT(job.done(), all.size());
 }
@@ -178,7 +193,7 @@ TEST_F(CopyJobTest, NodesThatCannotStoreCompressedDataSaySo) {
   Edge& target = memory(1 << 20);
   write(source, 0, Bytes(1 << 20, std::byte{7}));
   DiskSource disk(source, source.size());
-  EXPECT_EQ(error_number([&] { copy(disk, target, {.compressed_cluster = 65536}); }), ENOTSUP);
+  EXPECT_EQ(failure(disk, target, {.compressed_cluster = 65536}).err(), ENOTSUP);
 }
 
 // A layer that is too short reads as zeroes there, not as what lies below it.

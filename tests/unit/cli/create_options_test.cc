@@ -60,7 +60,7 @@ TEST(CreateOptionList, RefusesWhatItCannotDo) {
 TEST(CreateOptionList, WhatIsSwitchedOffDoesNotReachTheDriver) {
   // It does not know these options and would refuse them.
   CreateOptionList list("qcow2");
-  list.parse("data_file_raw=off,encryption=no");
+  list.parse("nocow=off,encryption=no");
   EXPECT_TRUE(list.for_driver().empty());
 }
 
