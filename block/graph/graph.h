@@ -22,8 +22,8 @@
 namespace minivmm::block {
 
 // How many layers one add() may open: an image's recorded chain that is longer, or a loop, is
-// refused with the chain. (Requests recurse through the layers and go on with a fresh stack where one
-// is used up.)
+// refused with the chain. (Requests recurse through the layers and go on with a fresh stack where
+// one is used up.)
 inline constexpr size_t kMaxGraphDepth = 200;
 
 class Graph {
