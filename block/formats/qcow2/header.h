@@ -16,7 +16,11 @@
 
 namespace minivmm::block::qcow2 {
 
-// Offsets of the fields that are rewritten in place.
+// Offsets of the fields that are rewritten in place. Those from the size to the autoclear bits (in
+// version 2: to the snapshots) lie in one sector.
+inline constexpr uint64_t kSizeField = 24;
+inline constexpr uint64_t kNumbersEndV2 = 72;
+inline constexpr uint64_t kNumbersEndV3 = 96;
 inline constexpr uint64_t kRefcountTableField = 48;  // 8 bytes, then 4 of clusters
 inline constexpr uint64_t kIncompatibleField = 72;
 inline constexpr uint64_t kAutoclearField = 88;
@@ -99,6 +103,9 @@ Header parse_header(std::span<const std::byte> first_cluster, uint64_t file_size
 
 // Throws ENOTSUP naming the feature that this driver cannot handle.
 void require_supported(const Header& header);
+
+// The fixed fields alone: header_length bytes, without the place of the backing file's name.
+std::vector<std::byte> serialise_fields(const Header& header);
 
 // The first cluster's content up to the end of the backing file's name. Throws EINVAL if it does
 // not fit the cluster. The feature name table is left out where there is no room for it.

@@ -41,7 +41,30 @@ void put_text_extension(Bytes& out, uint32_t type, std::string_view text) {
   put_extension(out, type, data);
 }
 
-Bytes fixed_fields(const Header& h) {
+Bytes feature_table(const Header& h) {
+  Bytes out;
+  for (const FeatureName& f : h.feature_names) {
+    const size_t at = out.size();
+    out.push_back(static_cast<std::byte>(f.type));
+    out.push_back(static_cast<std::byte>(f.bit));
+    put_text(out, std::string_view(f.name).substr(0, kFeatureNameBytes - 2));
+    out.resize(at + kFeatureNameBytes);
+  }
+  return out;
+}
+
+Bytes bitmaps_data(const BitmapsExtension& e) {
+  Bytes out;
+  put(out, e.count);
+  put(out, uint32_t{0});
+  put(out, e.directory_size);
+  put(out, e.directory_offset);
+  return out;
+}
+
+}  // namespace
+
+std::vector<std::byte> serialise_fields(const Header& h) {
   Bytes out;
   put(out, kMagic);
   put(out, static_cast<uint32_t>(h.version));
@@ -68,32 +91,9 @@ Bytes fixed_fields(const Header& h) {
   return out;
 }
 
-Bytes feature_table(const Header& h) {
-  Bytes out;
-  for (const FeatureName& f : h.feature_names) {
-    const size_t at = out.size();
-    out.push_back(static_cast<std::byte>(f.type));
-    out.push_back(static_cast<std::byte>(f.bit));
-    put_text(out, std::string_view(f.name).substr(0, kFeatureNameBytes - 2));
-    out.resize(at + kFeatureNameBytes);
-  }
-  return out;
-}
-
-Bytes bitmaps_data(const BitmapsExtension& e) {
-  Bytes out;
-  put(out, e.count);
-  put(out, uint32_t{0});
-  put(out, e.directory_size);
-  put(out, e.directory_offset);
-  return out;
-}
-
-}  // namespace
-
 std::vector<std::byte> serialise_header(const Header& h) {
   const uint64_t cluster = 1ULL << h.cluster_bits;
-  Bytes out = fixed_fields(h);
+  Bytes out = serialise_fields(h);
   put_text_extension(out, kExtBackingFormat, h.backing_format);
   put_text_extension(out, kExtDataFile, h.data_file);
   if (h.bitmaps) put_extension(out, kExtBitmaps, bitmaps_data(*h.bitmaps));

@@ -22,13 +22,14 @@ ImageFile::ImageFile(std::unique_ptr<Edge> file, Header header, bool writable, s
       geometry_(header_.geometry()),
       writable_(writable),
       name_(std::move(name)),
-      incompatible_(header_.incompatible) {}
+      incompatible_(header_.incompatible),
+      header_update_(*file_, header_) {}
 
 void ImageFile::require_intact() const {
   if (broken()) {
     throw Error(EIO, name_ +
-                         ": corrupt metadata was found, so the image is not written to; "
-                         "close it and run `qemu-img check -r all`");
+                         ": its metadata was found corrupt or in doubt, so the image is not "
+                         "written to; close it and run `qemu-img check -r all`");
   }
 }
 
@@ -42,15 +43,16 @@ Error ImageFile::corruption(const std::string& text) {
                                 name_, text));
 }
 
+void ImageFile::stop_writes(const std::string& text) {
+  if (broken_.exchange(true, std::memory_order_acq_rel)) return;
+  base::log_error("{}: {}; no more writes are done to the image", name_, text);
+}
+
 void ImageFile::mark_corrupt() {
   if (geometry_.version < 3) return;  // version 2 has no such bit
   try {
-    const std::lock_guard lock(header_lock_);
-    const uint64_t bits = incompatible() | kIncompatCorrupt;
-    std::array<std::byte, 8> field;
-    base::store_be(field.data(), bits);
-    write_field(kIncompatibleField, field);
-    incompatible_.store(bits, std::memory_order_relaxed);
+    header_update_.change_numbers([](Header& h) { h.incompatible |= kIncompatCorrupt; });
+    incompatible_.fetch_or(kIncompatCorrupt, std::memory_order_relaxed);
   } catch (const Error& e) {
     base::log_error("{}: the corrupt bit could not be set: {}", name_, e.what());
   }
@@ -59,10 +61,7 @@ void ImageFile::mark_corrupt() {
 void ImageFile::clear_autoclear() {
   const uint64_t kept = header_.raw_data() ? kAutoclearRawData : 0;
   if (header_.autoclear == kept) return;
-  const std::lock_guard lock(header_lock_);
-  std::array<std::byte, 8> field;
-  base::store_be(field.data(), kept);
-  write_field(kAutoclearField, field);
+  header_update_.change_numbers([&](Header& h) { h.autoclear = kept; });
   if ((header_.autoclear & kAutoclearBitmaps) != 0) {
     base::log_warning(
         "{}: its persistent bitmaps are out of date from now on: this program does "
@@ -72,17 +71,10 @@ void ImageFile::clear_autoclear() {
 }
 
 void ImageFile::set_refcount_table(uint64_t offset, uint32_t clusters) {
-  const std::lock_guard lock(header_lock_);
-  // Both fields lie in one sector and are written at once: a crash leaves the old or the new.
-  std::array<std::byte, 12> field;
-  base::store_be(field.data(), offset);
-  base::store_be(field.data() + 8, clusters);
-  write_field(kRefcountTableField, field);
-}
-
-void ImageFile::write_field(uint64_t offset, std::span<const std::byte> bytes) {
-  file_->write(offset, base::SingleBuffer(bytes));
-  file_->flush();
+  header_update_.change_numbers([&](Header& h) {
+    h.refcount_table_offset = offset;
+    h.refcount_table_clusters = clusters;
+  });
 }
 
 Header read_header(Edge& file) {

@@ -11,11 +11,10 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <span>
 
 #include "base/error.h"
-#include "base/sync.h"
 #include "block/formats/qcow2/header.h"
+#include "block/formats/qcow2/header_update.h"
 #include "block/graph/edge.h"
 
 namespace minivmm::block::qcow2 {
@@ -29,7 +28,7 @@ class ImageFile {
 
   Edge& file() const noexcept { return *file_; }
   const Geometry& geometry() const noexcept { return geometry_; }
-  // As it was when the image was opened. The fields that change later have their own accessors.
+  // As it was when the image was opened. Where it has changed since: header_update().current().
   const Header& header() const noexcept { return header_; }
   uint64_t incompatible() const noexcept { return incompatible_.load(std::memory_order_relaxed); }
   uint64_t size() const noexcept { return file_->size(); }
@@ -45,15 +44,19 @@ class ImageFile {
   base::Error corruption(const std::string& text);
 
   // Before the first change: clears the autoclear bits (but for "raw data", which is kept true),
-  // which promise things about other parts of
-  // the image that this driver does not maintain. Durable on return.
+  // which promise things about other parts of the image that this driver does not maintain. Durable
+  // on return.
   void clear_autoclear();
   // Points the header at another refcount table. Durable on return.
   void set_refcount_table(uint64_t offset, uint32_t clusters);
+  // For whoever changes other parts of the header.
+  HeaderUpdate& header_update() noexcept { return header_update_; }
+  // What is on disk is in doubt and writing on could damage it: writes are refused from now on.
+  // Nothing is known to be corrupt.
+  void stop_writes(const std::string& text);
 
  private:
   void mark_corrupt();
-  void write_field(uint64_t offset, std::span<const std::byte> bytes);
 
   std::unique_ptr<Edge> file_;
   const Header header_;
@@ -62,7 +65,7 @@ class ImageFile {
   const std::string name_;
   std::atomic<bool> broken_{false};
   std::atomic<uint64_t> incompatible_;
-  base::FiberMutex header_lock_;  // one header update at a time
+  HeaderUpdate header_update_;
 };
 
 // Reads and parses the header of the image in `file`. Throws EINVAL. Fiber.
