@@ -11,8 +11,10 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "base/log.h"
 #include "control/side_by_side.h"
 #include "images/probe/probe_blob.h"
+#include "vmm/host_probe.h"
 #include "vmm/terminal.h"
 
 namespace minivmm::control {
@@ -70,6 +72,19 @@ vmm::SerialConfig serial_config(const std::string& spec, base::UniqueFd& file) {
   return {.in_fd = -1, .out_fd = file.get(), .on_output = {}};
 }
 
+// Where KVM interprets the guest's kernel, a Linux kernel needs help, and its user what to expect.
+void prepare_for_emulated_host(vmm::MachineConfig& config) {
+  if (vmm::kvm_uses_hardware()) return;
+  config.complete_instructions = true;
+  const std::string_view added = vmm::linux_arguments_without_hardware();
+  if (!config.command_line.empty()) config.command_line += ' ';
+  config.command_line += added;
+  base::log_warning(
+      "this KVM has no hardware virtualization: a Linux kernel boots slowly and mounts its root, "
+      "but no program of it can run, because system calls do not work (see minivmm check-host)");
+  base::log_info("added to the kernel's command line for this host: {}", added);
+}
+
 }  // namespace
 
 Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
@@ -86,6 +101,7 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
     config.kernel.name = "the probe guest";
   } else {
     config.kernel.path = boot.kernel;
+    prepare_for_emulated_host(config);
   }
   machine_ = std::make_unique<vmm::Machine>(std::move(config));
   size_t first_loop = 0;
@@ -131,10 +147,10 @@ bool Guest::stop(std::chrono::milliseconds timeout, std::vector<std::string>& pr
 std::vector<std::string> Guest::describe() const {
   const vmm::Machine::Counters c = machine_->counters();
   std::vector<std::string> out{
-      fmt::format("guest: {}, {} exits, {} port and {} MMIO accesses, {} unclaimed, {} bytes of "
-                  "serial output dropped",
+      fmt::format("guest: {}, {} exits, {} port and {} MMIO accesses, {} unclaimed, {} "
+                  "instructions completed, {} bytes of serial output dropped",
                   machine_->ended() ? "ended" : "running", c.exits, c.port_accesses,
-                  c.mmio_accesses, c.unclaimed, c.serial_dropped)};
+                  c.mmio_accesses, c.unclaimed, c.completed, c.serial_dropped)};
   for (const auto& slot : slots_) {
     for (std::string& line : slot->device().describe()) out.push_back(std::move(line));
   }

@@ -85,6 +85,21 @@ HostProbe probe_host() {
   return out;
 }
 
+bool kvm_uses_hardware() {
+  for (const char* path : {"/sys/module/kvm_intel", "/sys/module/kvm_amd"}) {
+    if (::access(path, F_OK) == 0) return true;
+  }
+  const Kvm kvm;
+  return kind_of(cpu_virtualization_flag(), guest_syscall_works(kvm)) == KvmKind::kHardware;
+}
+
+std::string_view linux_arguments_without_hardware() noexcept {
+  // Extended state is not emulated at all. The others are completed one by one (vmm/emulate), or
+  // are promised to the guest by a CPUID that KVM does not let us change.
+  return "noxsave clearcpuid=smap,smep,xsave,cx16,umip,fsgsbase,popcnt,movbe,rdrand,rdseed,invpcid,"
+         "pcid,pge,rdtscp,rdpid,clflushopt,clwb";
+}
+
 std::string_view to_string(KvmKind kind) noexcept {
   switch (kind) {
     case KvmKind::kNone:

@@ -40,6 +40,15 @@ HostProbe probe_host();
 // based, whatever the processor could do.
 KvmKind kind_of(const std::string& cpu_flag, std::optional<bool> guest_syscalls) noexcept;
 
+// Whether guests' kernels run on the processor itself. Quick where a module of the hardware's is
+// loaded, else a tiny guest is asked. Throws base::Error where KVM cannot be used.
+bool kvm_uses_hardware();
+
+// What is put behind the command line of a Linux kernel where they do not: it keeps the kernel off
+// instructions that KVM's emulator lacks and that would cost an exit each, or cannot be done at
+// all.
+std::string_view linux_arguments_without_hardware() noexcept;
+
 std::string_view to_string(KvmKind kind) noexcept;
 
 }  // namespace minivmm::vmm

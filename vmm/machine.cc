@@ -84,6 +84,9 @@ class Machine::Impl final : public VcpuHost {
   bool ending() const noexcept override { return ended_.load(std::memory_order_acquire); }
   void vcpu_ended(ExitReason reason) noexcept override { end(std::move(reason)); }
   bool triple_fault_is_reset() const noexcept override { return config_.triple_fault_is_reset; }
+  const virtio::GuestMemory* completion_memory() const noexcept override {
+    return config_.complete_instructions ? &memory_.view() : nullptr;
+  }
 
   MmioSlot allocate_slot();
   void add_mmio_device(std::string_view name, const MmioSlot& slot, BusDevice& device);
@@ -366,6 +369,7 @@ Machine::Counters Machine::Impl::counters() const noexcept {
     out.port_accesses += c.port_accesses.load(std::memory_order_relaxed);
     out.mmio_accesses += c.mmio_accesses.load(std::memory_order_relaxed);
     out.unclaimed += c.unclaimed.load(std::memory_order_relaxed);
+    out.completed += c.completed.load(std::memory_order_relaxed);
   }
   out.serial_dropped = console_.dropped();
   return out;

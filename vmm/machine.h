@@ -50,6 +50,8 @@ struct MachineConfig {
   std::string initrd_path;  // optional; Linux and PVH kernels
   std::string command_line;
   DeviceListing device_listing = DeviceListing::kAuto;  // may add to the command line
+  // Does instructions that KVM's emulator lacks. For hosts without hardware virtualization.
+  bool complete_instructions = false;
   bool triple_fault_is_reset = false;  // for a guest that reboots that way; else it is a crash
   SerialConfig serial;
 };
@@ -124,6 +126,7 @@ class Machine {
     uint64_t port_accesses = 0;
     uint64_t mmio_accesses = 0;
     uint64_t unclaimed = 0;       // accesses no device answered
+    uint64_t completed = 0;       // instructions done in place of KVM
     uint64_t serial_dropped = 0;  // bytes of output lost because nobody read them
   };
   Counters counters() const noexcept;

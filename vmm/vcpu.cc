@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "vmm/completion.h"
 #include "vmm/kick.h"
 
 namespace minivmm::vmm {
@@ -153,8 +154,7 @@ bool Vcpu::handle_exit() {
       }
       return false;
     case KVM_EXIT_INTERNAL_ERROR:
-      end(ExitKind::kInternalError, describe_internal_error());
-      return false;
+      return handle_internal_error();
     case KVM_EXIT_FAIL_ENTRY:
       end(ExitKind::kInternalError,
           fmt::format(
@@ -200,6 +200,16 @@ void Vcpu::handle_mmio() {
     std::fill(data.begin(), data.end(), std::byte{0xff});
     counters_.unclaimed.fetch_add(1, std::memory_order_relaxed);
   }
+}
+
+bool Vcpu::handle_internal_error() {
+  const virtio::GuestMemory* const memory = host_.completion_memory();
+  if (memory != nullptr && complete_instruction(fd_.get(), *run_, *memory)) {
+    counters_.completed.fetch_add(1, std::memory_order_relaxed);
+    return true;
+  }
+  end(ExitKind::kInternalError, describe_internal_error());
+  return false;
 }
 
 void Vcpu::end(ExitKind kind, std::string text) { host_.vcpu_ended({kind, 0, std::move(text)}); }

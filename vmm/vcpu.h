@@ -12,6 +12,7 @@
 #include <thread>
 
 #include "base/unique_fd.h"
+#include "virtio/guest_memory.h"
 #include "vmm/bus.h"
 #include "vmm/cpu_setup.h"
 #include "vmm/exit_reason.h"
@@ -28,6 +29,8 @@ class VcpuHost {
   virtual bool ending() const noexcept = 0;
   virtual void vcpu_ended(ExitReason reason) noexcept = 0;
   virtual bool triple_fault_is_reset() const noexcept = 0;
+  // RAM, where instructions are to be done that KVM's emulator lacks; else null.
+  virtual const virtio::GuestMemory* completion_memory() const noexcept = 0;
 };
 
 class Vcpu {
@@ -37,6 +40,7 @@ class Vcpu {
     std::atomic<uint64_t> port_accesses{0};
     std::atomic<uint64_t> mmio_accesses{0};
     std::atomic<uint64_t> unclaimed{0};
+    std::atomic<uint64_t> completed{0};
   };
 
   // Makes the vCPU with CPUID, MSRs, FPU and LAPIC set. Throws base::Error.
@@ -63,6 +67,7 @@ class Vcpu {
   bool handle_exit();
   void handle_io();
   void handle_mmio();
+  bool handle_internal_error();
   void end(ExitKind kind, std::string text);
   std::string describe_internal_error() const;
   std::string registers() const;
