@@ -165,10 +165,15 @@ int run_image_check(const Strings& arguments) {
   require_openable(path, name);
   Sandbox sandbox(values, {ImageName{name, format}}, Sandbox::Backing::kNotNeeded);
   Outcome outcome;
-  sandbox.run([&](ImageGraph& graph) {
-    outcome =
-        graph.use_file(path, access, [&](block::Edge& file) { return check(file, path, format); });
-  });
+  try {
+    sandbox.run([&](ImageGraph& graph) {
+      outcome = graph.use_file(path, access,
+                               [&](block::Edge& file) { return check(file, path, format); });
+    });
+  } catch (Error& e) {
+    if (e.err() == EBUSY) refuse_open(e, path, name, false);
+    throw;
+  }
   if (!outcome.result) {
     print_error("This image format does not support checks");
     return kNoChecks;

@@ -151,6 +151,7 @@ void convert(ImageGraph& graph, const ConvertRequest& request) {
           return ProgressState{job.data_done(), total, job.data_done()};
         },
         [&] { job.cancel(); });
+    target->begin();
     job.run(graph.loops());
     target->finish();
     meter.finish();

@@ -66,11 +66,12 @@ std::string chain_text(const std::vector<ImageFacts>& chain) {
 
 // From the image downwards, as far as it goes. Images are not trusted: each link is opened only
 // where the policy allows it.
-std::vector<ImageFacts> inspect_chain(ImageGraph& graph, std::string path, std::string format) {
+std::vector<ImageFacts> inspect_chain(ImageGraph& graph, std::string path, std::string format,
+                                      FileAccess access) {
   std::vector<ImageFacts> chain;
   Strings seen;
   for (;;) {
-    chain.push_back(inspect_image_on_fiber(graph, path, format, {.locked = false}));
+    chain.push_back(inspect_image_on_fiber(graph, path, format, access));
     seen.push_back(real_path(path));
     const ImageFacts& last = chain.back();
     if (!last.has_backing()) return chain;
@@ -116,13 +117,20 @@ int run_image_info(const Strings& arguments) {
   Sandbox sandbox(values, {ImageName{name, format}},
                   whole_chain ? Sandbox::Backing::kAsked : Sandbox::Backing::kNotNeeded);
   std::vector<ImageFacts> chain;
-  sandbox.run([&](ImageGraph& graph) {
-    if (whole_chain) {
-      chain = inspect_chain(graph, path, format);
-    } else {
-      chain.push_back(inspect_image_on_fiber(graph, path, format, {.locked = false}));
-    }
-  });
+  // What is being written to is looked at all the same, except as qemu-img.
+  const FileAccess access{.locked = personality().drop_in && !is_set(values, "force-share")};
+  try {
+    sandbox.run([&](ImageGraph& graph) {
+      if (whole_chain) {
+        chain = inspect_chain(graph, path, format, access);
+      } else {
+        chain.push_back(inspect_image_on_fiber(graph, path, format, access));
+      }
+    });
+  } catch (Error& e) {
+    if (e.err() == EBUSY) refuse_open(e, path, name, false);
+    throw;
+  }
   if (output == OutputFormat::kHuman) {
     fmt::print("{}", human_text(chain));
   } else {

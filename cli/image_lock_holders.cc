@@ -72,9 +72,8 @@ LockHolders find_lock_holders(const std::string& path) {
 std::string lock_holders_text(const std::string& path) {
   const LockHolders holders = find_lock_holders(path);
   if (holders.found.empty()) {
-    return holders.hidden
-               ? "who has it cannot be seen from here (other users' processes are hidden)"
-               : "who had it has let go of it meanwhile, or is on another host";
+    return holders.hidden ? "who has it cannot be seen from here"
+                          : "who had it has let go of it meanwhile, or is on another host";
   }
   std::string out = "it is locked by ";
   for (size_t i = 0; i < holders.found.size(); ++i) {

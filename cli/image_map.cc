@@ -71,6 +71,7 @@ void walk(block::Edge& disk, const std::string& name, bool backing_missing, uint
     if (at >= disk.size()) {  // the last sector of a raw disk is short
       entry.length = end - at;
       entry.present = entry.zero = true;
+      entry.offset = at;
     } else {
       const block::ChainStatus status = chain.status(at, std::min(end, disk.size()) - at);
       entry.length = status.length;

@@ -241,9 +241,9 @@ Description describe_options(ImageGraph& graph, const ImageName& name, const Ope
   return out;
 }
 
-// An error of opening, in the words of the personality.
-[[noreturn]] void refuse(Error& error, const std::string& path, const std::string& name,
-                         bool writable) {
+}  // namespace
+
+void refuse_open(Error& error, const std::string& path, const std::string& name, bool writable) {
   const std::string where = fmt::format("Could not open '{}'", name);
   try {
     if (error.err() == EBUSY) refuse_locked(path.empty() ? name : path, writable, error);
@@ -254,8 +254,6 @@ Description describe_options(ImageGraph& graph, const ImageName& name, const Ope
   error.prepend(where);
   throw error;
 }
-
-}  // namespace
 
 OpenImage::OpenImage(ImageGraph& graph, const ImageName& name, const OpenMode& mode)
     : graph_(graph.graph()), name_(name.text) {
@@ -272,7 +270,7 @@ OpenImage::OpenImage(ImageGraph& graph, const ImageName& name, const OpenMode& m
         node, "the image command",
         Permissions{.uses = uses, .shares = Permissions::kWrite | Permissions::kResize});
   } catch (Error& e) {
-    refuse(e, found.path, name_, mode.writable);
+    refuse_open(e, found.path, name_, mode.writable);
   }
 }
 

@@ -13,6 +13,7 @@
 #include <optional>
 #include <vector>
 
+#include "base/error.h"
 #include "block/graph/edge.h"
 #include "block/graph/options.h"
 #include "cli/image_graph.h"
@@ -96,6 +97,10 @@ block::Options layer_options(const std::string& path, const std::string& format,
 // Called as qemu-img: throws what it says of a file that cannot be opened. Otherwise nothing: the
 // message of opening it says it better.
 void require_openable(const std::string& path, const std::string& name);
+
+// An error of opening a file, in the words of the personality: of one that is locked who has it.
+[[noreturn]] void refuse_open(base::Error& error, const std::string& path, const std::string& name,
+                              bool writable);
 
 // True if both names lead to one file.
 bool same_file(const std::string& a, const std::string& b);

@@ -63,9 +63,7 @@ TargetImage::TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache) : 
 TargetImage::TargetImage(ImageGraph& graph, const ImageName& name, CacheMode cache)
     : path_(name.text),
       image_(std::make_unique<OpenImage>(
-          graph, name, OpenMode{.writable = true, .trusted = true, .cache = cache})) {
-  touched_ = true;
-}
+          graph, name, OpenMode{.writable = true, .trusted = true, .cache = cache})) {}
 
 TargetImage::~TargetImage() { give_up(); }
 

@@ -18,7 +18,7 @@ class TargetImage {
  public:
   // Makes `image` (see prepare_image) and opens it. Its backing file is the user's word.
   TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache);
-  // Opens one that is there.
+  // Opens one that is there. It is as it was until begin().
   TargetImage(ImageGraph& graph, const ImageName& name, CacheMode cache);
   // Without finish(): the file is removed if it was made here, otherwise a line on standard error
   // says that it is incomplete.
@@ -28,6 +28,8 @@ class TargetImage {
 
   OpenImage& image() noexcept { return *image_; }
   block::Edge& edge() noexcept { return image_->edge(); }
+  // From here on it is being overwritten.
+  void begin() noexcept { touched_ = true; }
   // Everything reads as zeroes.
   bool is_zero() const noexcept { return is_zero_; }
   // Flushes and closes it. Throws what that finds; it is incomplete then.

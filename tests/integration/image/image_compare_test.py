@@ -58,6 +58,8 @@ class Map(ImageCase):
                 at = rng.randrange(6 << 20)
                 self.qemu_io(name, f"write {'-z ' if number % 3 == 0 else ''}{at} "
                              f"{rng.randint(1, 90000)}")
+        with open(self.path("plain"), "ab") as file:
+            file.truncate((5 << 20) + 100)  # its last sector is short
         for name in ("plain", "base", "overlay", "top"):
             for options in ([], ["--output=json"], ["--output=json", "-s", "1M", "-l", "1234567"],
                             ["-s", "100000"], ["-l", "5"]):

@@ -72,6 +72,9 @@ class Sandbox(ImageCase):
             self.assertEqual(ours.err, theirs.err)
             self.must(self.ours("convert", "-U", "-O", "raw", "overlay", "flat"))
             self.must(self.ours("info", "overlay"))
+            for command in ("info", "check", "map"):
+                self.same_answer(command, "overlay", status=1)
+                self.must(self.drop_in(command, "-U", "overlay"))
 
     def test_names(self):
         self.assertIn("qemu-img version 7.2", self.must(self.drop_in("--version")).out)
