@@ -7,6 +7,7 @@
 #include "base/error.h"
 #include "block/filters/fault.h"
 #include "block/filters/log_writes.h"
+#include "block/formats/luks/luks_node.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/raw.h"
 #include "block/graph/driver.h"
@@ -21,15 +22,11 @@ namespace {
 using enum DriverKind;
 
 constexpr Driver kDrivers[] = {
-    {"file", kProtocol, &open_file},
-    {"host_device", kProtocol, &open_file},
-    {"raw", kFormat, &open_raw},
-    {"qcow2", kFormat, &open_qcow2},
-    {"memory", kProtocol, &open_memory},
-    {"null", kProtocol, &open_null},
-    {"null-co", kProtocol, &open_null},
-    {"fault", kFilter, &open_fault},
-    {"log-writes", kFilter, &open_log_writes},
+    {"file", kProtocol, &open_file}, {"host_device", kProtocol, &open_file},
+    {"raw", kFormat, &open_raw},     {"qcow2", kFormat, &open_qcow2},
+    {"luks", kFormat, &open_luks},   {"memory", kProtocol, &open_memory},
+    {"null", kProtocol, &open_null}, {"null-co", kProtocol, &open_null},
+    {"fault", kFilter, &open_fault}, {"log-writes", kFilter, &open_log_writes},
 };
 
 }  // namespace
