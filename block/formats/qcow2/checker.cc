@@ -30,13 +30,19 @@ Checker::Checker(Edge& file, const Header& header, const CheckReport& report)
       geometry_(header.geometry()),
       file_size_(file.size()) {}
 
-CheckResult Checker::run() {
+void Checker::count_references() {
   result_.total_clusters = geometry_.clusters(header_.size);
   count_range(0, geometry_.cluster_size());
   count_l1(header_.l1_offset, header_.l1_size, Active::kYes);
   count_snapshots();
   count_l2_tables();
+  lost_references_ = result_.corruptions != 0;
   count_bitmaps();
+  unreadable_tables_ = result_.check_errors != 0;
+}
+
+CheckResult Checker::run() {
+  count_references();
   count_refcount_table();
   compare();
   check_copied();
@@ -150,7 +156,6 @@ void Checker::join_uses() {
 void Checker::count_l2_tables() {
   join_uses();
   for (const L2Use& use : l2_uses_) count_l2(use);
-  l2_uses_ = {};
 }
 
 std::vector<RawL2> Checker::read_l2_table(uint64_t offset) {
@@ -244,7 +249,12 @@ bool Checker::count_snapshot(uint64_t& offset) {
 void Checker::count_bitmaps() {
   // Without the autoclear bit the bitmaps are out of date, and their clusters are leaks.
   if (!header_.bitmaps || (header_.autoclear & kAutoclearBitmaps) == 0) return;
-  const BitmapsExtension& e = *header_.bitmaps;
+  const uint64_t before = result_.corruptions;
+  count_bitmap_directory(*header_.bitmaps);
+  bad_bitmaps_ = result_.corruptions != before;
+}
+
+void Checker::count_bitmap_directory(const BitmapsExtension& e) {
   if (!count_range(e.directory_offset, e.directory_size)) return;
   const uint64_t end = e.directory_offset + e.directory_size;
   uint64_t offset = e.directory_offset;
@@ -296,7 +306,8 @@ void Checker::count_bitmap(uint64_t table_offset, uint64_t entries) {
 }
 
 void Checker::count_refcount_table() {
-  count_range(header_.refcount_table_offset, header_.refcount_table_bytes());
+  const uint64_t before = result_.corruptions;
+  count_range(header_.refcount_table_offset, header_.refcount_table_bytes(), 1, &needs_rebuild_);
   refcount_table_ = read_table(header_.refcount_table_offset, header_.refcount_table_bytes() / 8,
                                "refcount table");
   for (size_t i = 0; i < refcount_table_.size(); ++i) {
@@ -314,6 +325,7 @@ void Checker::count_refcount_table() {
       raw = 0;
     }
   }
+  if (result_.corruptions != before) needs_rebuild_ = true;
 }
 
 }  // namespace minivmm::block::qcow2

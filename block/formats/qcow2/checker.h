@@ -24,13 +24,11 @@ class Checker {
  public:
   Checker(Edge& file, const Header& header, const CheckReport& report);
   CheckResult run();
+  // Only the first half: what is referred to, but for the refcounts themselves.
+  void count_references();
 
- private:
+  // --- What a repair wants to know afterwards ---
   using Table = std::vector<uint64_t>;  // host order
-  enum class Active { kYes, kNo };
-
-  // checker.cc
-  void count_l1(uint64_t offset, uint64_t entries, Active active);
   // Which L1 tables use an L2 table, and where the active one has it.
   struct L2Use {
     uint64_t offset = 0;
@@ -38,6 +36,25 @@ class Checker {
     uint64_t l1_index = 0;
     bool active = false;
   };
+  const CheckResult& result() const noexcept { return result_; }
+  const ClusterCounts& counts() const noexcept { return counts_; }
+  // Sorted by offset, one for each table.
+  const std::vector<L2Use>& l2_uses() const noexcept { return l2_uses_; }
+  // Host order; what is no block is 0.
+  const Table& refcount_table() const noexcept { return refcount_table_; }
+  // References that make no sense: what they once meant is not known to be unused.
+  bool lost_references() const noexcept { return lost_references_; }
+  // Tables that cannot be read.
+  bool unreadable_tables() const noexcept { return unreadable_tables_; }
+  bool bad_bitmaps() const noexcept { return bad_bitmaps_; }
+  // Refcounts cannot be put right where they are.
+  bool needs_rebuild() const noexcept { return needs_rebuild_; }
+
+ private:
+  enum class Active { kYes, kNo };
+
+  // checker.cc
+  void count_l1(uint64_t offset, uint64_t entries, Active active);
   void join_uses();
   void count_l2_tables();
   void count_l2(const L2Use& use);
@@ -45,6 +62,7 @@ class Checker {
   void count_snapshots();
   bool count_snapshot(uint64_t& offset);
   void count_bitmaps();
+  void count_bitmap_directory(const BitmapsExtension& e);
   void count_bitmap(uint64_t table_offset, uint64_t entries);
   void count_refcount_table();
   void follow_fragments(uint64_t offset);
@@ -89,6 +107,10 @@ class Checker {
   std::unordered_map<uint64_t, uint64_t> wrong_;  // refcounts of used clusters that are wrong
   uint64_t next_fragment_ = 0;
   uint64_t lines_ = 0;
+  bool lost_references_ = false;
+  bool unreadable_tables_ = false;
+  bool bad_bitmaps_ = false;
+  bool needs_rebuild_ = false;
 };
 
 }  // namespace minivmm::block::qcow2

@@ -26,7 +26,10 @@ void Checker::compare_block(uint64_t index) {
   const uint64_t first = index << geometry_.block_bits();
   const uint64_t here = std::min(geometry_.block_entries(), compared_clusters() - first);
   if (block_.size() == 0) block_ = base::Buffer(geometry_.cluster_size());
-  if (!read(refcount_table_[index], block_, "refcount block")) return;
+  if (!read(refcount_table_[index], block_, "refcount block")) {
+    needs_rebuild_ = true;
+    return;
+  }
   for (uint64_t i = 0; i < here; ++i) {
     compare_cluster(first + i, get_refcount(block_.data(), i, geometry_.refcount_order));
   }
@@ -38,7 +41,9 @@ void Checker::compare_unblocked() {
     for (uint64_t cluster = chunk; cluster < chunk + ClusterCounts::kChunk; ++cluster) {
       const uint64_t index = cluster >> geometry_.block_bits();
       const bool has_block = index < refcount_table_.size() && refcount_table_[index] != 0;
-      if (!has_block && counts_.get(cluster) != 0) compare_cluster(cluster, 0);
+      if (has_block || counts_.get(cluster) == 0) continue;
+      needs_rebuild_ = true;
+      compare_cluster(cluster, 0);
     }
   }
 }
