@@ -191,7 +191,7 @@ void add_conditional(scmp_filter_ctx filter) {
   constexpr uint64_t kSectorSize = 0x1268;      // BLKSSZGET
   for (const uint64_t request : {kGetTerminal, kDeviceSize, kSectorSize}) {
     bad |= ::seccomp_rule_add(filter, SCMP_ACT_ALLOW, SCMP_SYS(ioctl), 1,
-                              SCMP_A1(SCMP_CMP_EQ, request));
+                              SCMP_A1(SCMP_CMP_EQ, request, 0));
   }
   if (bad != 0) throw Error(EINVAL, "seccomp: a rule was refused");
 }
