@@ -9,6 +9,7 @@
 
 #include "base/error.h"
 #include "block/formats/qcow2/check.h"
+#include "block/formats/qcow2/repair.h"
 #include "cli/command.h"
 #include "cli/image_arguments.h"
 #include "cli/image_commands.h"
@@ -22,21 +23,29 @@ namespace minivmm::cli {
 namespace po = boost::program_options;
 using base::Error;
 using block::qcow2::CheckResult;
+using block::qcow2::Repair;
 using Strings = std::vector<std::string>;
 
 namespace {
 
 constexpr const char* kUsage =
-    "Usage: minivmm image check [-f FORMAT] [--output=human|json] [-q] [-U] FILE\n\n"
+    "Usage: minivmm image check [-f FORMAT] [-r leaks|all] [--output=human|json] [-q] [-U] FILE\n\n"
     "Counts every reference to every cluster of a qcow2 image and compares it with the image's "
     "own\n"
-    "counts. Reads only; nothing that the image names is opened. What is wrong is printed line by\n"
-    "line on standard error, a summary on standard output.\n\n"
+    "counts. Reads only, unless -r asks for repair; nothing that the image names is opened. What "
+    "is\n"
+    "wrong is printed line by line on standard error, a summary on standard output.\n\n"
+    "`-r leaks` only frees space that is lost. `-r all` also mends entries that make no sense, "
+    "the\n"
+    "counts and the flags; what cannot be found any more reads as zeroes, so keep a copy. Cut "
+    "short\n"
+    "anywhere, it can be run again.\n\n"
     "Exit status: 0 clean, 1 the check could not be completed, 2 corruption was found, 3 leaked\n"
     "clusters (space that is lost, no harm to data), 63 the format has no checks.\n\n"
     "Examples:\n"
     "  minivmm image check disk.qcow2\n"
-    "  minivmm image check --output=json disk.qcow2\n\n";
+    "  minivmm image check --output=json disk.qcow2\n"
+    "  minivmm image check -r all disk.qcow2\n\n";
 
 // qemu-img's exit statuses.
 constexpr int kFailed = 1;
@@ -50,7 +59,7 @@ ImageSyntax image_check_syntax() {
   ImageSyntax out{kUsage};
   // clang-format off
   out.options.add_options()
-    ("repair,r", text_option("leaks|all"), "not supported: see qemu-img");
+    ("repair,r", text_option("leaks|all"), "repair what is found: lost space, or everything");
   // clang-format on
   add_sandbox_options(out.options);
   add_common_options(out.options, "fToqU");
@@ -59,18 +68,30 @@ ImageSyntax image_check_syntax() {
 
 namespace {
 
-void refuse_repair(const po::variables_map& values, const std::string& name) {
-  if (values.count("repair") == 0) return;
+// None: check only.
+std::optional<Repair> repair_mode(const po::variables_map& values) {
+  if (values.count("repair") == 0) return std::nullopt;
   const std::string what = text_value(values, "repair");
   if (what != "leaks" && what != "all") {
     throw UsageError{
         fmt::format("Unknown option value for -r (expecting 'leaks' or 'all'): {}", what)};
   }
-  throw Error(ENOTSUP, fmt::format("{0}: repair is not supported; use `qemu-img check -r {1} {0}`",
-                                   name, what));
+  if (is_set(values, "untrusted")) {
+    throw UsageError{"-r writes to the image, which --untrusted does not allow"};
+  }
+  return what == "all" ? Repair::kAll : Repair::kLeaks;
 }
 
-std::string json_text(const CheckResult& r, const std::string& path, const std::string& format) {
+struct Outcome {
+  std::string format;
+  std::optional<CheckResult> result;  // none: the format has no checks
+  uint64_t leaks_fixed = 0;
+  uint64_t corruptions_fixed = 0;
+  bool repaired() const noexcept { return leaks_fixed != 0 || corruptions_fixed != 0; }
+};
+
+std::string json_text(const Outcome& outcome, const std::string& path) {
+  const CheckResult& r = *outcome.result;
   nlohmann::ordered_json out;
   const auto add_unless_zero = [&](const char* name, uint64_t value) {
     if (value != 0) out[name] = value;
@@ -80,11 +101,13 @@ std::string json_text(const CheckResult& r, const std::string& path, const std::
   add_unless_zero("compressed-clusters", r.compressed_clusters);
   add_unless_zero("total-clusters", r.total_clusters);
   add_unless_zero("corruptions", r.corruptions);
+  add_unless_zero("corruptions-fixed", outcome.corruptions_fixed);
   out["check-errors"] = r.check_errors;
+  add_unless_zero("leaks-fixed", outcome.leaks_fixed);
   add_unless_zero("leaks", r.leaks);
   add_unless_zero("allocated-clusters", r.allocated_clusters);
   out["filename"] = path;
-  out["format"] = format;
+  out["format"] = outcome.format;
   add_unless_zero("fragmented-clusters", r.fragmented_clusters);
   return out.dump(4, ' ', false, nlohmann::ordered_json::error_handler_t::replace) + "\n";
 }
@@ -129,19 +152,31 @@ int exit_status(const CheckResult& r) {
   return r.leaks != 0 ? kLeaky : 0;
 }
 
-struct Outcome {
-  std::string format;
-  std::optional<CheckResult> result;  // none: the format has no checks
-};
+std::string repaired_text(const Outcome& outcome) {
+  return fmt::format(
+      "The following inconsistencies were found and repaired:\n\n"
+      "    {} leaked clusters\n"
+      "    {} corruptions\n\n"
+      "Double checking the fixed image now...\n",
+      outcome.leaks_fixed, outcome.corruptions_fixed);
+}
 
 // Fiber.
-Outcome check(block::Edge& file, const std::string& path, const std::string& format) {
+Outcome check(block::Edge& file, const std::string& path, const std::string& format,
+              std::optional<Repair> repair) {
   Outcome out;
   out.format = image_format(file, path, format);
   if (out.format != "qcow2") return out;
+  const auto report = [](const std::string& line) { fmt::print(stderr, "{}\n", printable(line)); };
   try {
-    out.result = block::qcow2::check_image(
-        file, [](const std::string& line) { fmt::print(stderr, "{}\n", printable(line)); });
+    if (!repair) {
+      out.result = block::qcow2::check_image(file, report);
+    } else {
+      const auto done = block::qcow2::repair_image(file, *repair, report);
+      out.result = done.left;
+      out.leaks_fixed = done.leaks_fixed;
+      out.corruptions_fixed = done.corruptions_fixed;
+    }
   } catch (Error& e) {
     e.prepend(path);
     throw;
@@ -156,20 +191,28 @@ int run_image_check(const Strings& arguments) {
   if (!parse_image_arguments(arguments, image_check_syntax(), values)) return 0;
   const OutputFormat output = output_format(values);
   const std::string path = host_path(one_file_name(values));
-  refuse_repair(values, path);
+  const std::optional<Repair> repair = repair_mode(values);
   const CacheMode cache =
       parse_cache_mode(text_value(values, "source-cache"), "source cache", "writeback");
-  const FileAccess access{.locked = !is_set(values, "force-share"), .direct = cache.direct};
+  const FileAccess access{.writable = repair.has_value(),
+                          .locked = !is_set(values, "force-share"),
+                          .direct = cache.direct};
   const std::string format = text_value(values, "format");
   const std::string name = one_file_name(values);
   require_openable(path, name);
-  Sandbox sandbox(values, {ImageName{name, format}}, Sandbox::Backing::kNotNeeded);
   Outcome outcome;
+  const auto work = [&](ImageGraph& graph) {
+    outcome = graph.use_file(path, access,
+                             [&](block::Edge& file) { return check(file, path, format, repair); });
+  };
   try {
-    sandbox.run([&](ImageGraph& graph) {
-      outcome = graph.use_file(path, access,
-                               [&](block::Edge& file) { return check(file, path, format); });
-    });
+    if (repair) {
+      ImageGraph graph;  // the sandbox is for those that only read
+      graph.run([&] { work(graph); });
+    } else {
+      Sandbox sandbox(values, {ImageName{name, format}}, Sandbox::Backing::kNotNeeded);
+      sandbox.run(work);
+    }
   } catch (Error& e) {
     if (e.err() == EBUSY) refuse_open(e, path, name, false);
     throw;
@@ -180,8 +223,12 @@ int run_image_check(const Strings& arguments) {
   }
   const CheckResult& result = *outcome.result;
   if (!is_set(values, "quiet")) {
-    fmt::print("{}", output == OutputFormat::kJson ? json_text(result, path, outcome.format)
-                                                   : human_text(result));
+    if (output == OutputFormat::kJson) {
+      fmt::print("{}", json_text(outcome, path));
+    } else {
+      if (outcome.repaired()) fmt::print("{}", repaired_text(outcome));
+      fmt::print("{}", human_text(result));
+    }
   }
   if (result.check_errors != 0) {
     print_error("Check failed");

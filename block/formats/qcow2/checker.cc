@@ -45,6 +45,7 @@ CheckResult Checker::run() {
   count_references();
   count_refcount_table();
   compare();
+  only_flags_wrong_ = result_.corruptions == 0 && result_.check_errors == 0;
   check_copied();
   return result_;
 }

@@ -47,6 +47,8 @@ class Checker {
   // Tables that cannot be read.
   bool unreadable_tables() const noexcept { return unreadable_tables_; }
   bool bad_bitmaps() const noexcept { return bad_bitmaps_; }
+  // Nothing is wrong but for leaks and flags.
+  bool only_flags_wrong() const noexcept { return only_flags_wrong_; }
   // Refcounts cannot be put right where they are.
   bool needs_rebuild() const noexcept { return needs_rebuild_; }
 
@@ -111,6 +113,7 @@ class Checker {
   bool unreadable_tables_ = false;
   bool bad_bitmaps_ = false;
   bool needs_rebuild_ = false;
+  bool only_flags_wrong_ = false;
 };
 
 }  // namespace minivmm::block::qcow2

@@ -41,6 +41,8 @@ RepairResult Repairer::run(Repair what) {
       changed = mend_all(found);
     } else if (!found.lost_references()) {
       changed = set_refcounts(found, Direction::kDown);
+      // As qemu-img does. Once the refcounts are right it is safe.
+      if (found.only_flags_wrong() && mend_copied()) changed = true;
     }
   }
   if (changed) {

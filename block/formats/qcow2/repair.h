@@ -2,7 +2,8 @@
 // Mends an image's metadata, as `qemu-img check -r` does. Works on the file of an image that is not
 // open otherwise.
 //
-// kLeaks lowers refcounts that are too high and changes nothing else. kAll first gives every entry
+// kLeaks lowers refcounts that are too high, and sets COPIED flags right where nothing else is
+// wrong. kAll first gives every entry
 // a meaning (reserved bits, places outside the file or on top of other metadata, contradictory
 // subcluster bits; bitmaps that make no sense are dropped), then sets the refcounts right, in place
 // or by a new refcount table at the end of the file, then the COPIED flags. An image without

@@ -188,6 +188,7 @@ bool Repairer::mend_copied() {
     }
     if (mend_copied_l2(counts, table)) changed = true;
   }
+  if (!changes.empty()) clear_autoclear();
   write_words(changes);
   corruptions_fixed_ += changes.size();
   return changed || !changes.empty();
@@ -213,8 +214,10 @@ bool Repairer::mend_copied_l2(const ClusterCounts& counts, uint64_t table) {
     begin = std::min(begin, at);
     end = at + step;
   }
-  if (end != 0) write_changed(table, bytes, begin, end);
-  return end != 0;
+  if (end == 0) return false;
+  clear_autoclear();
+  write_changed(table, bytes, begin, end);
+  return true;
 }
 
 // Metadata of the active disk, that is, but not refcounts: they are cheaper to make anew than what
