@@ -13,6 +13,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "block/crypto/secret.h"
 #include "cli/command.h"
 #include "control/readiness.h"
 #include "control/specs.h"
@@ -43,6 +44,9 @@ po::options_description graph_options() {
      "A comma inside a value is doubled.")
     ("blockdev", po::value<Strings>()->composing()->value_name("KEYS|JSON"),
      "a node by QEMU's options: driver=...,node-name=...,file.driver=...; or a JSON object")
+    ("object", po::value<Strings>()->composing()->value_name("secret,id=ID,..."),
+     "a password or key that nodes name by its id (key-secret=ID): file=PATH or data=TEXT, "
+     "format=raw|base64; encrypted with another: keyid=ID,iv=BASE64")
     ("backing-root", po::value<Strings>()->composing()->value_name("DIR"),
      "where backing files that images name may lie, besides the image's own directory");
   // clang-format on
@@ -228,6 +232,9 @@ control::Config make_config(const po::variables_map& values) {
       static_cast<unsigned>(number_value(values, "io-threads", 1, base::EventLoop::kMaxLoops));
   config.io_backend = backend_choice(values["io-backend"].as<std::string>());
   config.open_policy.backing_roots = list(values, "backing-root");
+  for (const std::string& text : list(values, "object")) {
+    block::crypto::secrets().add_object(text);
+  }
   for (const std::string& text : list(values, "blockdev")) {
     config.blockdevs.push_back(block::Options::from_text(text));
   }

@@ -7,7 +7,7 @@ _minivmm_disk_keys="id= format= ro readonly cache= backing= backing_fmt= offset=
 _minivmm_export_keys="name= description= writable nbd fuse"
 _minivmm_fuse_keys="mode= uid= gid= allow_other"
 
-_minivmm_disks="--disk --blockdev --backing-root"
+_minivmm_disks="--disk --blockdev --object --backing-root"
 _minivmm_front_ends="--nbd --nbd-allow-remote --fuse --export"
 _minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
 _minivmm_guest="--kernel --initrd --append --memory --cpus --shared-memory --serial"
@@ -120,6 +120,8 @@ _minivmm() {
     *:--nbd)
       words_for="nbd://127.0.0.1 nbd+unix:///?socket= fd: systemd"
       compopt -o nospace 2>/dev/null ;;
+    boot:--object | serve:--object)
+      words_for="secret,id="; compopt -o nospace 2>/dev/null ;;
     *:--blockdev) words_for="driver="; compopt -o nospace 2>/dev/null ;;
     *:--io-backend) words_for="auto io_uring epoll" ;;
     *:--log-level) words_for="debug info warning error off" ;;

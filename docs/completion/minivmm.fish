@@ -47,6 +47,7 @@ complete -c minivmm -n "__minivmm_in boot" -l serial -x -a "stdio none file:" -d
 
 complete -c minivmm -n "__minivmm_in boot serve" -l disk -x -a "(__minivmm_keys id= format=qcow2 format=raw ro readonly cache=writeback cache=none cache=writethrough cache=directsync cache=unsafe backing= backing_fmt=qcow2 backing_fmt=raw offset= size= serial= logical_block_size= physical_block_size= num-queues= queue-size= cache-size= l2-cache-size= refcount-cache-size= l2-cache-entry-size= locking=auto locking=on locking=off)" -d "Disk image"
 complete -c minivmm -n "__minivmm_in boot serve" -l blockdev -x -d "Node by QEMU's options"
+complete -c minivmm -n "__minivmm_in boot serve" -l object -x -a "secret,id=" -d "Password or key by an id"
 complete -c minivmm -n "__minivmm_in boot serve" -l backing-root -x -a "(__fish_complete_directories)" -d "Where backing files may lie"
 complete -c minivmm -n "__minivmm_in boot serve" -l nbd -x -a "nbd://127.0.0.1 nbd+unix:///?socket= fd: systemd" -d "Listen for NBD clients"
 complete -c minivmm -n "__minivmm_in boot serve" -l nbd-allow-remote -d "Listen beyond loopback"
