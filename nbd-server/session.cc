@@ -78,6 +78,7 @@ void Session::serve() {
       if (replies_.gathered() >= kSendReplies || replies_.gathered_bytes() >= kSendBatch) {
         replies_.flush();
       }
+      if (++taken_ >= kRequestsPerTurn && !take_turn()) return;
     }
     if (!receive()) return;
   }
@@ -319,8 +320,9 @@ bool Session::on_stall(std::chrono::nanoseconds stalled) noexcept {
 // A client that always has more to say keeps neither others from the loop nor the loop from ending
 // its session.
 bool Session::take_turn() {
-  if (++receives_ >= kReceivesPerTurn) {
+  if (receives_ >= kReceivesPerTurn || taken_ >= kRequestsPerTurn) {
     receives_ = 0;
+    taken_ = 0;
     loop_.yield();
   }
   if (!cancel_.cancelled()) return true;
@@ -330,6 +332,7 @@ bool Session::take_turn() {
 
 bool Session::receive() {
   replies_.flush();
+  ++receives_;
   if (!take_turn()) return false;
   for (;;) {
     iovec room = input_.room(large_mode_ ? wire::kRequestSize - input_.size() : SIZE_MAX);

@@ -66,8 +66,10 @@ class Session final : private ReplyQueue::Owner {
   static constexpr unsigned kSendReplies = 8;
   // Payloads up to this take part in merging.
   static constexpr uint32_t kMaxMerged = 32 << 10;
-  // So often in a row may input be there already before the loop's other fibers get their turn.
+  // So often in a row may input be there already, or so many requests be taken, before the loop's
+  // other fibers get their turn.
   static constexpr unsigned kReceivesPerTurn = 8;
+  static constexpr unsigned kRequestsPerTurn = 1024;
   // So much of a payload has to come within the stall limit while others wait for memory.
   static constexpr size_t kLeastProgress = 512 << 10;
   // After a WRITE of more than this, only the next header is received with its payload: the data
@@ -131,7 +133,8 @@ class Session final : private ReplyQueue::Owner {
   bool in_batch_ = false;    // run() is working: it will flush
   bool large_mode_ = false;  // see kLargePayload
   bool ended_ = false;
-  unsigned receives_ = 0;  // since the session's fiber last waited
+  unsigned receives_ = 0;  // in this turn
+  unsigned taken_ = 0;     // requests, in this turn  // since the session's fiber last waited
   const char* outcome_ = "it disconnected";
 };
 
