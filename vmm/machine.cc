@@ -141,7 +141,11 @@ class Machine::Impl final : public VcpuHost {
 Machine::Impl::Impl(MachineConfig config)
     : config_(std::move(config)),
       vm_(kvm_.create_vm()),
-      memory_({config_.memory_bytes, config_.shared_memory, config_.huge_pages}),
+      memory_({.size = config_.memory_bytes,
+               .shared = config_.shared_memory,
+               .huge_pages = config_.huge_pages,
+               .huge_page_bytes = config_.huge_page_bytes,
+               .prealloc = config_.prealloc}),
       ended_fd_(make_eventfd("machine")),
       console_(config_.serial,
                [this] {

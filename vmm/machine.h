@@ -44,6 +44,8 @@ struct MachineConfig {
   uint64_t memory_bytes = uint64_t{256} << 20;
   bool shared_memory = false;  // RAM in a memfd
   bool huge_pages = true;
+  uint64_t huge_page_bytes = 0;  // as MemoryConfig's
+  bool prealloc = false;
   unsigned vcpus = 1;
   KernelSource kernel;
   BootProtocol protocol = BootProtocol::kAuto;

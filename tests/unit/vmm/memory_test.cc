@@ -78,6 +78,31 @@ TEST(Memory, TouchesNothingAtConstruction) {
   for (const auto page : resident) ASSERT_EQ(page & 1, 0);
 }
 
+TEST(Memory, PreallocTouchesAllOfIt) {
+  for (const bool shared : {false, true}) {
+    const Memory memory({.size = 16 * kMiB, .shared = shared, .prealloc = true});
+    const auto& region = memory.view().regions().front();
+    std::vector<unsigned char> resident(region.size / 4096);
+    ASSERT_EQ(::mincore(region.host, region.size, resident.data()), 0);
+    for (const auto page : resident) ASSERT_EQ(page & 1, 1);
+  }
+}
+
+// Without pages in reserve a guest would be killed in the middle; it is refused at the start.
+TEST(Memory, ReservedHugePagesAreTakenAtOnceOrRefused) {
+  EXPECT_THROW(Memory({.size = 16 * kMiB, .huge_page_bytes = 4096}), base::Error);
+  EXPECT_THROW(Memory({.size = 3 * kMiB, .huge_page_bytes = 2 * kMiB}), base::Error);
+  try {
+    const Memory memory({.size = 4 * kMiB, .huge_page_bytes = 2 * kMiB});
+    std::vector<unsigned char> resident(4 * kMiB / 4096);
+    const auto& region = memory.view().regions().front();
+    ASSERT_EQ(::mincore(region.host, region.size, resident.data()), 0);
+    for (const auto page : resident) ASSERT_EQ(page & 1, 1);
+  } catch (const base::Error& error) {
+    EXPECT_NE(std::string(error.what()).find("nr_hugepages"), std::string::npos) << error.what();
+  }
+}
+
 TEST(MemoryMap, CoversTheRamOnceAndKeepsTheFirmwareRange) {
   for (const uint64_t size : {16 * kMiB, kHoleStart, kHoleStart + kMiB, 64 * 1024 * kMiB}) {
     uint64_t ram = 0;
