@@ -69,7 +69,7 @@ class Session final : private ReplyQueue::Owner {
   // So often in a row may input be there already, or so many requests be taken, before the loop's
   // other fibers get their turn.
   static constexpr unsigned kReceivesPerTurn = 8;
-  static constexpr unsigned kRequestsPerTurn = 1024;
+  static constexpr unsigned kRequestsPerTurn = 256;
   // So much of a payload has to come within the stall limit while others wait for memory.
   static constexpr size_t kLeastProgress = 512 << 10;
   // After a WRITE of more than this, only the next header is received with its payload: the data
