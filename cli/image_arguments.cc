@@ -60,7 +60,7 @@ void add_common_options(po::options_description& options, std::string_view what)
             "read the image although somebody may be writing to it");
     }
   }
-  add("object", text_option("TYPE,id=ID,..."), "not supported: there are no encrypted images yet");
+  add("object", text_option("TYPE,id=ID,..."), "refused: no image command opens encrypted images");
   add("help,h", flag_option(), "this text");
 }
 
@@ -109,7 +109,7 @@ bool parse_image_arguments(const Strings& arguments, const ImageSyntax& syntax,
     refuse_syntax(e, arguments);
   }
   if (values.count("object") != 0) {
-    throw UsageError{"--object is not supported: there are no encrypted images yet"};
+    throw UsageError{"--object: no image command opens encrypted images; serve and boot do"};
   }
   return true;
 }

@@ -13,24 +13,58 @@ _minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-tim
 _minivmm_guest="--kernel --initrd --append --memory --cpus --shared-memory --serial"
 
 # --- image commands: written by docs/update-image-commands ---
-_minivmm_image_commands="create info check"
+_minivmm_image_commands="bench check commit compare convert create dd info map measure rebase resize"
 _minivmm_image_options() {
   case $1 in
-    create) echo "-f --format -b --backing -F --backing-format -u --unsafe -o --options -q --quiet -h --help" ;;
-    info) echo "--backing-chain --backing-root -f --format --output -U --force-share -h --help" ;;
-    check) echo "-r --repair -T -f --format --output -q --quiet -U --force-share -h --help" ;;
+    bench) echo "-c --count -d --depth -s --buffer-size -S --step-size -o --offset -w --write --pattern --flush-interval --no-drain -n --native -i --aio -f --format -t --cache --image-opts -q --quiet -U --force-share --object -h --help" ;;
+    check) echo "-r --repair --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format -T --source-cache --output -q --quiet -U --force-share --object -h --help" ;;
+    commit) echo "-b --base -d --drop -r --rate --backing-root -f --format -t --cache --image-opts -p --progress -q --quiet --object -h --help" ;;
+    compare) echo "-F --second-format -s --strict -f --format -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
+    convert) echo "-O --output-format -o --options -B --backing -F --backing-format -n --skip-create --target-is-zero --target-image-opts -c --compress -S --sparse -l --snapshot --bitmaps --salvage -C --copy-range -m --parallel -W --out-of-order -r --rate -f --format -t --cache -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
+    create) echo "-f --format -b --backing -F --backing-format -u --unsafe -o --options -q --quiet --object -h --help" ;;
+    dd) echo "-O --output-format -f --format --image-opts -U --force-share --object -h --help" ;;
+    info) echo "--backing-chain --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format --output -U --force-share --object -h --help" ;;
+    map) echo "-s --start-offset -l --max-length --svg --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format --output --image-opts -U --force-share --object -h --help" ;;
+    measure) echo "-O --output-format -o --options --size -l --snapshot --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format --output --image-opts -U --force-share --object -h --help" ;;
+    rebase) echo "-b --backing -F --backing-format -u --unsafe --backing-root -f --format -t --cache -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
+    resize) echo "--shrink --preallocation -f --format --image-opts -q --quiet --object -h --help" ;;
   esac
 }
 _minivmm_image_values() {
   case $1:$2 in
+    bench:-f | bench:--format) echo "qcow2 raw" ;;
+    bench:-t | bench:--cache) echo "none writeback writethrough directsync unsafe" ;;
+    check:-r | check:--repair) echo "leaks all" ;;
+    check:-f | check:--format) echo "qcow2 raw" ;;
+    check:-T | check:--source-cache) echo "none writeback writethrough directsync unsafe" ;;
+    check:--output) echo "human json" ;;
+    commit:-f | commit:--format) echo "qcow2 raw" ;;
+    commit:-t | commit:--cache) echo "none writeback writethrough directsync unsafe" ;;
+    compare:-F | compare:--second-format) echo "qcow2 raw" ;;
+    compare:-f | compare:--format) echo "qcow2 raw" ;;
+    compare:-T | compare:--source-cache) echo "none writeback writethrough directsync unsafe" ;;
+    convert:-O | convert:--output-format) echo "qcow2 raw" ;;
+    convert:-F | convert:--backing-format) echo "qcow2 raw" ;;
+    convert:-f | convert:--format) echo "qcow2 raw" ;;
+    convert:-t | convert:--cache) echo "none writeback writethrough directsync unsafe" ;;
+    convert:-T | convert:--source-cache) echo "none writeback writethrough directsync unsafe" ;;
     create:-f | create:--format) echo "qcow2 raw" ;;
     create:-F | create:--backing-format) echo "qcow2 raw" ;;
+    dd:-O | dd:--output-format) echo "qcow2 raw" ;;
+    dd:-f | dd:--format) echo "qcow2 raw" ;;
     info:-f | info:--format) echo "qcow2 raw" ;;
     info:--output) echo "human json" ;;
-    check:-r | check:--repair) echo "leaks all" ;;
-    check:-T) echo "none writeback writethrough directsync unsafe" ;;
-    check:-f | check:--format) echo "qcow2 raw" ;;
-    check:--output) echo "human json" ;;
+    map:-f | map:--format) echo "qcow2 raw" ;;
+    map:--output) echo "human json" ;;
+    measure:-O | measure:--output-format) echo "qcow2 raw" ;;
+    measure:-f | measure:--format) echo "qcow2 raw" ;;
+    measure:--output) echo "human json" ;;
+    rebase:-F | rebase:--backing-format) echo "qcow2 raw" ;;
+    rebase:-f | rebase:--format) echo "qcow2 raw" ;;
+    rebase:-t | rebase:--cache) echo "none writeback writethrough directsync unsafe" ;;
+    rebase:-T | rebase:--source-cache) echo "none writeback writethrough directsync unsafe" ;;
+    resize:--preallocation) echo "off metadata falloc full" ;;
+    resize:-f | resize:--format) echo "qcow2 raw" ;;
   esac
 }
 # --- image commands: end ---
