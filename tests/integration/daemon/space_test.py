@@ -55,8 +55,10 @@ class Space(Scene):
     def everything_full(self, vm, nbd, fuse):
         """All three write until there is no room. Returns where the hosts succeeded."""
         self.errors = []
-        answered = []
         third = DISK // 4
+        # One piece at least, whoever is quicker then.
+        nbd.write(third, content(third, third, PIECE))
+        answered = [third]
         threads = [threading.Thread(target=self.fill, args=(disk, begin, begin + third, answered))
                    for disk, begin in ((nbd, third), (fuse, 2 * third))]
         job = vm.begin_job(f"stress seed=5 count=3000 offset={3 * third} length={third} bs=4096 "

@@ -25,7 +25,7 @@ TEST(Probe, SignaturesAreRecognised) {
   EXPECT_EQ(probe("KDMV"), "vmdk");
   EXPECT_EQ(probe("vhdxfile"), "vhdx");
   EXPECT_EQ(probe("LUKS\xba\xbe\0\1"s), "luks");
-  EXPECT_EQ(probe(std::string(64, ' ') + "\x7f\x10\xda\xbe"), "vdi");
+  EXPECT_EQ(probe(std::string(64, ' ').append("\x7f\x10\xda\xbe")), "vdi");
 }
 
 TEST(Probe, EverythingElseIsRaw) {
@@ -33,7 +33,7 @@ TEST(Probe, EverythingElseIsRaw) {
   EXPECT_EQ(probe("QFI"), "raw");
   EXPECT_EQ(probe(std::string(512, '\0')), "raw");
   EXPECT_EQ(probe(" QFI\xfb\0\0\0\3"s), "raw");
-  EXPECT_EQ(probe(std::string(64, ' ') + "\x7f\x10\xda"), "raw");
+  EXPECT_EQ(probe(std::string(64, ' ').append("\x7f\x10\xda")), "raw");
 }
 
 }  // namespace
