@@ -20,7 +20,7 @@ if(MINIVMM_SANITIZE)
 endif()
 
 # minivmm_precompile(TARGET [header...]): what nearly every file includes, and more, parsed once a
-# target. The sanitizer builds take a quarter less time so; the others show missing includes.
+# target, which takes a quarter off a build. Builds without it show missing includes.
 function(minivmm_precompile name)
   if(NOT MINIVMM_PCH)
     return()
