@@ -48,6 +48,7 @@ Gnutls load() {
   library.find("gnutls_strerror", out.strerror);
   library.find("gnutls_rnd", out.rnd);
   library.find("gnutls_pbkdf2", out.pbkdf2);
+  library.find("gnutls_hash_fast", out.hash_fast);
   library.find("gnutls_hash_init", out.hash_init);
   library.find("gnutls_hash", out.hash);
   library.find("gnutls_hash_output", out.hash_output);

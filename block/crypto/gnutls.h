@@ -17,6 +17,7 @@ struct Gnutls {
   decltype(&::gnutls_strerror) strerror;
   decltype(&::gnutls_rnd) rnd;
   decltype(&::gnutls_pbkdf2) pbkdf2;
+  decltype(&::gnutls_hash_fast) hash_fast;
   decltype(&::gnutls_hash_init) hash_init;
   decltype(&::gnutls_hash) hash;
   decltype(&::gnutls_hash_output) hash_output;

@@ -2,6 +2,8 @@
 #include "block/crypto/hash.h"
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <cerrno>
 #include <cstring>
 
@@ -58,7 +60,22 @@ void require_hash(Hash hash, int status) {
                                 hash_name(hash), gnutls().strerror(status)));
 }
 
+namespace {
+
+// Asks by a hash of nothing, once: gnutls_hash_init() leaks when it refuses.
+void require_available(Hash hash) {
+  static std::array<std::atomic<bool>, std::size(kHashes)> available{};
+  std::atomic<bool>& known = available[static_cast<size_t>(hash)];
+  if (known.load(std::memory_order_relaxed)) return;
+  std::array<std::byte, kMaxDigest> digest;
+  require_hash(hash, gnutls().hash_fast(facts_of(hash).digest, "", 0, digest.data()));
+  known.store(true, std::memory_order_relaxed);
+}
+
+}  // namespace
+
 Hasher::Hasher(Hash hash) : digest_size_(digest_size(hash)) {
+  require_available(hash);
   gnutls_hash_hd_t handle = nullptr;
   require_hash(hash, gnutls().hash_init(&handle, facts_of(hash).digest));
   handle_ = handle;
