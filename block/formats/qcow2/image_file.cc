@@ -29,7 +29,7 @@ void ImageFile::require_intact() const {
   if (broken()) {
     throw Error(EIO, name_ +
                          ": its metadata was found corrupt or in doubt, so the image is not "
-                         "written to; close it and run `qemu-img check -r all`");
+                         "written to; close it and run `minivmm image check -r all`");
   }
 }
 
@@ -39,8 +39,9 @@ Error ImageFile::corruption(const std::string& text) {
                     writable_ ? "; no more writes are done to it" : "");
     if (writable_) mark_corrupt();
   }
-  return Error(EIO, fmt::format("{}: the image is corrupt: {}; `qemu-img check -r all` may help",
-                                name_, text));
+  return Error(
+      EIO, fmt::format("{}: the image is corrupt: {}; `minivmm image check -r all` may help", name_,
+                       text));
 }
 
 void ImageFile::stop_writes(const std::string& text) {

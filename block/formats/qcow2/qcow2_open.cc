@@ -48,7 +48,7 @@ void require_clean(const NodeConfig& config, const Header& header, const std::st
   }
   if (state != nullptr) {
     throw Error(EROFS, fmt::format("{}: the image {} and cannot be written to: repair it with "
-                                   "`qemu-img check -r all`, or open it with read-only=on",
+                                   "`minivmm image check -r all`, or open it with read-only=on",
                                    name, state));
   }
 }

@@ -142,7 +142,6 @@ class LuksInterchange : public LuksTest, public testing::WithParamInterface<Case
 };
 
 TEST_P(LuksInterchange, ImagesOfQemuAreWrittenByTurnsAndAreMadeAsOurs) {
-  if (!GetParam().by_qemu && !slow()) GTEST_SKIP() << "MINIVMM_SLOW=1 runs it";
   qemu_create("theirs", GetParam().options);
   if (HasFatalFailure()) return;
   expect_same_layout("theirs");

@@ -187,7 +187,7 @@ TEST_F(Qcow2Interchange, DirtyAndCorruptImagesAreOnlyRead) {
     patch("d.qcow2", 72, bit);
     on_fiber([&] {
       const std::string text = error_text([&] { open("d.qcow2"); });
-      EXPECT_NE(text.find("qemu-img check -r all"), std::string::npos) << text;
+      EXPECT_NE(text.find("minivmm image check -r all"), std::string::npos) << text;
       Handle disk = open("d.qcow2", false);
       EXPECT_EQ(read_bytes(disk, 0, 512), std::vector<std::byte>(512));
       close(disk);
