@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// A server over a graph on two loops, and clients by socketpair.
+// A server over a graph on some loops, two if nothing is said, and clients by socketpair.
 #pragma once
 
 #include <string>
@@ -22,7 +22,8 @@ namespace minivmm::nbd {
 
 class ServerTest : public testing::Test {
  protected:
-  explicit ServerTest(ServerOptions options = {}) : server_(std::in_place, loops_, options) {}
+  explicit ServerTest(ServerOptions options = {}, unsigned loops = 2)
+      : loops_(loops), server_(std::in_place, loops_, options) {}
   ~ServerTest() override {
     loops_.loop(0).call("stop", [&] {
       if (server_) {
@@ -79,7 +80,7 @@ class ServerTest : public testing::Test {
     return Client(base::UniqueFd(pair[1]));
   }
 
-  base::LoopGroup loops_{2};
+  base::LoopGroup loops_;
   block::Graph graph_;
   std::optional<Server> server_;
   int nodes_ = 0;

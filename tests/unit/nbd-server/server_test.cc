@@ -210,6 +210,38 @@ TEST_F(ServerLife, AClientThatAlwaysHasMoreToSayKeepsNobodyElseFromTheServer) {
   for (std::thread& each : threads) each.join();
 }
 
+class OneLoop : public ServerTest {
+ protected:
+  OneLoop() : ServerTest({}, 1) {}
+  // That the only client has had answered or refused.
+  unsigned long requests_done() {
+    for (const std::string& line : server_->describe()) {
+      const size_t at = line.find("in flight, ");
+      if (at != line.npos) return std::stoul(line.substr(at + 11));
+    }
+    return 0;
+  }
+};
+
+// Thousands of requests are there at once: whoever else wants the loop does not wait for them all.
+TEST_F(OneLoop, ATurnEndsBeforeTheRequestsDo) {
+  constexpr int kRequests = 4000;
+  add("disk", "driver=memory,size=1M");
+  Client client = connect();
+  client.enter("disk");
+  Bytes batch;
+  for (int n = 0; n < kRequests; ++n) {
+    const Bytes one = client.request(9, 1, 0, 0);  // refused
+    batch.insert(batch.end(), one.begin(), one.end());
+  }
+  unsigned long seen = 0;
+  on_fiber([&] {
+    client.send(batch);  // the loop is here, so that nothing is received meanwhile
+    while ((seen = requests_done()) == 0) base::EventLoop::current()->yield();
+  });
+  EXPECT_LT(seen, kRequests / 4);
+}
+
 TEST_F(ServerLife, ADestroyedServerCutsItsClients) {
   add("disk", "driver=memory,size=1M");
   Client client = connect();
