@@ -39,6 +39,12 @@ po::options_description guest_options() {
     ("memory", po::value<std::string>()->default_value("256M")->value_name("SIZE"), "guest RAM")
     ("cpus", po::value<std::string>()->default_value("1")->value_name("N"), "virtual CPUs")
     ("shared-memory", "guest RAM in a memfd")
+    ("hugetlb", po::value<std::string>()->value_name("SIZE"),
+     "guest RAM in reserved huge pages of 2M or 1G (see /proc/sys/vm/nr_hugepages)")
+    ("prealloc", "take all guest RAM from the host at the start")
+    ("devices", po::value<std::string>()->default_value("auto")->value_name("HOW"),
+     "how the kernel is told of its devices: acpi, command-line, or auto for what it knows")
+    ("no-rng", "no virtio entropy device for a kernel")
     ("serial", po::value<std::string>()->default_value("stdio")->value_name("WHERE"),
      "the guest's serial port: stdio, none, or file:PATH");
   // clang-format on
@@ -63,6 +69,11 @@ int run_boot(const std::vector<std::string>& arguments) {
   boot.memory_bytes = block::parse_size(text("memory"), "memory");
   boot.cpus = static_cast<unsigned>(number_value(values, "cpus", 1, kMaxCpus));
   boot.shared_memory = values.count("shared-memory") != 0;
+  if (values.count("hugetlb") != 0)
+    boot.huge_page_bytes = block::parse_size(text("hugetlb"), "hugetlb");
+  boot.prealloc = values.count("prealloc") != 0;
+  boot.devices = text("devices");
+  boot.rng = values.count("no-rng") == 0;
   boot.serial = text("serial");
   config.boot = std::move(boot);
   return control::Daemon(std::move(config)).run();

@@ -63,7 +63,11 @@ struct Boot {
   std::string append;
   uint64_t memory_bytes = uint64_t{256} << 20;
   bool shared_memory = false;
+  bool prealloc = false;
+  uint64_t huge_page_bytes = 0;  // RAM in huge pages of this size; 0: transparent ones
   unsigned cpus = 1;
+  std::string devices = "auto";  // how the kernel is told of them: auto, acpi, command-line
+  bool rng = true;
   std::string serial = "stdio";  // stdio, none, or file:PATH
 };
 

@@ -14,18 +14,29 @@
 #include "base/log.h"
 #include "control/side_by_side.h"
 #include "images/probe/probe_blob.h"
+#include "virtio/mmio_transport.h"
+#include "virtio/rng_device.h"
 #include "vmm/host_probe.h"
+#include "vmm/layout.h"
 #include "vmm/terminal.h"
 
 namespace minivmm::control {
+namespace {
+
+base::UniqueFd make_eventfd() {
+  base::UniqueFd fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+  if (!fd) throw base::errno_error(errno, "eventfd");
+  return fd;
+}
+
+}  // namespace
 
 // A disk's device, glued to the machine's bus and event descriptors.
 class Guest::Slot final : public vmm::BusDevice {
  public:
   Slot(vmm::Machine& machine, block::Handle handle, const Disk& disk,
        std::vector<base::EventLoop*> loops)
-      : irqfd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
-    if (!irqfd_) throw base::errno_error(errno, "eventfd");
+      : irqfd_(make_eventfd()) {
     virtio::BlockOptions options;
     options.name = disk.node_name;
     options.serial = disk.device.serial.empty() ? disk.node_name.substr(0, 20) : disk.device.serial;
@@ -56,6 +67,33 @@ class Guest::Slot final : public vmm::BusDevice {
   std::unique_ptr<virtio::MmioBlock> device_;
 };
 
+// The entropy device of a kernel.
+class Guest::Rng final : public vmm::BusDevice {
+ public:
+  Rng(vmm::Machine& machine, base::EventLoop& loop)
+      : irqfd_(make_eventfd()),
+        device_(machine.memory(), loop, "rng", irqfd_.get()),
+        transport_(device_, device_.signals(), "rng") {
+    const vmm::MmioSlot slot = machine.allocate_slot();
+    machine.add_mmio_device("rng", slot, *this);
+    machine.connect_irqfd(irqfd_.get(), slot.gsi);
+    machine.connect_ioeventfd(device_.notify_fd(), slot.base + virtio::MmioBlock::kNotifyOffset, 4,
+                              0);
+  }
+
+  void read(uint64_t offset, std::span<std::byte> data) override { transport_.read(offset, data); }
+  void write(uint64_t offset, std::span<const std::byte> data) override {
+    transport_.write(offset, data);
+  }
+  void stop() { device_.stop(); }
+  std::vector<std::string> describe() const { return {transport_.describe(), device_.describe()}; }
+
+ private:
+  base::UniqueFd irqfd_;
+  virtio::RngDevice device_;
+  virtio::MmioTransport transport_;
+};
+
 namespace {
 
 vmm::SerialConfig serial_config(const std::string& spec, base::UniqueFd& file) {
@@ -70,6 +108,14 @@ vmm::SerialConfig serial_config(const std::string& spec, base::UniqueFd& file) {
   file.reset(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
   if (!file) throw base::errno_error(errno, fmt::format("--serial {}", spec));
   return {.in_fd = -1, .out_fd = file.get(), .on_output = {}};
+}
+
+vmm::DeviceListing device_listing(const std::string& how) {
+  if (how == "auto") return vmm::DeviceListing::kAuto;
+  if (how == "acpi") return vmm::DeviceListing::kAcpi;
+  if (how == "command-line") return vmm::DeviceListing::kCommandLine;
+  throw base::Error(EINVAL,
+                    fmt::format("--devices {}: auto, acpi or command-line is expected", how));
 }
 
 // Where KVM interprets the guest's kernel, a Linux kernel needs help, and its user what to expect.
@@ -92,6 +138,9 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
   vmm::MachineConfig config;
   config.memory_bytes = boot.memory_bytes;
   config.shared_memory = boot.shared_memory;
+  config.huge_page_bytes = boot.huge_page_bytes;
+  config.prealloc = boot.prealloc;
+  config.device_listing = device_listing(boot.devices);
   config.vcpus = boot.cpus;
   config.initrd_path = boot.initrd;
   config.command_line = boot.append;
@@ -119,6 +168,11 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
     slots_.push_back(
         std::make_unique<Slot>(*machine_, std::move(handle), disk, std::move(queue_loops)));
   }
+  // Behind the disks, so that their windows are where they were without it. A machine that is full
+  // of disks does without, as the probe guest does.
+  if (boot.rng && !boot.kernel.empty() && disks.size() < vmm::kVirtioSlots) {
+    rng_ = std::make_unique<Rng>(*machine_, loops.loop(0));
+  }
 }
 
 Guest::~Guest() = default;
@@ -133,6 +187,7 @@ bool Guest::stop(std::chrono::milliseconds timeout, std::vector<std::string>& pr
   for (size_t i = 0; i < slots_.size(); ++i) {
     stops.emplace_back([&, i] { reports[i] = slots_[i]->device().stop(timeout); });
   }
+  if (rng_) rng_->stop();
   run_side_by_side(stops);
   bool idle = true;
   for (virtio::StopReport& report : reports) {
@@ -151,6 +206,9 @@ std::vector<std::string> Guest::describe() const {
                   "instructions completed, {} bytes of serial output dropped",
                   machine_->ended() ? "ended" : "running", c.exits, c.port_accesses,
                   c.mmio_accesses, c.unclaimed, c.completed, c.serial_dropped)};
+  if (rng_) {
+    for (std::string& line : rng_->describe()) out.push_back(std::move(line));
+  }
   for (const auto& slot : slots_) {
     for (std::string& line : slot->device().describe()) out.push_back(std::move(line));
   }

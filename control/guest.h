@@ -38,9 +38,11 @@ class Guest {
 
  private:
   class Slot;  // one disk in its window
+  class Rng;
   base::UniqueFd serial_file_;
   std::unique_ptr<vmm::Machine> machine_;
   std::vector<std::unique_ptr<Slot>> slots_;
+  std::unique_ptr<Rng> rng_;
 };
 
 }  // namespace minivmm::control
