@@ -7,12 +7,15 @@
 
 #include <array>
 #include <memory>
+#include <utility>
 #include <vector>
 
 #include "nbd-server/buffer_pool.h"
 #include "nbd-server/request.h"
 
 namespace minivmm::nbd {
+
+class Session;
 
 class Resources {
  public:
@@ -28,6 +31,11 @@ class Resources {
   // Gives back the request and its buffer.
   void give_back(Request& request) noexcept;
 
+  // True if the session that received last was `session`; from now on it is.
+  bool served_before(const Session& session) noexcept {
+    return std::exchange(last_served_, &session) == &session;
+  }
+
   // For one system call that does not wait.
   static constexpr size_t kIovecs = 1024;  // the kernel's bound for one call
   std::array<iovec, kIovecs>& iovecs() noexcept { return iovecs_; }
@@ -38,6 +46,7 @@ class Resources {
   BufferPool buffers_;
   Request* free_ = nullptr;
   size_t kept_ = 0;
+  const Session* last_served_ = nullptr;  // compared, never followed
   std::array<iovec, kIovecs> iovecs_;
 };
 

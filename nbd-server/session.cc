@@ -75,7 +75,7 @@ void Session::serve() {
   while (!ended_) {
     while (input_.size() >= wire::kRequestSize) {
       if (!take_request()) return;
-      if (replies_.gathered() >= kSendReplies || replies_.gathered_bytes() >= kSendBatch) {
+      if (replies_.gathered() >= replies_per_send() || replies_.gathered_bytes() >= kSendBatch) {
         replies_.flush();
       }
       if (++taken_ >= kRequestsPerTurn && !take_turn()) return;
@@ -354,7 +354,16 @@ bool Session::receive() {
     if (tried <= 0) return false;
     n = static_cast<size_t>(tried);
     input_.received(n);
+    note_receive();
     return true;
+  }
+}
+
+void Session::note_receive() noexcept {
+  if (!resources_.served_before(*this)) {
+    alone_ = 0;
+  } else if (alone_ < kAloneReceives) {
+    ++alone_;
   }
 }
 
