@@ -114,7 +114,7 @@ void Commands::dispatch(Request& request) {
   }
   switch (request.command()) {
     case Command::kRead:
-      if (agreed_.structured && head.length >= kHoleThreshold && !request.has(wire::kDf) &&
+      if (agreed_.structured() && head.length >= kHoleThreshold && !request.has(wire::kDf) &&
           read_with_holes(request)) {
         return;
       }
@@ -157,27 +157,33 @@ void Commands::read(Request& request) {
 void Commands::reply_data(Request& request) noexcept {
   const wire::Request& head = request.head;
   Request::Piece& piece = request.reply;
-  if (!agreed_.structured) {
+  if (!agreed_.structured()) {
     wire::encode_simple_reply(piece.header.data(), ErrorCode::kNone, head.cookie);
     piece.header_size = wire::kSimpleReplySize;
   } else if (head.length == 0) {
-    wire::encode_chunk(piece.header.data(), wire::kChunkDone, wire::ChunkType::kNone, head.cookie,
-                       0);
-    piece.header_size = wire::kChunkHeaderSize;
+    return reply_done(request);
   } else {
     // The data is here already, so no error can follow it.
-    wire::encode_data_chunk(piece.header.data(), wire::kChunkDone, head.cookie, head.offset,
-                            head.length);
-    piece.header_size = wire::kDataChunkSize;
+    piece.header_size = static_cast<uint32_t>(
+        wire::encode_data_chunk(piece.header.data(), answered(request), wire::kChunkDone,
+                                head.offset, static_cast<uint32_t>(head.length)));
   }
   piece.data = request.buffer.data();
-  piece.data_size = head.length;
+  piece.data_size = static_cast<uint32_t>(head.length);
 }
 
 void Commands::reply_done(Request& request) noexcept {
-  wire::encode_simple_reply(request.reply.header.data(), ErrorCode::kNone, request.head.cookie);
-  request.reply.header_size = wire::kSimpleReplySize;
-  request.reply.data_size = 0;
+  Request::Piece& piece = request.reply;
+  piece.data_size = 0;
+  // A READ of nothing is a READ: with structured replies its answer is a chunk.
+  const bool chunk = agreed_.extended() || (agreed_.structured() && request.is_read());
+  if (!chunk) {
+    wire::encode_simple_reply(piece.header.data(), ErrorCode::kNone, request.head.cookie);
+    piece.header_size = wire::kSimpleReplySize;
+    return;
+  }
+  piece.header_size = static_cast<uint32_t>(wire::encode_chunk(
+      piece.header.data(), answered(request), wire::kChunkDone, wire::ChunkType::kNone, 0));
 }
 
 void Commands::fail(Request& request, ErrorCode error, std::string_view reason) noexcept {
@@ -185,7 +191,7 @@ void Commands::fail(Request& request, ErrorCode error, std::string_view reason) 
   Request::Piece& piece = request.reply;
   request.more.clear();
   piece.data_size = 0;
-  if (!agreed_.structured) {
+  if (!agreed_.structured()) {
     wire::encode_simple_reply(piece.header.data(), error, head.cookie);
     piece.header_size = wire::kSimpleReplySize;
     return;
@@ -199,9 +205,9 @@ void Commands::fail(Request& request, ErrorCode error, std::string_view reason) 
   } catch (const std::bad_alloc&) {
     // The code has to do.
   }
-  wire::encode_error_chunk(piece.header.data(), wire::kChunkDone, head.cookie, error,
-                           static_cast<uint16_t>(piece.data_size));
-  piece.header_size = wire::kErrorChunkSize;
+  piece.header_size = static_cast<uint32_t>(
+      wire::encode_error_chunk(piece.header.data(), answered(request), wire::kChunkDone, error,
+                               static_cast<uint16_t>(piece.data_size)));
 }
 
 // Data and holes as separate chunks; holes are neither read nor sent. False: there are none, or
@@ -238,8 +244,8 @@ bool Commands::read_with_holes(Request& request) {
     Request::Piece& piece = i == 0 ? request.reply : request.more[i - 1];
     const uint16_t done = i + 1 == parts.size() ? wire::kChunkDone : 0;
     if (part.zero) {
-      wire::encode_hole_chunk(piece.header.data(), done, head.cookie, part.offset, part.length);
-      piece.header_size = wire::kHoleChunkSize;
+      piece.header_size = static_cast<uint32_t>(wire::encode_hole_chunk(
+          piece.header.data(), answered(request), done, part.offset, part.length));
       piece.data_size = 0;
       continue;
     }
@@ -248,8 +254,8 @@ bool Commands::read_with_holes(Request& request) {
     }
     std::byte* const data = request.buffer.data() + (part.offset - head.offset);
     node().read(part.offset, base::SingleBuffer(data, part.length));
-    wire::encode_data_chunk(piece.header.data(), done, head.cookie, part.offset, part.length);
-    piece.header_size = wire::kDataChunkSize;
+    piece.header_size = static_cast<uint32_t>(wire::encode_data_chunk(
+        piece.header.data(), answered(request), done, part.offset, part.length));
     piece.data = data;
     piece.data_size = part.length;
   }
@@ -264,17 +270,18 @@ void Commands::block_status(Request& request) {
   const size_t wanted = request.has(wire::kReqOne) ? 1 : kMaxExtents;
   struct Extents {
     size_t context;
-    std::vector<std::pair<uint32_t, uint32_t>> list;  // length, status
+    std::vector<std::pair<uint64_t, uint32_t>> list;  // length, status
   };
   std::vector<Extents> all;
   for (size_t i = 0; i < table.size(); ++i) {
-    if ((agreed_.contexts & (ContextMask{1} << i)) != 0) all.push_back({i, {}});
+    if ((request.contexts & (ContextMask{1} << i)) != 0) all.push_back({i, {}});
   }
+  if (all.empty()) return reply_done(request);
   bool full = false;
   unsigned calls = 0;
   for (uint64_t at = head.offset; at < request.end() && !full && calls < kMaxStatusCalls; ++calls) {
     const block::BlockStatus status = node().block_status(at, request.end() - at);
-    const auto length = static_cast<uint32_t>(std::min(status.length, request.end() - at));
+    const uint64_t length = std::min(status.length, request.end() - at);
     for (Extents& each : all) {
       const uint32_t value = table[each.context].status(status);
       if (!each.list.empty() && each.list.back().second == value) {
@@ -289,21 +296,23 @@ void Commands::block_status(Request& request) {
   }
 
   size_t bytes = 0;
-  for (const Extents& each : all) bytes += each.list.size() * wire::kExtentSize;
+  const bool extended = agreed_.extended();
+  const size_t extent_size = wire::extent_size(extended);
+  for (const Extents& each : all) bytes += each.list.size() * extent_size;
   if (request.buffer.size() < bytes) request.buffer = resources_.buffers().take(bytes);
   std::byte* out = request.buffer.data();
   request.more.resize(all.size() - 1);
   for (size_t i = 0; i < all.size(); ++i) {
     Request::Piece& piece = i == 0 ? request.reply : request.more[i - 1];
     const uint16_t done = i + 1 == all.size() ? wire::kChunkDone : 0;
-    wire::encode_status_chunk(piece.header.data(), done, head.cookie, context_id(all[i].context),
-                              static_cast<uint32_t>(all[i].list.size()));
-    piece.header_size = wire::kStatusChunkSize;
+    piece.header_size = static_cast<uint32_t>(wire::encode_status_chunk(
+        piece.header.data(), answered(request), done, context_id(all[i].context),
+        static_cast<uint32_t>(all[i].list.size())));
     piece.data = out;
-    piece.data_size = static_cast<uint32_t>(all[i].list.size() * wire::kExtentSize);
+    piece.data_size = static_cast<uint32_t>(all[i].list.size() * extent_size);
     for (const auto& [length, value] : all[i].list) {
-      wire::encode_extent(out, length, value);
-      out += wire::kExtentSize;
+      wire::encode_extent(out, extended, length, value);
+      out += extent_size;
     }
   }
 }

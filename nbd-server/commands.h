@@ -36,6 +36,9 @@ class Commands {
   void block_status(Request& request);
   void reply_data(Request& request) noexcept;
   void reply_done(Request& request) noexcept;
+  wire::Answered answered(const Request& request) const noexcept {
+    return {request.head.cookie, request.head.offset, agreed_.extended()};
+  }
   block::Handle& node() const noexcept { return agreed_.target->handle(); }
 
   const Agreement& agreed_;

@@ -9,7 +9,6 @@
 
 #include "base/error.h"
 #include "nbd-server/option_data.h"
-#include "nbd-server/wire.h"
 
 namespace minivmm::nbd {
 
@@ -22,11 +21,12 @@ Export::Export(std::string name, block::Handle handle, ExportOptions options)
   }
 }
 
-uint16_t Export::transmission_flags(bool structured) const noexcept {
+uint16_t Export::transmission_flags(wire::Headers headers) const noexcept {
   // One graph serves every connection, so a flush on one covers what was written on all.
   unsigned flags =
       wire::kHasFlags | wire::kSendFlush | wire::kSendFua | wire::kCanMultiConn | wire::kSendCache;
-  if (structured) flags |= wire::kSendDf;
+  if (headers != wire::Headers::kSimple) flags |= wire::kSendDf;
+  if (headers == wire::Headers::kExtended) flags |= wire::kBlockStatusPayload;
   if (writable()) {
     flags |= wire::kSendTrim | wire::kSendWriteZeroes | wire::kSendFastZero;
   } else {

@@ -16,6 +16,7 @@
 #include "base/sync.h"
 #include "block/graph/handle.h"
 #include "nbd-server/server.h"
+#include "nbd-server/wire.h"
 
 namespace minivmm::nbd {
 
@@ -31,7 +32,7 @@ class Export {
   uint64_t size() const noexcept { return handle_.size(); }
 
   // What the client may do, as the handshake tells it.
-  uint16_t transmission_flags(bool structured) const noexcept;
+  uint16_t transmission_flags(wire::Headers headers) const noexcept;
   // The size and alignment of requests that works best: a power of two from 4096 to the maximum.
   uint32_t preferred_block() const noexcept;
 

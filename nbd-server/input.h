@@ -67,7 +67,7 @@ class Input {
   Resources& resources_;
   Budget& budget_;
   InputBlock* block_ = nullptr;  // owned; nullptr: what there is lies in carried_
-  std::array<std::byte, wire::kRequestSize> carried_;
+  std::array<std::byte, wire::kExtendedRequestSize> carried_;
   size_t begin_ = 0;
   size_t end_ = 0;
   unsigned abandoned_ = 0;

@@ -12,8 +12,15 @@ uint32_t base_allocation(const block::BlockStatus& block) noexcept {
   return (block.data ? 0 : wire::kStateHole) | (block.zero ? wire::kStateZero : 0);
 }
 
+// In how many layers above the content lies: 1 for the exported node, 2 for its backing file; 0
+// where no layer has any.
+uint32_t allocation_depth(const block::BlockStatus& block) noexcept {
+  return block.held ? block.depth + 1 : 0;
+}
+
 constexpr MetaContext kContexts[] = {
     {"base:allocation", &base_allocation},
+    {"qemu:allocation-depth", &allocation_depth},
 };
 
 }  // namespace

@@ -28,5 +28,9 @@ inline ContextMask all_contexts() noexcept {
   return (ContextMask{1} << meta_contexts().size()) - 1;
 }
 inline uint32_t context_id(size_t index) noexcept { return static_cast<uint32_t>(index) + 1; }
+// Empty for an id that no context has.
+inline ContextMask context_of_id(uint32_t id) noexcept {
+  return id >= 1 && id <= meta_contexts().size() ? ContextMask{1} << (id - 1) : 0;
+}
 
 }  // namespace minivmm::nbd

@@ -24,6 +24,7 @@ const Negotiation::Row Negotiation::kTable[] = {
     {Option::kStructuredReply, &Negotiation::structured_reply},
     {Option::kListMetaContext, &Negotiation::list_meta_context},
     {Option::kSetMetaContext, &Negotiation::set_meta_context},
+    {Option::kExtendedHeaders, &Negotiation::extended_headers},
 };
 
 std::optional<Agreement> Negotiation::run() {
@@ -132,6 +133,7 @@ bool Negotiation::send() {
 
 // The one option whose refusal cannot be told: the session ends instead.
 Negotiation::Next Negotiation::export_name(Data data) {
+  if (agreed_.extended()) return end("it used EXPORT_NAME after extended headers");
   std::string_view name;
   try {
     name = wire::check_string(data, "the export name");
@@ -142,7 +144,7 @@ Negotiation::Next Negotiation::export_name(Data data) {
   if (!found) return end("it asked for an export that does not exist");
   choose(std::move(found));
   const auto answer = wire::encode_export_name_reply(
-      agreed_.target->size(), agreed_.target->transmission_flags(agreed_.structured));
+      agreed_.target->size(), agreed_.target->transmission_flags(agreed_.headers));
   const size_t length = no_zeroes_ ? wire::kExportNameReplyShort : answer.size();
   out_.insert(out_.end(), answer.begin(), answer.begin() + static_cast<ptrdiff_t>(length));
   return Next::kTransmission;
@@ -177,7 +179,7 @@ ExportUse Negotiation::describe_export(Data data) {
     return {};
   }
   reply(OptionReply::kInfo,
-        wire::encode_info_export(found->size(), found->transmission_flags(agreed_.structured)));
+        wire::encode_info_export(found->size(), found->transmission_flags(agreed_.headers)));
   const auto text_info = [this](wire::Info type, const std::string& text) {
     std::vector<std::byte> out(2);
     base::store_be(out.data(), static_cast<uint16_t>(type));
@@ -221,7 +223,18 @@ void Negotiation::choose(ExportUse chosen) {
 
 Negotiation::Next Negotiation::structured_reply(Data data) {
   if (!data.empty()) throw base::Error(EINVAL, "STRUCTURED_REPLY takes no data");
-  agreed_.structured = true;
+  if (agreed_.extended()) {
+    reply_text(OptionReply::kErrExtHeaderReqd, "extended headers were negotiated already");
+    return Next::kOption;
+  }
+  agreed_.headers = wire::Headers::kStructured;
+  reply(OptionReply::kAck);
+  return Next::kOption;
+}
+
+Negotiation::Next Negotiation::extended_headers(Data data) {
+  if (!data.empty()) throw base::Error(EINVAL, "EXTENDED_HEADERS takes no data");
+  agreed_.headers = wire::Headers::kExtended;
   reply(OptionReply::kAck);
   return Next::kOption;
 }
@@ -240,7 +253,7 @@ void Negotiation::describe_contexts(ContextMask mask, bool with_ids) {
 }
 
 Negotiation::Next Negotiation::list_meta_context(Data data) {
-  if (!agreed_.structured) throw base::Error(EINVAL, "negotiate structured replies first");
+  if (!agreed_.structured()) throw base::Error(EINVAL, "negotiate structured replies first");
   const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
   if (!exports_.find(request.name)) {
     reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", request.name));
@@ -260,7 +273,7 @@ void Negotiation::forget_contexts() noexcept {
 Negotiation::Next Negotiation::set_meta_context(Data data) {
   // Whatever was selected before is gone, also when this fails.
   forget_contexts();
-  if (!agreed_.structured) throw base::Error(EINVAL, "negotiate structured replies first");
+  if (!agreed_.structured()) throw base::Error(EINVAL, "negotiate structured replies first");
   const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
   const auto found = exports_.find(request.name);
   if (!found) {

@@ -24,8 +24,12 @@ namespace minivmm::nbd {
 // What was agreed on.
 struct Agreement {
   ExportUse target;
-  bool structured = false;
+  wire::Headers headers = wire::Headers::kSimple;
   ContextMask contexts = 0;
+
+  // READs are answered by chunks, which can tell of holes and of errors.
+  bool structured() const noexcept { return headers != wire::Headers::kSimple; }
+  bool extended() const noexcept { return headers == wire::Headers::kExtended; }
 };
 
 class Negotiation {
@@ -61,6 +65,7 @@ class Negotiation {
   Next info(Data data);
   Next go(Data data);
   Next structured_reply(Data data);
+  Next extended_headers(Data data);
   Next list_meta_context(Data data);
   Next set_meta_context(Data data);
 

@@ -18,13 +18,15 @@ struct InputBlock;
 struct Request {
   // A part of the reply: a header and bytes that follow it.
   struct Piece {
-    std::array<std::byte, wire::kHoleChunkSize> header;
+    std::array<std::byte, wire::kMaxChunkHead> header;
     uint32_t header_size = 0;
     uint32_t data_size = 0;
     const std::byte* data = nullptr;
   };
 
   wire::Request head;
+  // What a BLOCK_STATUS is to tell of what was agreed on: a mask over the contexts.
+  uint32_t contexts = 0;
   uint64_t charge = 0;  // bytes taken from the client's account
   // The next of a group of adjacent requests, of the reply queue, or of the pool's list.
   Request* next = nullptr;
@@ -39,6 +41,7 @@ struct Request {
   std::vector<Piece> more;  // further parts, in order
 
   wire::Command command() const noexcept { return static_cast<wire::Command>(head.type); }
+  bool is_read() const noexcept { return command() == wire::Command::kRead; }
   bool has(wire::CommandFlag flag) const noexcept { return (head.flags & flag) != 0; }
   uint64_t end() const noexcept { return head.offset + head.length; }
 };

@@ -47,6 +47,7 @@ Session::Session(base::EventLoop& loop, Stream& stream, Resources& resources, Bu
       stream_(stream),
       resources_(resources),
       agreed_(agreed),
+      header_size_(wire::request_size(agreed.headers)),
       cancel_(cancel),
       options_(options),
       counters_(counters),
@@ -73,7 +74,7 @@ void Session::end(const char* why) noexcept {
 void Session::serve() {
   in_batch_ = true;
   while (!ended_) {
-    while (input_.size() >= wire::kRequestSize) {
+    while (input_.size() >= header_size_) {
       if (!take_request()) return;
       if (replies_.gathered() >= replies_per_send() || replies_.gathered_bytes() >= kSendBatch) {
         replies_.flush();
@@ -98,7 +99,7 @@ void Session::finish() noexcept {
 }
 
 RequestRules Session::rules() const noexcept {
-  return {agreed_.target->size(), agreed_.target->writable(), agreed_.structured,
+  return {agreed_.target->size(), agreed_.target->writable(), agreed_.headers,
           agreed_.contexts != 0};
 }
 
@@ -107,16 +108,18 @@ RequestRules Session::rules() const noexcept {
 // Takes the request at the front of the input and starts it, with those that can be merged with
 // it. False: the session ends.
 bool Session::take_request() {
-  const auto head = wire::decode_request(
-      std::span<const std::byte, wire::kRequestSize>(input_.data(), wire::kRequestSize));
+  const auto head = wire::decode_request(input_.data(), agreed_.headers);
   if (!head) {
     end("it sent a request without its magic");
     return false;
   }
-  input_.consume(wire::kRequestSize);
+  input_.consume(header_size_);
   if (head->type == static_cast<uint16_t>(wire::Command::kDisc)) {
     end("it disconnected");
     return false;
+  }
+  if (head->type == static_cast<uint16_t>(wire::Command::kBlockStatus) && head->payload > 0) {
+    return take_status_query(*head);
   }
   if (const auto refusal = refuse(*head, rules())) return take_refused(*head, *refusal);
   if (agreed_.target->withdrawn()) {
@@ -134,19 +137,61 @@ bool Session::take_request() {
 }
 
 bool Session::take_refused(const wire::Request& head, const Refusal& refusal) {
-  if (head.type == static_cast<uint16_t>(wire::Command::kWrite)) {
-    if (head.length > 2 * uint64_t{wire::kMaxPayload}) {
-      end("it announced far too large a write");
+  if (head.payload > 0) {
+    // Who uses extended headers knows the largest payload.
+    const uint64_t patience = agreed_.extended() ? 1 : 2;
+    if (head.payload > patience * wire::kMaxPayload) {
+      end("it announced far too large a payload");
       return false;
     }
-    if (!skip_payload(head.length)) return false;
+    if (!skip_payload(head.payload)) return false;
   }
   Admitted request = admit(head, 0);
   if (!request) return false;
-  bump(counters_.errors, uint64_t{1});
-  commands_.fail(*request, refusal.error, refusal.reason);
-  replies_.push(*request.release());
+  answer_refused(*request.release(), refusal);
   return true;
+}
+
+// A BLOCK_STATUS that names contexts.
+bool Session::take_status_query(const wire::Request& head) {
+  const size_t most = wire::kStatusQuerySize + 4 * meta_contexts().size();
+  if (!agreed_.extended() || head.payload > most) {
+    return take_refused(head, {wire::ErrorCode::kInval, "more contexts than were agreed on"});
+  }
+  Admitted request = admit(head, head.payload);
+  if (!request || !take_payload(*request)) return false;
+  Request& query = *request.release();
+  const auto decoded = wire::decode_status_query({query.payload, query.head.payload});
+  std::optional<Refusal> refusal;
+  if (!decoded) {
+    refusal = {wire::ErrorCode::kInval, "not a list of contexts"};
+  } else {
+    query.head.length = decoded->length;
+    query.contexts = 0;
+    for (size_t i = 0; i < decoded->count && !refusal; ++i) {
+      const ContextMask one = context_of_id(decoded->id(i));
+      const bool valid = (one & agreed_.contexts) != 0 && (one & query.contexts) == 0;
+      if (!valid) refusal = {wire::ErrorCode::kInval, "a context that was not agreed on, or twice"};
+      query.contexts |= one;
+    }
+    if (!refusal) refusal = refuse(query.head, rules());
+  }
+  if (refusal) {
+    answer_refused(query, *refusal);
+  } else {
+    start(query);
+  }
+  return true;
+}
+
+void Session::answer_refused(Request& request, const Refusal& refusal) noexcept {
+  bump(counters_.errors, uint64_t{1});
+  if (request.block != nullptr) {
+    input_.release(*request.block);
+    request.block = nullptr;
+  }
+  commands_.fail(request, refusal.error, refusal.reason);
+  replies_.push(request);
 }
 
 // A request object whose memory is accounted for. Null: the session ends.
@@ -161,6 +206,7 @@ Session::Admitted Session::make_request(const wire::Request& head, uint64_t char
   try {
     Request& out = resources_.take_request();
     out.head = head;
+    out.contexts = agreed_.contexts;
     out.charge = charge;
     bump(counters_.requests, uint64_t{1});
     return {&out, Dropper{this}};
@@ -183,7 +229,7 @@ bool Session::wait_for_memory(uint64_t bytes) {
 // --- payloads of writes ---
 
 bool Session::take_payload(Request& request) {
-  const size_t length = request.head.length;
+  const size_t length = request.head.payload;
   if (length == 0) return true;
   const size_t have = std::min(length, input_.size());
   large_mode_ = length > kLargePayload;
@@ -204,10 +250,10 @@ bool Session::take_payload(Request& request) {
 // What comes behind the payload is received with it.
 bool Session::receive_payload(Request& request, size_t have) {
   Progress progress;
-  std::span<std::byte> rest(request.payload + have, request.head.length - have);
+  std::span<std::byte> rest(request.payload + have, request.head.payload - have);
   while (!rest.empty()) {
     iovec parts[2] = {{rest.data(), rest.size()},
-                      input_.room(large_mode_ ? wire::kRequestSize : SIZE_MAX)};
+                      input_.room(large_mode_ ? header_size_ : SIZE_MAX)};
     size_t n = 0;
     const size_t count = parts[1].iov_len > 0 ? 2 : 1;
     if (!receive_into({parts, count}, n, &progress)) return false;
@@ -252,20 +298,19 @@ void Session::extend_group(Request& first) noexcept {
 }
 
 Request* Session::take_adjacent(const Request& last, const Request& first) {
-  if (input_.size() < wire::kRequestSize) return nullptr;
-  const auto head = wire::decode_request(
-      std::span<const std::byte, wire::kRequestSize>(input_.data(), wire::kRequestSize));
+  if (input_.size() < header_size_) return nullptr;
+  const auto head = wire::decode_request(input_.data(), agreed_.headers);
   if (!head || head->type != first.head.type || head->flags != first.head.flags ||
       head->offset != last.end() || head->length == 0 || head->length > kMaxMerged ||
       refuse(*head, rules())) {
     return nullptr;
   }
   const bool is_write = first.command() == wire::Command::kWrite;
-  if (is_write && input_.size() < wire::kRequestSize + head->length) return nullptr;
+  if (is_write && input_.size() < header_size_ + head->length) return nullptr;
   const uint64_t charge = kOverhead + (is_write ? 0 : head->length);
   if (!account_.try_take(charge)) return nullptr;
   Request* const out = make_request(*head, charge).release();
-  input_.consume(wire::kRequestSize);
+  input_.consume(header_size_);
   if (is_write) (void)take_payload(*out);  // lies in the input: it neither waits nor allocates
   return out;
 }
@@ -335,7 +380,7 @@ bool Session::receive() {
   ++receives_;
   if (!take_turn()) return false;
   for (;;) {
-    iovec room = input_.room(large_mode_ ? wire::kRequestSize - input_.size() : SIZE_MAX);
+    iovec room = input_.room(large_mode_ ? header_size_ - input_.size() : SIZE_MAX);
     large_mode_ = false;
     if (room.iov_len == 0) {
       // Every block is held by writes that run.

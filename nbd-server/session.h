@@ -86,6 +86,7 @@ class Session final : private ReplyQueue::Owner {
   void serve();
   bool take_request();
   bool take_refused(const wire::Request& head, const Refusal& refusal);
+  bool take_status_query(const wire::Request& head);
   // Gives a request up that was not started.
   struct Dropper {
     Session* session;
@@ -95,6 +96,7 @@ class Session final : private ReplyQueue::Owner {
   Admitted admit(const wire::Request& head, uint64_t payload);
   Admitted make_request(const wire::Request& head, uint64_t charge);
   bool wait_for_memory(uint64_t bytes);
+  void answer_refused(Request& request, const Refusal& refusal) noexcept;
   bool take_payload(Request& request);
   bool receive_payload(Request& request, size_t have);
   bool skip_payload(uint64_t length);
@@ -128,6 +130,7 @@ class Session final : private ReplyQueue::Owner {
   Stream& stream_;
   Resources& resources_;
   const Agreement& agreed_;
+  const size_t header_size_;  // of a request
   base::CancelSource& cancel_;
   const SessionOptions options_;
   SessionCounters& counters_;

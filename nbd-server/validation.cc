@@ -21,7 +21,7 @@ std::optional<CommandRules> rules_of(uint16_t type) noexcept {
     case Command::kRead:
       return CommandRules{wire::kDf, false, true, ErrorCode::kInval};
     case Command::kWrite:
-      return CommandRules{0, true, true, ErrorCode::kNoSpc};
+      return CommandRules{wire::kPayloadLen, true, true, ErrorCode::kNoSpc};
     case Command::kTrim:
       return CommandRules{0, true, false, ErrorCode::kInval};
     case Command::kWriteZeroes:
@@ -29,7 +29,7 @@ std::optional<CommandRules> rules_of(uint16_t type) noexcept {
     case Command::kCache:
       return CommandRules{0, false, false, ErrorCode::kInval};
     case Command::kBlockStatus:
-      return CommandRules{wire::kReqOne, false, false, ErrorCode::kInval};
+      return CommandRules{wire::kReqOne | wire::kPayloadLen, false, false, ErrorCode::kInval};
     case Command::kFlush:
       return CommandRules{0, false, false, ErrorCode::kInval};
     case Command::kDisc:
@@ -46,13 +46,20 @@ std::optional<Refusal> refuse(const wire::Request& r, const RequestRules& rules)
   if ((r.flags & ~(command->flags | wire::kFua)) != 0) {
     return Refusal{ErrorCode::kInval, "a flag that the command does not have"};
   }
-  if ((r.flags & wire::kDf) != 0 && !rules.structured) {
+  const bool extended = rules.headers == wire::Headers::kExtended;
+  if ((r.flags & wire::kPayloadLen) != 0 && !extended) {
+    return Refusal{ErrorCode::kInval, "PAYLOAD_LEN needs extended headers"};
+  }
+  if ((r.flags & wire::kDf) != 0 && rules.headers == wire::Headers::kSimple) {
     return Refusal{ErrorCode::kInval, "DF needs structured replies"};
   }
   if (command->writes && !rules.writable) {
     return Refusal{ErrorCode::kPerm, "the export is read-only"};
   }
   const auto type = static_cast<Command>(r.type);
+  if (type == Command::kWrite && extended && (r.flags & wire::kPayloadLen) == 0) {
+    return Refusal{ErrorCode::kInval, "a WRITE without PAYLOAD_LEN"};
+  }
   if (type == Command::kFlush) {
     if (r.offset == 0 && r.length == 0) return std::nullopt;
     return Refusal{ErrorCode::kInval, "FLUSH takes neither offset nor length"};

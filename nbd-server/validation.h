@@ -14,7 +14,7 @@ namespace minivmm::nbd {
 struct RequestRules {
   uint64_t size = 0;
   bool writable = false;
-  bool structured = false;
+  wire::Headers headers = wire::Headers::kSimple;
   bool contexts = false;  // at least one metadata context was selected
 };
 

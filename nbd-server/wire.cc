@@ -107,11 +107,29 @@ std::array<std::byte, 14> encode_info_block_size(uint32_t minimum, uint32_t pref
   return out;
 }
 
-std::optional<Request> decode_request(std::span<const std::byte, kRequestSize> from) noexcept {
-  const std::byte* const p = from.data();
-  if (load_be<uint32_t>(p) != kRequestMagic) return std::nullopt;
-  return Request{load_be<uint16_t>(p + 4), load_be<uint16_t>(p + 6), load_be<uint64_t>(p + 8),
-                 load_be<uint64_t>(p + 16), load_be<uint32_t>(p + 24)};
+std::optional<Request> decode_request(const std::byte* p, Headers headers) noexcept {
+  const bool extended = headers == Headers::kExtended;
+  if (load_be<uint32_t>(p) != (extended ? kExtendedRequestMagic : kRequestMagic)) {
+    return std::nullopt;
+  }
+  Request out;
+  out.flags = load_be<uint16_t>(p + 4);
+  out.type = load_be<uint16_t>(p + 6);
+  out.cookie = load_be<uint64_t>(p + 8);
+  out.offset = load_be<uint64_t>(p + 16);
+  out.length = extended ? load_be<uint64_t>(p + 24) : load_be<uint32_t>(p + 24);
+  const bool brings = extended ? (out.flags & kPayloadLen) != 0
+                               : out.type == static_cast<uint16_t>(Command::kWrite);
+  if (brings) out.payload = out.length;
+  return out;
+}
+
+uint32_t StatusQuery::id(size_t i) const noexcept { return load_be<uint32_t>(ids + 4 * i); }
+
+std::optional<StatusQuery> decode_status_query(std::span<const std::byte> from) noexcept {
+  if (from.size() < kStatusQuerySize || from.size() % 4 != 0) return std::nullopt;
+  return StatusQuery{load_be<uint64_t>(from.data()), (from.size() - kStatusQuerySize) / 4,
+                     from.data() + kStatusQuerySize};
 }
 
 void encode_simple_reply(std::byte* to, ErrorCode error, uint64_t cookie) noexcept {
@@ -120,45 +138,68 @@ void encode_simple_reply(std::byte* to, ErrorCode error, uint64_t cookie) noexce
   store_be<uint64_t>(to + 8, cookie);
 }
 
-void encode_chunk(std::byte* to, uint16_t flags, ChunkType type, uint64_t cookie,
-                  uint32_t length) noexcept {
-  store_be<uint32_t>(to, kChunkMagic);
+size_t encode_chunk(std::byte* to, const Answered& answered, uint16_t flags, ChunkType type,
+                    uint64_t length) noexcept {
+  store_be<uint32_t>(to, answered.extended ? kExtendedChunkMagic : kChunkMagic);
   store_be<uint16_t>(to + 4, flags);
   store_be<uint16_t>(to + 6, static_cast<uint16_t>(type));
-  store_be<uint64_t>(to + 8, cookie);
-  store_be<uint32_t>(to + 16, length);
+  store_be<uint64_t>(to + 8, answered.cookie);
+  if (!answered.extended) {
+    store_be<uint32_t>(to + 16, static_cast<uint32_t>(length));
+    return kChunkHeaderSize;
+  }
+  store_be<uint64_t>(to + 16, answered.offset);
+  store_be<uint64_t>(to + 24, length);
+  return kExtendedChunkHeaderSize;
 }
 
-void encode_data_chunk(std::byte* to, uint16_t flags, uint64_t cookie, uint64_t offset,
-                       uint32_t data_length) noexcept {
-  encode_chunk(to, flags, ChunkType::kOffsetData, cookie, 8 + data_length);
-  store_be<uint64_t>(to + kChunkHeaderSize, offset);
+size_t encode_data_chunk(std::byte* to, const Answered& answered, uint16_t flags, uint64_t offset,
+                         uint32_t data_length) noexcept {
+  const size_t head =
+      encode_chunk(to, answered, flags, ChunkType::kOffsetData, uint64_t{8} + data_length);
+  store_be<uint64_t>(to + head, offset);
+  return head + 8;
 }
 
-void encode_hole_chunk(std::byte* to, uint16_t flags, uint64_t cookie, uint64_t offset,
-                       uint32_t hole_length) noexcept {
-  encode_chunk(to, flags, ChunkType::kOffsetHole, cookie, 12);
-  store_be<uint64_t>(to + kChunkHeaderSize, offset);
-  store_be<uint32_t>(to + kChunkHeaderSize + 8, hole_length);
+size_t encode_hole_chunk(std::byte* to, const Answered& answered, uint16_t flags, uint64_t offset,
+                         uint32_t hole_length) noexcept {
+  const size_t head = encode_chunk(to, answered, flags, ChunkType::kOffsetHole, 12);
+  store_be<uint64_t>(to + head, offset);
+  store_be<uint32_t>(to + head + 8, hole_length);
+  return head + 12;
 }
 
-void encode_error_chunk(std::byte* to, uint16_t flags, uint64_t cookie, ErrorCode error,
-                        uint16_t message_length) noexcept {
-  encode_chunk(to, flags, ChunkType::kError, cookie, 6u + message_length);
-  store_be<uint32_t>(to + kChunkHeaderSize, static_cast<uint32_t>(error));
-  store_be<uint16_t>(to + kChunkHeaderSize + 4, message_length);
+size_t encode_error_chunk(std::byte* to, const Answered& answered, uint16_t flags, ErrorCode error,
+                          uint16_t message_length) noexcept {
+  const size_t head =
+      encode_chunk(to, answered, flags, ChunkType::kError, uint64_t{6} + message_length);
+  store_be<uint32_t>(to + head, static_cast<uint32_t>(error));
+  store_be<uint16_t>(to + head + 4, message_length);
+  return head + 6;
 }
 
-void encode_status_chunk(std::byte* to, uint16_t flags, uint64_t cookie, uint32_t context,
-                         uint32_t extents) noexcept {
-  encode_chunk(to, flags, ChunkType::kBlockStatus, cookie,
-               static_cast<uint32_t>(4 + extents * kExtentSize));
-  store_be<uint32_t>(to + kChunkHeaderSize, context);
+size_t encode_status_chunk(std::byte* to, const Answered& answered, uint16_t flags,
+                           uint32_t context, uint32_t extents) noexcept {
+  const uint64_t list = uint64_t{extents} * extent_size(answered.extended);
+  if (!answered.extended) {
+    const size_t head = encode_chunk(to, answered, flags, ChunkType::kBlockStatus, 4 + list);
+    store_be<uint32_t>(to + head, context);
+    return head + 4;
+  }
+  const size_t head = encode_chunk(to, answered, flags, ChunkType::kBlockStatusExt, 8 + list);
+  store_be<uint32_t>(to + head, context);
+  store_be<uint32_t>(to + head + 4, extents);
+  return head + 8;
 }
 
-void encode_extent(std::byte* to, uint32_t length, uint32_t status) noexcept {
-  store_be<uint32_t>(to, length);
-  store_be<uint32_t>(to + 4, status);
+void encode_extent(std::byte* to, bool extended, uint64_t length, uint32_t status) noexcept {
+  if (extended) {
+    store_be<uint64_t>(to, length);
+    store_be<uint64_t>(to + 8, status);
+  } else {
+    store_be<uint32_t>(to, static_cast<uint32_t>(length));
+    store_be<uint32_t>(to + 4, status);
+  }
 }
 
 }  // namespace minivmm::nbd::wire

@@ -9,6 +9,9 @@
 //   request       C: magic:32 flags:16 type:16 cookie:64 offset:64 length:32 [payload]
 //   simple reply  S: magic:32 error:32 cookie:64 [payload]
 //   chunk         S: magic:32 flags:16 type:16 cookie:64 length:32 [payload]
+// with extended headers:
+//   request       C: magic:32 flags:16 type:16 cookie:64 offset:64 length:64 [payload]
+//   chunk         S: magic:32 flags:16 type:16 cookie:64 offset:64 length:64 [payload]
 #pragma once
 
 #include <string_view>
@@ -27,6 +30,8 @@ inline constexpr uint64_t kOptionReplyMagic = 0x0003e889045565a9;
 inline constexpr uint32_t kRequestMagic = 0x25609513;
 inline constexpr uint32_t kSimpleReplyMagic = 0x67446698;
 inline constexpr uint32_t kChunkMagic = 0x668e33ef;
+inline constexpr uint32_t kExtendedRequestMagic = 0x21e41c71;
+inline constexpr uint32_t kExtendedChunkMagic = 0x6e8a278c;
 
 // The largest payload of a request or reply; what INFO_BLOCK_SIZE tells.
 inline constexpr uint32_t kMaxPayload = 32u << 20;
@@ -47,6 +52,7 @@ enum TransmissionFlag : uint16_t {
   kCanMultiConn = 1 << 8,
   kSendCache = 1 << 10,
   kSendFastZero = 1 << 11,
+  kBlockStatusPayload = 1 << 12,
 };
 
 enum class Option : uint32_t {
@@ -59,6 +65,7 @@ enum class Option : uint32_t {
   kStructuredReply = 8,
   kListMetaContext = 9,
   kSetMetaContext = 10,
+  kExtendedHeaders = 11,
 };
 
 inline constexpr uint32_t kErrorBit = uint32_t{1} << 31;
@@ -70,9 +77,11 @@ enum class OptionReply : uint32_t {
   kErrUnsup = kErrorBit | 1,
   kErrPolicy = kErrorBit | 2,
   kErrInvalid = kErrorBit | 3,
+  kErrTlsReqd = kErrorBit | 5,
   kErrUnknown = kErrorBit | 6,
   kErrShutdown = kErrorBit | 7,
   kErrTooBig = kErrorBit | 9,
+  kErrExtHeaderReqd = kErrorBit | 10,
 };
 
 enum class Info : uint16_t { kExport = 0, kName = 1, kDescription = 2, kBlockSize = 3 };
@@ -95,6 +104,7 @@ enum CommandFlag : uint16_t {
   kDf = 1 << 2,
   kReqOne = 1 << 3,
   kFastZero = 1 << 4,
+  kPayloadLen = 1 << 5,
 };
 
 enum class ChunkType : uint16_t {
@@ -102,6 +112,7 @@ enum class ChunkType : uint16_t {
   kOffsetData = 1,
   kOffsetHole = 2,
   kBlockStatus = 5,
+  kBlockStatusExt = 6,
   kError = 0x8001,
 };
 inline constexpr uint16_t kChunkDone = 1;
@@ -155,39 +166,68 @@ std::array<std::byte, 14> encode_info_block_size(uint32_t minimum, uint32_t pref
 
 // --- transmission ---
 
+// How the server answers, and with extended headers how it is asked.
+enum class Headers : uint8_t { kSimple, kStructured, kExtended };
+
 struct Request {
   uint16_t flags = 0;
   uint16_t type = 0;
   uint64_t cookie = 0;
   uint64_t offset = 0;
-  uint32_t length = 0;
+  uint64_t length = 0;
+  // Of the bytes that follow; a WRITE's length. With extended headers the flag PAYLOAD_LEN says
+  // whether there are any, whatever the command.
+  uint64_t payload = 0;
 };
 inline constexpr size_t kRequestSize = 28;
-// Nullopt: the magic is wrong.
-std::optional<Request> decode_request(std::span<const std::byte, kRequestSize> from) noexcept;
+inline constexpr size_t kExtendedRequestSize = 32;
+constexpr size_t request_size(Headers headers) noexcept {
+  return headers == Headers::kExtended ? kExtendedRequestSize : kRequestSize;
+}
+// Reads request_size(headers) bytes. Nullopt: the magic is wrong.
+std::optional<Request> decode_request(const std::byte* from, Headers headers) noexcept;
+
+// The payload that a BLOCK_STATUS may bring: the length that it asks about, and the ids of the
+// contexts. Points into the bytes that were given.
+struct StatusQuery {
+  uint64_t length = 0;
+  size_t count = 0;
+  const std::byte* ids = nullptr;
+  uint32_t id(size_t i) const noexcept;
+};
+inline constexpr size_t kStatusQuerySize = 8;
+// Nullopt: not a whole number of ids.
+std::optional<StatusQuery> decode_status_query(std::span<const std::byte> from) noexcept;
 
 inline constexpr size_t kSimpleReplySize = 16;
 void encode_simple_reply(std::byte* to, ErrorCode error, uint64_t cookie) noexcept;
 
+// Which request a chunk answers, and in which form.
+struct Answered {
+  uint64_t cookie;
+  uint64_t offset;
+  bool extended;
+};
 inline constexpr size_t kChunkHeaderSize = 20;
-void encode_chunk(std::byte* to, uint16_t flags, ChunkType type, uint64_t cookie,
-                  uint32_t length) noexcept;
-// Header and offset; `data_length` bytes of data follow.
-inline constexpr size_t kDataChunkSize = kChunkHeaderSize + 8;
-void encode_data_chunk(std::byte* to, uint16_t flags, uint64_t cookie, uint64_t offset,
-                       uint32_t data_length) noexcept;
-inline constexpr size_t kHoleChunkSize = kChunkHeaderSize + 12;
-void encode_hole_chunk(std::byte* to, uint16_t flags, uint64_t cookie, uint64_t offset,
-                       uint32_t hole_length) noexcept;
-// Header and error; `message_length` bytes of text follow.
-inline constexpr size_t kErrorChunkSize = kChunkHeaderSize + 6;
-void encode_error_chunk(std::byte* to, uint16_t flags, uint64_t cookie, ErrorCode error,
-                        uint16_t message_length) noexcept;
-// Header and context; `extents` descriptors follow.
-inline constexpr size_t kStatusChunkSize = kChunkHeaderSize + 4;
-inline constexpr size_t kExtentSize = 8;
-void encode_status_chunk(std::byte* to, uint16_t flags, uint64_t cookie, uint32_t context,
-                         uint32_t extents) noexcept;
-void encode_extent(std::byte* to, uint32_t length, uint32_t status) noexcept;
+inline constexpr size_t kExtendedChunkHeaderSize = 32;
+// Room that each of the following needs at most.
+inline constexpr size_t kMaxChunkHead = kExtendedChunkHeaderSize + 12;
+// Each returns how many bytes it has written: the header and what of the payload has a fixed
+// length. The rest of the payload follows.
+size_t encode_chunk(std::byte* to, const Answered& answered, uint16_t flags, ChunkType type,
+                    uint64_t length) noexcept;
+// `data_length` bytes of data follow.
+size_t encode_data_chunk(std::byte* to, const Answered& answered, uint16_t flags, uint64_t offset,
+                         uint32_t data_length) noexcept;
+size_t encode_hole_chunk(std::byte* to, const Answered& answered, uint16_t flags, uint64_t offset,
+                         uint32_t hole_length) noexcept;
+// `message_length` bytes of text follow.
+size_t encode_error_chunk(std::byte* to, const Answered& answered, uint16_t flags, ErrorCode error,
+                          uint16_t message_length) noexcept;
+// `extents` descriptors follow, of extent_size() each.
+size_t encode_status_chunk(std::byte* to, const Answered& answered, uint16_t flags,
+                           uint32_t context, uint32_t extents) noexcept;
+constexpr size_t extent_size(bool extended) noexcept { return extended ? 16 : 8; }
+void encode_extent(std::byte* to, bool extended, uint64_t length, uint32_t status) noexcept;
 
 }  // namespace minivmm::nbd::wire

@@ -338,6 +338,7 @@ BlockStatus Edge::block_status(uint64_t offset, uint64_t length) {
   BlockStatus status;
   base::run_with_stack([&] { status = node_->driver_block_status(offset, inside); });
   status.length = std::clamp<uint64_t>(status.length, 1, inside);
+  if (status.allocated) status.held = true;
   return status;
 }
 

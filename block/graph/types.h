@@ -37,6 +37,7 @@ struct BlockStatus {
   bool allocated = false;  // this layer (not its backing file) determines the content
   bool compressed = false;
   uint32_t depth = 0;  // 0: the node that was asked; n: its n-th backing node holds it
+  bool held = false;   // some layer determines the content: that at `depth`. Set by the Edge
   std::optional<uint64_t> host_offset =
       std::nullopt;  // where in the protocol node, when it is stored plainly
 };

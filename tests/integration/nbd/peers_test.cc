@@ -5,6 +5,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <array>
 #include <chrono>
 #include <filesystem>
 #include <fstream>
@@ -126,6 +127,28 @@ TEST_F(Peers, NbdinfoMapsDataAndHoles) {
   expect_in(map, "3145728");   // data
   expect_in(map, "63963136");  // hole,zero
   expect_in(map, "hole,zero");
+}
+
+// Data in the overlay is at depth 1, in its base at 2, and what neither has at 0.
+TEST_F(Peers, NbdinfoMapsTheDepthOfAChain) {
+  SKIP_WITHOUT("nbdinfo");
+  SKIP_WITHOUT("qemu-img");
+  must("qemu-img create -q -f qcow2 " + path("base.qcow2") + " 1M");
+  must("qemu-io -c \"write 64k 128k\" " + path("base.qcow2"));
+  must("qemu-img create -q -f qcow2 -F qcow2 -b base.qcow2 " + path("top.qcow2"));
+  must("qemu-io -c \"write 0 64k\" -c \"write 128k 64k\" " + path("top.qcow2"));
+  serve({"--disk=" + path("top.qcow2") + ",id=top,format=qcow2", "--export=top"});
+  std::istringstream map(must("nbdinfo --map=qemu:allocation-depth \"" + uri("top") + "\""));
+  std::vector<std::array<uint64_t, 3>> extents;
+  for (std::string line; std::getline(map, line);) {
+    std::istringstream words(line);
+    std::array<uint64_t, 3> each{};
+    words >> each[0] >> each[1] >> each[2];
+    extents.push_back(each);
+  }
+  const std::vector<std::array<uint64_t, 3>> expected = {
+      {0, 65536, 1}, {65536, 65536, 2}, {131072, 65536, 1}, {196608, 851968, 0}};
+  EXPECT_EQ(extents, expected);
 }
 
 TEST_F(Peers, NbdcopyReadsAndWritesWithFourConnections) {

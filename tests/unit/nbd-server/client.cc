@@ -147,6 +147,28 @@ Bytes Client::request(uint16_t type, uint64_t cookie, uint64_t offset, uint32_t 
       {be32(0x25609513), be16(flags), be16(type), be64(cookie), be64(offset), be32(length)});
 }
 
+Bytes Client::long_request(uint16_t type, uint64_t cookie, uint64_t offset, uint64_t length,
+                           uint16_t flags) {
+  return join(
+      {be32(0x21e41c71), be16(flags), be16(type), be64(cookie), be64(offset), be64(length)});
+}
+
+uint16_t Client::enter_extended(std::string_view name, const std::vector<std::string>& contexts) {
+  greet();
+  EXPECT_EQ(final_of(11), kAck);
+  const Bytes named = join({be32(static_cast<uint32_t>(name.size())), text(name)});
+  if (!contexts.empty()) {
+    Bytes data = join({named, be32(static_cast<uint32_t>(contexts.size()))});
+    for (const std::string& each : contexts) {
+      data = join({data, be32(static_cast<uint32_t>(each.size())), text(each)});
+    }
+    EXPECT_EQ(option(10, data).size(), contexts.size() + 1);
+  }
+  const auto answers = option(7, join({named, be16(0)}));
+  EXPECT_EQ(answers.back().type, kAck);
+  return static_cast<uint16_t>(number_at(answers.front().data, 10, 2));
+}
+
 Reply Client::simple(size_t payload) {
   const Bytes header = receive(16);
   EXPECT_EQ(number_at(header, 0, 4), 0x67446698u);
@@ -167,11 +189,16 @@ Reply Client::chunk() {
     out.cookie = number_at(header, 8, 8);
     return out;
   }
-  EXPECT_EQ(number_at(header, 0, 4), 0x668e33efu);
+  out.extended = number_at(header, 0, 4) == 0x6e8a278cu;
+  if (!out.extended) {
+    EXPECT_EQ(number_at(header, 0, 4), 0x668e33efu);
+  }
   out.flags = static_cast<uint16_t>(number_at(header, 4, 2));
   out.type = static_cast<uint16_t>(number_at(header, 6, 2));
   out.cookie = number_at(header, 8, 8);
-  out.payload = receive(number_at(receive(4), 0, 4));
+  if (out.extended) out.offset = number_at(receive(8), 0, 8);
+  const size_t width = out.extended ? 8 : 4;
+  out.payload = receive(number_at(receive(width), 0, width));
   if (out.type >= 0x8000) out.error = static_cast<uint32_t>(out.number(0, 4));
   return out;
 }
@@ -184,6 +211,18 @@ uint32_t Client::error_of(uint16_t type, uint64_t offset, uint32_t length, uint1
   EXPECT_EQ(reply.cookie, cookie);
   EXPECT_EQ(reply.flags & 1, 1);
   return reply.error;
+}
+
+Reply Client::ask(uint16_t type, uint64_t offset, uint64_t length, uint16_t flags,
+                  const Bytes& payload) {
+  const uint64_t cookie = ++cookie_;
+  send(join({long_request(type, cookie, offset, length, flags), payload}));
+  const Reply reply = chunk();
+  EXPECT_TRUE(reply.extended);
+  EXPECT_EQ(reply.cookie, cookie);
+  EXPECT_EQ(reply.offset, offset);
+  EXPECT_EQ(reply.flags & 1, 1);
+  return reply;
 }
 
 Bytes Client::read(uint64_t offset, uint32_t length) {

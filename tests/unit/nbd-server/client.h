@@ -37,6 +37,8 @@ struct Reply {
   uint16_t type = 0;
   uint32_t error = 0;
   uint64_t cookie = 0;
+  uint64_t offset = 0;  // of an extended reply
+  bool extended = false;
   Bytes payload{};
   uint64_t number(size_t at, size_t size) const;  // big-endian from the payload
 };
@@ -72,8 +74,17 @@ class Client {
 
   Bytes request(uint16_t type, uint64_t cookie, uint64_t offset, uint32_t length,
                 uint16_t flags = 0);
+  // With extended headers.
+  Bytes long_request(uint16_t type, uint64_t cookie, uint64_t offset, uint64_t length,
+                     uint16_t flags = 0);
+  // Greets, asks for extended headers and the contexts, and enters transmission.
+  uint16_t enter_extended(std::string_view name, const std::vector<std::string>& contexts = {});
   Reply simple(size_t payload = 0);
+  // Of either form; a simple reply where the server sends one.
   Reply chunk();
+  // Sends an extended request (with its payload) and returns its only chunk.
+  Reply ask(uint16_t type, uint64_t offset, uint64_t length, uint16_t flags = 0,
+            const Bytes& payload = {});
   // Sends a request (with its payload) and returns its error code, by either kind of reply.
   uint32_t error_of(uint16_t type, uint64_t offset, uint32_t length, uint16_t flags = 0,
                     const Bytes& payload = {});

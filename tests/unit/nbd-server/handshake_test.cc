@@ -8,7 +8,7 @@ namespace minivmm::nbd {
 namespace {
 
 constexpr uint32_t kExportName = 1, kAbort = 2, kList = 3, kStartTls = 5, kInfo = 6, kGo = 7,
-                   kStructured = 8, kListMeta = 9, kSetMeta = 10, kExtended = 11;
+                   kStructured = 8, kListMeta = 9, kSetMeta = 10;
 
 Bytes named(std::string_view name) {
   return join({be32(static_cast<uint32_t>(name.size())), text(name)});
@@ -96,7 +96,7 @@ TEST_F(Handshake, MalformedInfoIsInvalidAndTheHandshakeGoesOn) {
 TEST_F(Handshake, UnknownOptionsAreUnsupportedAndTheirDataIsSkipped) {
   Client client = connect();
   client.greet();
-  for (const uint32_t opt : {0u, 4u, kStartTls, kExtended, 12345u, 0xffffffffu}) {
+  for (const uint32_t opt : {0u, 4u, kStartTls, 12345u, 0xffffffffu}) {
     EXPECT_EQ(client.final_of(opt, Bytes(100, std::byte{0x55})), kErrUnsup) << opt;
     // Also where there is more of it than any option needs.
     EXPECT_EQ(client.final_of(opt, Bytes(100'000, std::byte{0x55})), kErrUnsup) << opt;
@@ -176,12 +176,14 @@ TEST_F(Handshake, ContextsAreListedByNamespaceAndSetByName) {
   const auto listed = [&](std::initializer_list<std::string_view> q) {
     return client.option(kListMeta, queries("disk", q)).size() - 1;
   };
-  EXPECT_EQ(listed({}), 1u);
+  EXPECT_EQ(listed({}), 2u);
   EXPECT_EQ(listed({"base:"}), 1u);
   EXPECT_EQ(listed({"base:allocation"}), 1u);
   EXPECT_EQ(listed({"base:allocation", "base:"}), 1u);
   EXPECT_EQ(listed({"base:alloc"}), 0u);
-  EXPECT_EQ(listed({"qemu:"}), 0u);
+  EXPECT_EQ(listed({"qemu:"}), 1u);
+  EXPECT_EQ(listed({"qemu:allocation-depth"}), 1u);
+  EXPECT_EQ(listed({"qemu:nothing"}), 0u);
   EXPECT_EQ(listed({"", ":"}), 0u);
   const auto set = client.option(kSetMeta, queries("disk", {"x-y:z", "base:allocation"}));
   ASSERT_EQ(set.size(), 2u);

@@ -41,20 +41,42 @@ int reject_meta(const Bytes& data) {
 TEST(Wire, ARequestIsDecodedFieldByField) {
   const Bytes bytes = join({be32(0x25609513), be16(0x8001), be16(6), be64(0xfedcba9876543210),
                             be64(0x0102030405060708), be32(0xaabbccdd)});
-  const auto request = wire::decode_request(fixed<28>(bytes));
+  const auto request = wire::decode_request(bytes.data(), wire::Headers::kStructured);
   ASSERT_TRUE(request);
   EXPECT_EQ(request->flags, 0x8001);
   EXPECT_EQ(request->type, 6);
   EXPECT_EQ(request->cookie, 0xfedcba9876543210u);
   EXPECT_EQ(request->offset, 0x0102030405060708u);
   EXPECT_EQ(request->length, 0xaabbccddu);
+  EXPECT_EQ(request->payload, 0u);
+}
+
+TEST(Wire, AnExtendedRequestHasALongLengthAndSaysWhetherDataFollow) {
+  const auto decode = [](uint16_t flags, uint16_t type) {
+    const Bytes bytes = join({be32(0x21e41c71), be16(flags), be16(type), be64(7),
+                              be64(0x0102030405060708), be64(0x1122334455667788)});
+    return *wire::decode_request(bytes.data(), wire::Headers::kExtended);
+  };
+  EXPECT_EQ(decode(0, 6).length, 0x1122334455667788u);
+  EXPECT_EQ(decode(0, 6).payload, 0u);
+  EXPECT_EQ(decode(32, 6).payload, 0x1122334455667788u);
+  EXPECT_EQ(decode(0, 1).payload, 0u);  // only the flag counts
+  EXPECT_EQ(decode(32, 1).payload, 0x1122334455667788u);
+  EXPECT_EQ(decode(0, 1).cookie, 7u);
+  EXPECT_EQ(decode(0, 1).offset, 0x0102030405060708u);
 }
 
 TEST(Wire, WrongMagicNumbersAreSeen) {
   // Off by one bit, and the magic of a reply.
   for (const uint32_t magic : {0x25609512u, 0x67446698u, 0u}) {
-    EXPECT_FALSE(wire::decode_request(fixed<28>(join({be32(magic), Bytes(24)}))));
+    EXPECT_FALSE(
+        wire::decode_request(join({be32(magic), Bytes(24)}).data(), wire::Headers::kSimple));
   }
+  // Each form has its own.
+  EXPECT_FALSE(
+      wire::decode_request(join({be32(0x25609513), Bytes(28)}).data(), wire::Headers::kExtended));
+  EXPECT_FALSE(
+      wire::decode_request(join({be32(0x21e41c71), Bytes(28)}).data(), wire::Headers::kStructured));
   EXPECT_FALSE(wire::decode_option_header(fixed<16>(join({be64(0x4e42444d41474943), Bytes(8)}))));
 }
 
@@ -65,17 +87,38 @@ TEST(Wire, RepliesHaveTheLayoutOfTheSpecification) {
   };
   wire::encode_simple_reply(out.data(), wire::ErrorCode::kNoSpc, 0x1122334455667788);
   EXPECT_EQ(written(16), join({be32(0x67446698), be32(28), be64(0x1122334455667788)}));
-  wire::encode_data_chunk(out.data(), 1, 5, 4096, 512);
-  EXPECT_EQ(written(28),
+  const wire::Answered five{5, 8192, false};
+  EXPECT_EQ(written(wire::encode_data_chunk(out.data(), five, 1, 4096, 512)),
             join({be32(0x668e33ef), be16(1), be16(1), be64(5), be32(520), be64(4096)}));
-  wire::encode_hole_chunk(out.data(), 0, 5, 4096, 512);
-  EXPECT_EQ(written(32),
+  EXPECT_EQ(written(wire::encode_hole_chunk(out.data(), five, 0, 4096, 512)),
             join({be32(0x668e33ef), be16(0), be16(2), be64(5), be32(12), be64(4096), be32(512)}));
-  wire::encode_error_chunk(out.data(), 1, 5, wire::ErrorCode::kIo, 7);
-  EXPECT_EQ(written(26),
+  EXPECT_EQ(written(wire::encode_error_chunk(out.data(), five, 1, wire::ErrorCode::kIo, 7)),
             join({be32(0x668e33ef), be16(1), be16(0x8001), be64(5), be32(13), be32(5), be16(7)}));
-  wire::encode_status_chunk(out.data(), 1, 5, 1, 3);
-  EXPECT_EQ(written(24), join({be32(0x668e33ef), be16(1), be16(5), be64(5), be32(28), be32(1)}));
+  EXPECT_EQ(written(wire::encode_status_chunk(out.data(), five, 1, 1, 3)),
+            join({be32(0x668e33ef), be16(1), be16(5), be64(5), be32(28), be32(1)}));
+}
+
+TEST(Wire, ExtendedRepliesHaveTheLayoutOfTheSpecification) {
+  std::array<std::byte, 64> out{};
+  const auto written = [&out](size_t n) {
+    return Bytes(out.begin(), out.begin() + static_cast<ptrdiff_t>(n));
+  };
+  const auto head = [](uint16_t flags, uint16_t type, uint64_t length) {
+    return join({be32(0x6e8a278c), be16(flags), be16(type), be64(5), be64(8192), be64(length)});
+  };
+  const wire::Answered five{5, 8192, true};
+  EXPECT_EQ(written(wire::encode_chunk(out.data(), five, 1, wire::ChunkType::kNone, 0)),
+            head(1, 0, 0));
+  EXPECT_EQ(written(wire::encode_data_chunk(out.data(), five, 1, 8704, 512)),
+            join({head(1, 1, 520), be64(8704)}));
+  EXPECT_EQ(written(wire::encode_hole_chunk(out.data(), five, 0, 8704, 512)),
+            join({head(0, 2, 12), be64(8704), be32(512)}));
+  EXPECT_EQ(written(wire::encode_error_chunk(out.data(), five, 1, wire::ErrorCode::kIo, 7)),
+            join({head(1, 0x8001, 13), be32(5), be16(7)}));
+  EXPECT_EQ(written(wire::encode_status_chunk(out.data(), five, 1, 2, 3)),
+            join({head(1, 6, 56), be32(2), be32(3)}));
+  wire::encode_extent(out.data(), true, 0x1122334455667788, 3);
+  EXPECT_EQ(written(16), join({be64(0x1122334455667788), be64(3)}));
 }
 
 TEST(Wire, ErrnoValuesBecomeThoseOfTheProtocol) {
