@@ -3,9 +3,7 @@
 
 #include <sys/mman.h>
 
-#include <cerrno>
-
-#include "base/error.h"
+#include <new>
 
 namespace minivmm::base {
 namespace {
@@ -30,12 +28,11 @@ Stack StackPool::take() {
   if (idle_.capacity() == 0) idle_.reserve(kMaxIdle);
   void* base = ::mmap(nullptr, kFiberStackSize + kGuardSize, PROT_NONE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_STACK, -1, 0);
-  if (base == MAP_FAILED) throw errno_error(errno, "cannot map a fiber stack");
+  if (base == MAP_FAILED) throw std::bad_alloc();
   char* bottom = static_cast<char*>(base) + kGuardSize;
   if (::mprotect(bottom, kFiberStackSize, PROT_READ | PROT_WRITE) != 0) {
-    const int err = errno;
     ::munmap(base, kFiberStackSize + kGuardSize);
-    throw errno_error(err, "cannot map a fiber stack");
+    throw std::bad_alloc();
   }
   return {bottom, kFiberStackSize};
 }

@@ -36,7 +36,7 @@ class StackPool {
   StackPool& operator=(const StackPool&) = delete;
   ~StackPool();
 
-  // Throws base::Error(ENOMEM).
+  // Throws std::bad_alloc: to a caller this is memory that is not there.
   Stack take();
   void give_back(Stack stack) noexcept;
 

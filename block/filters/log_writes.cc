@@ -88,6 +88,7 @@ void LogWritesNode::driver_discard(uint64_t offset, uint64_t length) {
 
 void LogWritesNode::driver_flush() {
   append(0, 0, log_writes::kFlush, {});
+  write_super();  // a process that is killed leaves a log that says how much it holds
   file().flush();
 }
 

@@ -78,10 +78,11 @@ void require_file_name(const OpenPolicy& policy, const Reference& r) {
   }
 }
 
-// Where it is, once that is known to be a regular file in the image's directory or in one of
-// `roots`.
-std::string allowed_path(const Reference& r, const std::vector<std::string>& roots,
-                         const char* root_option) {
+// Sets the options under `prefix` that open it, once it is known to be a regular file in the
+// image's directory or in one of `roots`. What is opened must be the very file that was looked at:
+// the name may lead elsewhere a moment later.
+void set_allowed_file(Options& options, const std::string& prefix, const Reference& r,
+                      const std::vector<std::string>& roots, const char* root_option) {
   const std::string own_directory = directory_of(r.image);
   const std::string path = r.name.starts_with('/') ? r.name : own_directory + "/" + r.name;
   const std::string target = real_path(path);
@@ -102,7 +103,8 @@ std::string allowed_path(const Reference& r, const std::vector<std::string>& roo
     throw refusal(r, EACCES,
                   fmt::format("lies outside the image's own directory; {}{}", option, r.remedy));
   }
-  return path;
+  options.set(prefix + "filename", path);
+  options.set(prefix + "inode", fmt::format("{}:{}", info.st_dev, info.st_ino));
 }
 
 }  // namespace
@@ -128,7 +130,7 @@ Options backing_options(const OpenPolicy& policy, const std::string& image,
   options.set("driver", format);
   options.set("read-only", "on");
   options.set("file.driver", "file");
-  options.set("file.filename", allowed_path(r, policy.backing_roots, "--backing-root"));
+  set_allowed_file(options, "file.", r, policy.backing_roots, "--backing-root");
   return options;
 }
 
@@ -142,8 +144,8 @@ Options data_file_options(const OpenPolicy& policy, const std::string& image,
   Options options;
   options.set("driver", "file");
   options.set("read-only", writable ? "off" : "on");
-  options.set("filename", writable ? allowed_path(r, none, nullptr)
-                                   : allowed_path(r, policy.backing_roots, "--backing-root"));
+  set_allowed_file(options, "", r, writable ? none : policy.backing_roots,
+                   writable ? nullptr : "--backing-root");
   return options;
 }
 

@@ -9,7 +9,6 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <chrono>
 
 #include <fmt/core.h>
 #include <limits.h>
@@ -31,15 +30,8 @@ namespace {
 
 // A larger write is worth a kernel thread of its own: copying it would hold the loop up.
 constexpr uint64_t kMaxInlineWrite = 512 * 1024;
-// A write that took this long did not only copy; the next ones go through the ring for a while. It
-// is several times what losing the CPU to another thread takes: that is no reason.
-constexpr int64_t kBlockedNs = 20'000'000;
-constexpr int64_t kBackOffNs = 200'000'000;
-
-int64_t now_ns() noexcept {
-  return std::chrono::duration_cast<std::chrono::nanoseconds>(base::Clock::now().time_since_epoch())
-      .count();
-}
+// The loop's other fibers get their turn after so much of a cached read.
+constexpr uint64_t kMaxInlineRead = 1 << 20;
 
 }  // namespace
 
@@ -86,9 +78,10 @@ int64_t FileNode::read_inline(IoSpan to, uint64_t offset) noexcept {
 
 void FileNode::driver_read(uint64_t offset, IoSpan to) {
   if (!file_->direct()) [[likely]] {
-    const int64_t done = read_inline(to, offset);
-    if (static_cast<uint64_t>(done) != to.bytes()) [[unlikely]] {
-      read_rest(offset, to, static_cast<uint64_t>(done));
+    if (to.bytes() <= kMaxInlineRead) [[likely]] {
+      read_buffered(offset, to);
+    } else {
+      read_in_turns(offset, to);
     }
     return;
   }
@@ -101,6 +94,21 @@ void FileNode::driver_read(uint64_t offset, IoSpan to) {
   base::copy_to(to, 0, bounce.span());
 }
 
+void FileNode::read_buffered(uint64_t offset, IoSpan to) {
+  const auto done = static_cast<uint64_t>(read_inline(to, offset));
+  if (done != to.bytes()) [[unlikely]]
+    read_rest(offset, to, done);
+}
+
+void FileNode::read_in_turns(uint64_t offset, IoSpan to) {
+  for (uint64_t done = 0; done < to.bytes(); done += kMaxInlineRead) {
+    if (done > 0) base::EventLoop::current()->yield();
+    IoList piece;
+    read_buffered(offset + done,
+                  base::slice(to, done, std::min(kMaxInlineRead, to.bytes() - done), piece));
+  }
+}
+
 void FileNode::read_rest(uint64_t offset, IoSpan to, uint64_t done) {
   IoList rest;
   const IoSpan left = base::slice(to, done, to.bytes() - done, rest);
@@ -110,20 +118,12 @@ void FileNode::read_rest(uint64_t offset, IoSpan to, uint64_t done) {
   base::fill_zero(left, static_cast<uint64_t>(n), left.bytes() - static_cast<uint64_t>(n));
 }
 
-bool FileNode::inline_writes_allowed(uint64_t bytes) const noexcept {
-  if (bytes > kMaxInlineWrite) return false;
-  const int64_t until = slow_writes_until_.load(std::memory_order_relaxed);
-  return until == 0 || now_ns() >= until;
-}
-
 int64_t FileNode::write_inline(IoSpan from, uint64_t offset) noexcept {
   const auto count = static_cast<int>(std::min<size_t>(from.count(), IOV_MAX));
-  const int64_t begin = now_ns();
+  const int64_t begin = Breaker::now();
   const ssize_t n = ::pwritev(file_->fd(), from.data(), count, static_cast<off_t>(offset));
   const int64_t result = n < 0 ? -errno : n;
-  if (now_ns() - begin > kBlockedNs) {
-    slow_writes_until_.store(now_ns() + kBackOffNs, std::memory_order_relaxed);
-  }
+  inline_writes_.ended(begin);
   return result;
 }
 
@@ -133,7 +133,8 @@ void FileNode::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {
     base::Buffer bounce(from.bytes());
     base::copy_from(from, 0, bounce.span());
     write_rest(offset, bounce.io(), 0);
-  } else if (!file_->direct() && inline_writes_allowed(from.bytes())) {
+  } else if (!file_->direct() && from.bytes() <= kMaxInlineWrite &&
+             inline_writes_.allows_inline()) {
     const int64_t n = write_inline(from, offset);
     if (n < 0 && n != -EINTR) fail(n, "write", offset, from.bytes());
     const uint64_t done = n < 0 ? 0 : static_cast<uint64_t>(n);
@@ -203,22 +204,31 @@ void FileNode::driver_discard(uint64_t offset, uint64_t length) {
 }
 
 BlockStatus FileNode::driver_block_status(uint64_t offset, uint64_t length) {
-  BlockStatus status{.length = length, .data = true, .allocated = true};
-  status.host_offset = offset;
-  if (file_->is_device()) return status;
-  const auto at = static_cast<off_t>(offset);
-  const off_t data = ::lseek(file_->fd(), at, SEEK_DATA);
-  if (data < 0) {
-    if (errno == ENXIO) {  // nothing but a hole up to the end
-      status.data = false;
-      status.zero = true;
-    }
+  if (file_->is_device()) {
+    BlockStatus status{.length = length, .data = true, .allocated = true};
+    status.host_offset = offset;
     return status;
   }
-  if (data > at) {
+  // Cheap while the file's extents are known to the kernel; a call that must read them blocks.
+  if (!inline_seeks_.allows_inline()) {
+    return base::Pool::syscalls().run([&] { return seek_status(offset, length); });
+  }
+  const int64_t begin = Breaker::now();
+  const BlockStatus status = seek_status(offset, length);
+  inline_seeks_.ended(begin);
+  return status;
+}
+
+BlockStatus FileNode::seek_status(uint64_t offset, uint64_t length) const noexcept {
+  BlockStatus status{.length = length, .data = true, .allocated = true};
+  status.host_offset = offset;
+  const auto at = static_cast<off_t>(offset);
+  const off_t data = ::lseek(file_->fd(), at, SEEK_DATA);
+  if (data < 0 && errno != ENXIO) return status;
+  if (data != at) {  // a hole; without any data behind it, up to the end
     status.data = false;
     status.zero = true;
-    status.length = std::min<uint64_t>(length, static_cast<uint64_t>(data - at));
+    if (data > at) status.length = std::min<uint64_t>(length, static_cast<uint64_t>(data - at));
     return status;
   }
   const off_t hole = ::lseek(file_->fd(), at, SEEK_HOLE);
@@ -292,6 +302,7 @@ std::shared_ptr<Node> open_file(Graph&, const NodeConfig& config, Options& optio
     host.fd = static_cast<int>(number.take_uint("fd", 0, 0, INT_MAX));
   } else {
     host.filename = options.require_string("filename");
+    host.inode = options.take_string("inode").value_or("");
   }
   host.direct = options.take_bool("cache.direct", false);
   const bool no_flush = options.take_bool("cache.no-flush", false);

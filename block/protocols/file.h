@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Driver `file` (alias `host_device`): a regular file or a block device of this host.
 //
-// Options: filename or fd (a number), cache.direct, cache.no-flush, locking=auto|on|off.
+// Options: filename or fd (a number), inode (DEVICE:INODE that the file has to be), cache.direct,
+// cache.no-flush, locking=auto|on|off.
 //
 // How a request is done was chosen by measurement (buffered, page-cached, ext4): a 4 KiB pread
 // costs 0.65 us inline and 0.8 to 1.0 us through the ring, a pwrite 2.1 us inline and 4 to 64 us
@@ -18,6 +19,7 @@
 
 #include "block/graph/driver.h"
 #include "block/graph/node.h"
+#include "block/protocols/breaker.h"
 #include "block/protocols/host_file.h"
 
 namespace minivmm::block {
@@ -45,9 +47,11 @@ class FileNode final : public Node {
   [[noreturn]] void fail(int64_t result, const char* what, uint64_t offset, uint64_t length) const;
   int64_t read_inline(IoSpan to, uint64_t offset) noexcept;
   int64_t write_inline(IoSpan from, uint64_t offset) noexcept;
-  bool inline_writes_allowed(uint64_t bytes) const noexcept;
+  void read_buffered(uint64_t offset, IoSpan to);
+  void read_in_turns(uint64_t offset, IoSpan to);
   void read_rest(uint64_t offset, IoSpan to, uint64_t done);
   void write_rest(uint64_t offset, IoSpan from, uint64_t done);
+  BlockStatus seek_status(uint64_t offset, uint64_t length) const noexcept;
   bool memory_is_aligned(IoSpan span) const noexcept;
   bool fallocate(int mode, uint64_t offset, uint64_t length, std::atomic<bool>& supported,
                  const char* what);
@@ -58,8 +62,8 @@ class FileNode final : public Node {
   std::atomic<bool> nowait_reads_{true};
   std::atomic<bool> can_punch_{true};
   std::atomic<bool> can_zero_{true};
-  // Until when (steady clock, ns) writes go through the ring, because one blocked.
-  std::atomic<int64_t> slow_writes_until_{0};
+  Breaker inline_writes_;
+  Breaker inline_seeks_;
 };
 
 std::shared_ptr<Node> open_file(Graph& graph, const NodeConfig& config, Options& options);

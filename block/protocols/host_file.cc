@@ -152,6 +152,14 @@ void HostFile::open_path(const HostFileOptions& options) {
   throw errno_error(err, fmt::format("{}: cannot open", filename_));
 }
 
+void HostFile::check_inode(const HostFileOptions& options, const struct stat& info) {
+  if (options.inode.empty() || options.inode == fmt::format("{}:{}", info.st_dev, info.st_ino)) {
+    return;
+  }
+  throw Error(EACCES, fmt::format("{}: was replaced by another file while it was opened; try again",
+                                  options.filename));
+}
+
 void HostFile::open_descriptor(const HostFileOptions& options) {
   if (options.fd >= 0) {
     duplicate(options);
@@ -160,6 +168,7 @@ void HostFile::open_descriptor(const HostFileOptions& options) {
   }
   struct stat info {};
   if (::fstat(fd(), &info) != 0) throw errno_error(errno, filename_);
+  check_inode(options, info);
   if (S_ISDIR(info.st_mode)) throw Error(EISDIR, fmt::format("{}: is a directory", filename_));
   const auto key = key_of(info);
   if (!key) {
@@ -203,6 +212,7 @@ std::shared_ptr<HostFile> HostFile::open(const HostFileOptions& options) {
   // Looked for before opening: what is refused is not opened at all.
   struct stat info {};
   if (options.fd < 0 && ::stat(options.filename.c_str(), &info) == 0) {
+    check_inode(options, info);
     const auto key = key_of(info);
     if (auto known = key ? registry().find(*key) : nullptr) {
       return share(std::move(known), options.direct);

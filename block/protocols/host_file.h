@@ -28,6 +28,7 @@ struct HostFileOptions {
   bool writable = false;
   bool direct = false;  // O_DIRECT
   Locking locking = Locking::kAuto;
+  std::string inode;  // "DEVICE:INODE" (decimal) that it has to be; empty: any file
 };
 
 class HostFile {
@@ -71,6 +72,7 @@ class HostFile {
   void open_path(const HostFileOptions& options);
   void duplicate(const HostFileOptions& options);
   void set_flags();
+  static void check_inode(const HostFileOptions& options, const struct stat& info);
   void lock(Locking locking);
   void find_alignment();
   void check_share(const HostFileOptions& options, bool direct) const;

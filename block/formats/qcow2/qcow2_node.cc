@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "block/formats/qcow2/qcow2_node.h"
 
+#include <new>
 #include <utility>
 
 #include "base/event_loop.h"
@@ -84,16 +85,23 @@ void Qcow2Node::commit() {
   if (!image_.quarantine().has_matured() || reclaiming_.exchange(true)) return;
   // In the background: it waits for requests that have nothing to do with this flush.
   background_.add();
-  base::EventLoop::current()->spawn("qcow2 reclaim", [this, self = shared_from_this()] {
-    try {
-      image_.reclaim(epoch_);
-    } catch (const std::exception& e) {
-      base::log_warning("{}: clusters could not be freed, which is tried again: {}", describe(),
-                        e.what());
-    }
+  const auto ended = [this] {
     reclaiming_.store(false);
     background_.done();
-  });
+  };
+  try {
+    base::EventLoop::current()->spawn("qcow2 reclaim", [this, ended, self = shared_from_this()] {
+      try {
+        image_.reclaim(epoch_);
+      } catch (const std::exception& e) {
+        base::log_warning("{}: clusters could not be freed, which is tried again: {}", describe(),
+                          e.what());
+      }
+      ended();
+    });
+  } catch (const std::bad_alloc&) {
+    ended();  // what was flushed is flushed; a later flush frees
+  }
 }
 
 void Qcow2Node::close() {

@@ -18,6 +18,7 @@
 #include <gtest/gtest.h>
 
 #include "base/unique_fd.h"
+#include "block/graph/open_policy.h"
 #include "block/protocols/file_lock.h"
 #include "tests/unit/block/graph_fixture.h"
 #include "tests/unit/block/temp_directory.h"
@@ -50,6 +51,20 @@ class HostFileTest : public GraphTest {
 std::string raw_on(const std::string& node, const std::string& path, const std::string& more = "") {
   return fmt::format("driver=raw,node-name={},file.driver=file,file.filename={}{}", node, path,
                      more);
+}
+
+// The check of a name that an image records and the opening are two moments; whoever owns the
+// directory may put a link to a file of others in between.
+TEST_F(HostFileTest, AFileThatReplacedTheCheckedOneIsNotOpened) {
+  const std::string base = files_.write("base", std::string(4096, 'b'));
+  const std::string secret = files_.write("secret", std::string(4096, 's'));
+  Options checked = backing_options({}, files_ / "top.qcow2", "base", "raw");
+  const std::string inode = checked.take_string("file.inode").value_or("");
+  EXPECT_EQ(refusal(raw_on("fine", base, ",file.inode=" + inode)), "");
+  std::filesystem::remove(base);
+  std::filesystem::create_symlink(secret, base);
+  EXPECT_THAT(refusal(raw_on("swapped", base, ",file.inode=" + inode)),
+              HasSubstr("was replaced by another file"));
 }
 
 TEST_F(HostFileTest, AFileOpenedTwiceNamesTheNodeThatHasIt) {
