@@ -126,6 +126,7 @@ void SecretStore::add(Options options) {
   const std::string id = options.take_string("id").value_or("");
   if (id.empty()) throw Error(EINVAL, "Parameter 'id' is missing");
   try {
+    // NOLINTNEXTLINE(clang-analyzer-cplusplus.NewDeleteLeaks): it is moved into the store below
     SecureBytes value = take_value(*this, options);
     options.finish("secret");
     add(id, std::move(value));

@@ -10,8 +10,6 @@
 
 namespace minivmm::block::qcow2 {
 
-using base::Error;
-
 Allocator::Allocator(ImageFile& image, Refcounts& refcounts, MetadataMap& map)
     : image_(image), refcounts_(refcounts), map_(map) {}
 

@@ -134,7 +134,7 @@ void Committer::finish(Changes& changes, bool ok) {
     l2_.failed(changes.l2);
     refcounts_.failed(changes.table);
     blocks_.failed(changes.blocks);
-    quarantine_.put_back(std::move(changes.freed));
+    quarantine_.put_back(changes.freed);
   }
 }
 

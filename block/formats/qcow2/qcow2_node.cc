@@ -9,8 +9,6 @@
 
 namespace minivmm::block {
 
-using qcow2::Extent;
-
 std::unique_ptr<Edge> Qcow2Node::file_edge(const NodeConfig& config, std::shared_ptr<Node> file,
                                            const char* what) {
   if (!file) return nullptr;

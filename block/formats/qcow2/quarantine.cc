@@ -28,7 +28,7 @@ void Quarantine::mature(Runs runs) {
   matured_.insert(matured_.end(), runs.begin(), runs.end());
 }
 
-void Quarantine::put_back(Runs runs) {
+void Quarantine::put_back(const Runs& runs) {
   const std::lock_guard lock(mutex_);
   for (const ClusterRun& run : runs) {
     waiting_count_.fetch_add(run.count, std::memory_order_relaxed);

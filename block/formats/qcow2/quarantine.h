@@ -28,7 +28,7 @@ class Quarantine {
   // --- The commit: before it copies any L2 slice ---
   Runs take_waiting();
   void mature(Runs runs);    // the commit went well
-  void put_back(Runs runs);  // it failed
+  void put_back(const Runs& runs);  // it failed
   // --- The reclaimer ---
   Runs take_matured();
 
