@@ -1,0 +1,130 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Debian's stock kernel as a guest, from its boot to its end, at what a user does with it: the root on
+an overlay, a file system on a second disk, several queues and processors, a reboot, power off.
+
+Where KVM has hardware virtualization the guests run on it; elsewhere on an emulated host
+(emulated_host.py). inner.sh is what the guest does, outer.sh what its host does meanwhile."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import unittest
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
+from harness.daemon import minivmm
+from harness.scene import MIB, Scene, have, run
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+from emulated_host import EmulatedHost, debian, linux, qemu
+
+# Kept between runs: a few downloads.
+PACKAGES = os.environ.get("MINIVMM_PACKAGES", os.path.expanduser("~/.cache/minivmm/packages"))
+LIMIT = 600.0
+os.environ["PATH"] += ":/usr/sbin:/sbin"
+
+
+def hardware():
+    """Whether this host's KVM runs any guest: what `check-host` says."""
+    _, text = run([minivmm(), "check-host"])
+    return re.search(r"(?m)^ok +kvm ", text) is not None
+
+
+class LinuxGuest(Scene):
+    def setUp(self):
+        super().setUp()
+        if not hardware() and not qemu():
+            self.skipTest("no hardware virtualization and no qemu-system-x86_64 to emulate it")
+        try:
+            self.kernel = debian.kernel(PACKAGES)
+            self.busybox = debian.busybox(PACKAGES)
+        except debian.NoPackage as e:
+            self.skipTest(f"no stock kernel: {e}")
+
+    def prepare(self):
+        """What outer.sh wants in its folder, by name."""
+        root = linux.root(self.busybox)
+        root.file("sbin/init", os.path.join(HERE, "inner.sh"), 0o755)
+        root.program(shutil.which("mke2fs"), "sbin/mke2fs")
+        root.write_ext4(self.path("root.raw"), 64 * MIB)
+        linux.initramfs(self.kernel, self.busybox, (*linux.VIRTIO_MMIO, "virtio_rng")
+                        ).write_initramfs(self.path("initrd.img"))
+        subprocess.run(["strip", "-o", self.path("minivmm"), minivmm()], check=True)
+        shutil.copyfile(self.kernel.image, self.path("vmlinuz"))
+        return ("root.raw", "initrd.img", "minivmm", "vmlinuz")
+
+    def run_outer(self):
+        """Lines of outer.sh, which then has left its disks in self.dir."""
+        names = self.prepare()
+        if hardware():
+            script = os.path.join(HERE, "outer.sh")
+            return run(["sh", script, self.dir], LIMIT)[1].split("\n")
+        tree = linux.root(self.busybox)
+        for name in names:
+            tree.file(f"work/{name}", self.path(name))
+        tree.program(self.path("minivmm"), "work/minivmm")
+        tree.file("work/outer.sh", os.path.join(HERE, "outer.sh"))
+        if have("nbdcopy"):
+            tree.program(shutil.which("nbdcopy"))
+        host = EmulatedHost(self.dir, PACKAGES, tree)
+        lines = host.run(LIMIT)
+        for name in ("root.qcow2", "data.raw", "blocks.qcow2"):
+            host.fetch(name, self.path(name))
+        return lines
+
+    def test_a_stock_kernel_lives_on_our_disks(self):
+        lines = self.run_outer()
+        text = "\n".join(lines)
+        print(text, flush=True)
+
+        def said(pattern):
+            found = re.search(rf"(?m)^(?:LOG |OUTER ){pattern}$", text)
+            self.assertIsNotNone(found, f"not said: {pattern}")
+            return found
+
+        self.assertNotIn("FAILED", text)
+        said("INNER stage 1 cpus 2 root /dev/vda ext4 rw.*")
+        for line in ("vda/serial rootserial", "vdb/serial dataserial", "vdc/serial blocks",
+                     "vda/queue/logical_block_size 512", "vdc/queue/logical_block_size 4096",
+                     "vdc/queue/physical_block_size 4096", "vda/queue/discard_granularity 65536",
+                     "vdb/ro 0", "vdd/ro 1", "vda queues 1", "vdb queues 2",
+                     "rng virtio_rng.0", "write to a read-only disk is refused ok", "mkfs ok",
+                     "data after remount ok", "fstrim ok", "4096-byte blocks ok", "reboot",
+                     "kept across the reboot ok", "data after the reboot ok",
+                     "written in parallel ok", "poweroff"):
+            said("INNER " + re.escape(line))
+
+        # What fstrim gave back is a hole in the file now: two files of 2.75 MiB.
+        written, trimmed = (int(said(rf"{at} (\d+)").group(1)) for at in ("written", "trimmed"))
+        self.assertLess(trimmed, written - 5000, "blocks of 512 bytes")
+        # Eight synchronous writes: with a flush each, or written through without any.
+        through = int(said(r"after through (\d+)").group(1)) - int(
+            said(r"before through (\d+)").group(1))
+        back = int(said(r"after back (\d+)").group(1)) - int(said(r"before back (\d+)").group(1))
+        self.assertEqual(through, 8)
+        self.assertEqual(back, 16)
+        # The other front ends saw the same disks while the guest had them.
+        for disk in ("vdb", "vdd"):
+            inner = said(rf"INNER sum {disk} (\w+)").group(1)
+            for by in ("fuse", "nbd"):
+                if re.search(rf"(?m)^OUTER {by} {disk} ", text) or not hardware():
+                    self.assertEqual(said(rf"{by} {disk} (\w+)").group(1), inner)
+        self.assertEqual(re.findall(r"(?m)^OUTER stage ended (\d+)", text), ["0", "0"])
+        self.assertNotRegex(text, r"(?m)^ERR .*(error|problem)")
+        self.assertRegex(text, r"(?m)^ERR .*the guest reset itself")
+        self.assertRegex(text, r"(?m)^ERR .*the guest switched itself off")
+        said("end")
+
+        for name in ("root.qcow2", "blocks.qcow2"):
+            self.check(name)
+        self.tool("convert", "-O", "raw", self.path("root.qcow2"), self.path("whole.raw"))
+        for name in ("whole.raw", "data.raw"):
+            status, output = run(["e2fsck", "-f", "-n", self.path(name)])
+            self.assertEqual(status, 0, f"{name}: {output}")
+
+
+if __name__ == "__main__":
+    unittest.main()
