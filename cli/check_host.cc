@@ -90,11 +90,11 @@ void print_json(const std::vector<HostItem>& items) {
 }  // namespace
 
 int run_check_host(const std::vector<std::string>& arguments) {
-  ImageSyntax syntax{kUsage, po::options_description("Options", 100, 60)};
-  auto add = syntax.options.add_options();
-  add("output", text_option("human|json"),
-      "what the output is for: people (the default) or programs");
-  add("help,h", flag_option(), "this text");
+  ImageSyntax syntax;
+  syntax.usage = kUsage;
+  add_options(syntax.options,
+              {{"output", "human|json", "what the output is for: people (the default) or programs"},
+               {"help,h", nullptr, "this text"}});
   po::variables_map values;
   if (!parse_image_arguments(arguments, syntax, values)) return 0;
   if (!given_names(values).empty()) throw UsageError{"check-host takes no file name"};

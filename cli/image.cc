@@ -76,7 +76,10 @@ int run_image(const std::vector<std::string>& arguments) {
     return 0;
   }
   for (const ImageCommand& command : kImageCommands) {
-    if (command.name == first) return command.run({arguments.begin() + 1, arguments.end()});
+    if (command.name != first) continue;
+    boost::program_options::variables_map values;
+    const std::vector<std::string> rest(arguments.begin() + 1, arguments.end());
+    return parse_image_arguments(rest, command.syntax(), values) ? command.run(values) : 0;
   }
   for (const std::string_view name : kElsewhere) {
     if (name != first) continue;

@@ -7,61 +7,77 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/crypto/gnutls.h"
+#include "block/crypto/secret.h"
 #include "block/graph/options.h"
 #include "cli/command.h"
 #include "cli/image_personality.h"
+#include "cli/image_sandbox.h"
 
 namespace minivmm::cli {
 
 namespace po = boost::program_options;
 using Strings = std::vector<std::string>;
 
-po::typed_value<Strings>* text_option(const char* name) {
-  return po::value<Strings>()->composing()->value_name(name);
-}
-
-// Not bool_switch, which may be given only once.
-po::typed_value<bool>* flag_option() {
-  return po::value<bool>()->zero_tokens()->implicit_value(true)->default_value(false);
-}
-
-void add_common_options(po::options_description& options, std::string_view what) {
-  auto add = options.add_options();
-  for (const char letter : what) {
-    switch (letter) {
-      case 'f':
-        add("format,f", text_option("FORMAT"),
-            "the image's format, qcow2 or raw; guessed from its first bytes otherwise");
-        break;
-      case 'o':
-        add("output", text_option("human|json"),
-            "what the output is for: people (the default) or programs");
-        break;
-      case 'q':
-        add("quiet,q", flag_option(), "print nothing but errors");
-        break;
-      case 'p':
-        add("progress,p", flag_option(), "show how far it is, in percent");
-        break;
-      case 't':
-        add("cache,t", text_option("CACHE"),
-            "how the image is written: none and directsync with O_DIRECT, writeback, writethrough "
-            "and unsafe (no flush) through the page cache");
-        break;
-      case 'T':
-        add("source-cache,T", text_option("CACHE"), "how images are read, as -t");
-        break;
-      case 'i':
-        add("image-opts", flag_option(),
-            "images are named by options (driver=qcow2,file.filename=...) and not by a path");
-        break;
-      default:
-        add("force-share,U", flag_option(),
-            "read the image although somebody may be writing to it");
-    }
+void add_options(po::options_description& options, std::initializer_list<ImageOption> more) {
+  for (const ImageOption& option : more) {
+    // Not bool_switch, which may be given only once.
+    const po::value_semantic* value =
+        option.value != nullptr
+            ? static_cast<const po::value_semantic*>(
+                  po::value<Strings>()->composing()->value_name(option.value))
+            : po::value<bool>()->zero_tokens()->implicit_value(true)->default_value(false);
+    options.add_options()(option.names, value, option.help);
   }
-  add("object", text_option("TYPE,id=ID,..."), "refused: no image command opens encrypted images");
-  add("help,h", flag_option(), "this text");
+}
+
+namespace {
+
+struct CommonOption {
+  char letter;
+  ImageOption option;
+};
+
+constexpr CommonOption kCommonOptions[] = {
+    {'f',
+     {"format,f", "FORMAT",
+      "the image's format: qcow2, raw or luks; guessed from its first bytes otherwise"}},
+    {'o', {"output", "human|json", "what the output is for: people (the default) or programs"}},
+    {'q', {"quiet,q", nullptr, "print nothing but errors"}},
+    {'p', {"progress,p", nullptr, "show how far it is, in percent"}},
+    {'t',
+     {"cache,t", "CACHE",
+      "how the image is written: none and directsync with O_DIRECT, writeback, writethrough "
+      "and unsafe (no flush) through the page cache"}},
+    {'T', {"source-cache,T", "CACHE", "how images are read, as -t"}},
+    {'i',
+     {"image-opts", nullptr,
+      "images are named by options (driver=qcow2,file.filename=...) and not by a path"}},
+    {'U', {"force-share,U", nullptr, "read the image although somebody may be writing to it"}},
+};
+
+void add_common_option(po::options_description& options, char letter) {
+  if (letter == 's') return add_sandbox_options(options);
+  for (const CommonOption& common : kCommonOptions) {
+    if (common.letter == letter) add_options(options, {common.option});
+  }
+}
+
+}  // namespace
+
+ImageSyntax image_syntax(const char* usage, std::initializer_list<ImageOption> own,
+                         std::string_view common) {
+  ImageSyntax out;
+  out.usage = usage;
+  add_options(out.options, own);
+  for (const char letter : common) add_common_option(out.options, letter);
+  add_options(out.options,
+              {{"object", "secret,id=ID,...",
+                "a password or key that images are opened or made with by its id "
+                "(key-secret=ID): file=PATH or data=TEXT, format=raw|base64; encrypted with "
+                "another: keyid=ID,iv=BASE64"},
+               {"help,h", nullptr, "this text"}});
+  return out;
 }
 
 namespace {
@@ -86,6 +102,13 @@ po::options_description hidden_options() {
   throw UsageError{error.what()};
 }
 
+void add_secrets(const Strings& objects) {
+  if (objects.empty()) return;
+  // Now: a sandbox would not let it be loaded later.
+  (void)block::crypto::gnutls();
+  for (const std::string& text : objects) block::crypto::secrets().add_object(text);
+}
+
 }  // namespace
 
 bool parse_image_arguments(const Strings& arguments, const ImageSyntax& syntax,
@@ -95,7 +118,11 @@ bool parse_image_arguments(const Strings& arguments, const ImageSyntax& syntax,
   try {
     // No guessing of abbreviated options: a script must mean what it says.
     const int style = po::command_line_style::unix_style & ~po::command_line_style::allow_guessing;
-    po::command_line_parser parser(arguments);
+    Strings words = arguments;
+    if (syntax.last_is_name && !words.empty() && words.back() != "--help" && words.back() != "-h") {
+      words.insert(words.end() - 1, "--");
+    }
+    po::command_line_parser parser(words);
     const auto names = po::positional_options_description().add("name", -1);
     po::store(parser.options(all).positional(names).style(style).run(), values);
     if (is_set(values, "help")) {
@@ -108,9 +135,7 @@ bool parse_image_arguments(const Strings& arguments, const ImageSyntax& syntax,
   } catch (const po::error& e) {
     refuse_syntax(e, arguments);
   }
-  if (values.count("object") != 0) {
-    throw UsageError{"--object: no image command opens encrypted images; serve and boot do"};
-  }
+  add_secrets(text_values(values, "object"));
   return true;
 }
 
@@ -125,6 +150,11 @@ Strings text_values(const po::variables_map& values, const char* name) {
 std::string text_value(const po::variables_map& values, const char* name) {
   const Strings all = text_values(values, name);
   return all.empty() ? std::string() : all.back();
+}
+
+std::optional<std::string> optional_text(const po::variables_map& values, const char* name) {
+  if (values.count(name) == 0) return std::nullopt;
+  return text_value(values, name);
 }
 
 Strings given_names(const po::variables_map& values) { return text_values(values, "name"); }

@@ -7,6 +7,7 @@
 #include <string_view>
 
 #include <cstdint>
+#include <initializer_list>
 #include <optional>
 #include <vector>
 
@@ -19,19 +20,25 @@ enum class OutputFormat { kHuman, kJson };
 struct ImageSyntax {
   std::string usage;  // printed before the options by --help
   boost::program_options::options_description options{"Options", 100, 60};
+  // The last argument is never an option, whatever it begins with ("-10G").
+  bool last_is_name = false;
 };
 
-// An option with a value that --help calls `name`, and one without.
-boost::program_options::typed_value<std::vector<std::string>>* text_option(const char* name);
-boost::program_options::typed_value<bool>* flag_option();
+struct ImageOption {
+  const char* names;  // "format,f"
+  const char* value;  // what --help calls its value; nullptr: it has none
+  const char* help;
+};
 
-// Options that several subcommands have, by letters: f, o (--output), q, U, p, t, T, i
-// (--image-opts), and always --object and --help.
-void add_common_options(boost::program_options::options_description& options,
-                        std::string_view what);
+// A subcommand's syntax: its own options, and those that several have, by letters: s (the
+// sandbox's), f, o (--output), q, U, p, t, T, i (--image-opts), and always --object and --help.
+ImageSyntax image_syntax(const char* usage, std::initializer_list<ImageOption> own,
+                         std::string_view common);
+void add_options(boost::program_options::options_description& options,
+                 std::initializer_list<ImageOption> more);
 
-// Parses; prints usage and options and returns false for --help. Throws UsageError, also for
-// options of qemu-img that are not supported here, by name.
+// Parses; prints usage and options and returns false for --help. What --object says is there
+// afterwards. Throws UsageError.
 bool parse_image_arguments(const std::vector<std::string>& arguments, const ImageSyntax& syntax,
                            boost::program_options::variables_map& values);
 
@@ -42,6 +49,9 @@ std::vector<std::string> text_values(const boost::program_options::variables_map
                                      const char* name);
 // The arguments that are not options.
 std::vector<std::string> given_names(const boost::program_options::variables_map& values);
+// The value of an option that may not have been given.
+std::optional<std::string> optional_text(const boost::program_options::variables_map& values,
+                                         const char* name);
 // The one file that most subcommands take. Throws UsageError.
 std::string one_file_name(const boost::program_options::variables_map& values);
 // Throws UsageError.

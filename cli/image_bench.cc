@@ -25,36 +25,28 @@ namespace po = boost::program_options;
 using base::Error;
 using Strings = std::vector<std::string>;
 
-namespace {
-
-constexpr const char* kUsage =
-    "Usage: minivmm image bench [options] FILE\n\n"
-    "Sends requests to an image, one after the other in its range, and says how long they took.\n"
-    "With -w what the image held there is overwritten.\n\n"
-    "Examples:\n"
-    "  minivmm image bench -c 100000 -d 32 disk.qcow2\n"
-    "  minivmm image bench -w -t none -s 64k -f raw scratch.img\n\n";
-
-}  // namespace
-
 ImageSyntax image_bench_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("count,c", text_option("N"), "how many requests (default 75000)")
-    ("depth,d", text_option("N"), "how many of them at once (default 64)")
-    ("buffer-size,s", text_option("SIZE"), "of a request (default 4k)")
-    ("step-size,S", text_option("SIZE"), "between requests (default: their size)")
-    ("offset,o", text_option("OFFSET"), "of the first one")
-    ("write,w", flag_option(), "write instead of reading")
-    ("pattern", text_option("BYTE"), "what is written (default 0)")
-    ("flush-interval", text_option("N"), "flush after every N writes")
-    ("no-drain", flag_option(), "accepted for qemu-img's sake: a flush holds no other request up")
-    ("native,n", flag_option(), "accepted for qemu-img's sake, with -t none or directsync")
-    ("aio,i", text_option("AIO"), "accepted for qemu-img's sake: threads, native or io_uring");
-  // clang-format on
-  add_common_options(out.options, "ftiqU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image bench [options] FILE\n\n"
+      "Sends requests to an image, one after the other in its range, and says how long they took.\n"
+      "With -w what the image held there is overwritten.\n\n"
+      "Examples:\n"
+      "  minivmm image bench -c 100000 -d 32 disk.qcow2\n"
+      "  minivmm image bench -w -t none -s 64k -f raw scratch.img\n\n",
+      {
+          {"count,c", "N", "how many requests (default 75000)"},
+          {"depth,d", "N", "how many of them at once (default 64)"},
+          {"buffer-size,s", "SIZE", "of a request (default 4k)"},
+          {"step-size,S", "SIZE", "between requests (default: their size)"},
+          {"offset,o", "OFFSET", "of the first one"},
+          {"write,w", nullptr, "write instead of reading"},
+          {"pattern", "BYTE", "what is written (default 0)"},
+          {"flush-interval", "N", "flush after every N writes"},
+          {"no-drain", nullptr, "accepted for qemu-img's sake: a flush holds no other request up"},
+          {"native,n", nullptr, "accepted for qemu-img's sake, with -t none or directsync"},
+          {"aio,i", "AIO", "accepted for qemu-img's sake: threads, native or io_uring"},
+      },
+      "ftiqU");
 }
 
 namespace {
@@ -106,7 +98,7 @@ BenchRequest read_request(const po::variables_map& values) {
   out.flush_interval =
       number(values, "flush-interval", "Invalid flush interval specified", 0, INT_MAX);
   out.write = is_set(values, "write");
-  out.image = {one_file_name(values), text_value(values, "format"), is_set(values, "image-opts")};
+  out.image = one_image(values);
   if (!out.write && out.flush_interval != 0) {
     throw Error(EINVAL, "--flush-interval is only available in write tests");
   }
@@ -118,7 +110,7 @@ BenchRequest read_request(const po::variables_map& values) {
   out.mode.writable = out.write;
   out.mode.trusted = true;
   out.mode.force_share = is_set(values, "force-share");
-  out.mode.cache = parse_cache_mode(text_value(values, "cache"), "cache", "writeback");
+  out.mode.cache = target_cache(values, "writeback");
   return out;
 }
 
@@ -209,9 +201,7 @@ void bench(ImageGraph& graph, const BenchRequest& request) {
 
 }  // namespace
 
-int run_image_bench(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_bench_syntax(), values)) return 0;
+int run_image_bench(const po::variables_map& values) {
   const BenchRequest request = read_request(values);
   check_aio(values, request.mode.cache);
   ImageGraph graph;

@@ -28,25 +28,6 @@ using Strings = std::vector<std::string>;
 
 namespace {
 
-constexpr const char* kUsage =
-    "Usage: minivmm image check [-f FORMAT] [-r leaks|all] [--output=human|json] [-q] [-U] FILE\n\n"
-    "Counts every reference to every cluster of a qcow2 image and compares it with the image's "
-    "own\n"
-    "counts. Reads only, unless -r asks for repair; nothing that the image names is opened. What "
-    "is\n"
-    "wrong is printed line by line on standard error, a summary on standard output.\n\n"
-    "`-r leaks` only frees space that is lost. `-r all` also mends entries that make no sense, "
-    "the\n"
-    "counts and the flags; what cannot be found any more reads as zeroes, so keep a copy. Cut "
-    "short\n"
-    "anywhere, it can be run again.\n\n"
-    "Exit status: 0 clean, 1 the check could not be completed, 2 corruption was found, 3 leaked\n"
-    "clusters (space that is lost, no harm to data), 63 the format has no checks.\n\n"
-    "Examples:\n"
-    "  minivmm image check disk.qcow2\n"
-    "  minivmm image check --output=json disk.qcow2\n"
-    "  minivmm image check -r all disk.qcow2\n\n";
-
 // qemu-img's exit statuses.
 constexpr int kFailed = 1;
 constexpr int kCorrupt = 2;
@@ -56,14 +37,29 @@ constexpr int kNoChecks = 63;
 }  // namespace
 
 ImageSyntax image_check_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("repair,r", text_option("leaks|all"), "repair what is found: lost space, or everything");
-  // clang-format on
-  add_sandbox_options(out.options);
-  add_common_options(out.options, "fToqU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image check [-f FORMAT] [-r leaks|all] [--output=human|json] [-q] [-U] "
+      "FILE\n\n"
+      "Counts every reference to every cluster of a qcow2 image and compares it with the image's "
+      "own\n"
+      "counts. Reads only, unless -r asks for repair; nothing that the image names is opened. What "
+      "is\n"
+      "wrong is printed line by line on standard error, a summary on standard output.\n\n"
+      "`-r leaks` only frees space that is lost. `-r all` also mends entries that make no sense, "
+      "the\n"
+      "counts and the flags; what cannot be found any more reads as zeroes, so keep a copy. Cut "
+      "short\n"
+      "anywhere, it can be run again.\n\n"
+      "Exit status: 0 clean, 1 the check could not be completed, 2 corruption was found, 3 leaked\n"
+      "clusters (space that is lost, no harm to data), 63 the format has no checks.\n\n"
+      "Examples:\n"
+      "  minivmm image check disk.qcow2\n"
+      "  minivmm image check --output=json disk.qcow2\n"
+      "  minivmm image check -r all disk.qcow2\n\n",
+      {
+          {"repair,r", "leaks|all", "repair what is found: lost space, or everything"},
+      },
+      "sfToqU");
 }
 
 namespace {
@@ -186,14 +182,11 @@ Outcome check(block::Edge& file, const std::string& path, const std::string& for
 
 }  // namespace
 
-int run_image_check(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_check_syntax(), values)) return 0;
+int run_image_check(const po::variables_map& values) {
   const OutputFormat output = output_format(values);
   const std::string path = host_path(one_file_name(values));
   const std::optional<Repair> repair = repair_mode(values);
-  const CacheMode cache =
-      parse_cache_mode(text_value(values, "source-cache"), "source cache", "writeback");
+  const CacheMode cache = source_cache(values);
   const FileAccess access{.writable = repair.has_value(),
                           .locked = !is_set(values, "force-share"),
                           .direct = cache.direct};

@@ -17,36 +17,36 @@ struct ImageCommand {
   std::string_view name;
   std::string_view summary;
   ImageSyntax (*syntax)();
-  // The arguments after the subcommand's name in, the exit status out; throws as Command::run.
-  int (*run)(const std::vector<std::string>& arguments);
+  // The options as given in, the exit status out; throws as Command::run.
+  int (*run)(const boost::program_options::variables_map& values);
 };
 
 std::span<const ImageCommand> image_commands();
 
 // One pair a file image_NAME.cc.
 ImageSyntax image_bench_syntax();
-int run_image_bench(const std::vector<std::string>& arguments);
+int run_image_bench(const boost::program_options::variables_map& values);
 ImageSyntax image_check_syntax();
-int run_image_check(const std::vector<std::string>& arguments);
+int run_image_check(const boost::program_options::variables_map& values);
 ImageSyntax image_commit_syntax();
-int run_image_commit(const std::vector<std::string>& arguments);
+int run_image_commit(const boost::program_options::variables_map& values);
 ImageSyntax image_compare_syntax();
-int run_image_compare(const std::vector<std::string>& arguments);
+int run_image_compare(const boost::program_options::variables_map& values);
 ImageSyntax image_convert_syntax();
-int run_image_convert(const std::vector<std::string>& arguments);
+int run_image_convert(const boost::program_options::variables_map& values);
 ImageSyntax image_create_syntax();
-int run_image_create(const std::vector<std::string>& arguments);
+int run_image_create(const boost::program_options::variables_map& values);
 ImageSyntax image_dd_syntax();
-int run_image_dd(const std::vector<std::string>& arguments);
+int run_image_dd(const boost::program_options::variables_map& values);
 ImageSyntax image_info_syntax();
-int run_image_info(const std::vector<std::string>& arguments);
+int run_image_info(const boost::program_options::variables_map& values);
 ImageSyntax image_map_syntax();
-int run_image_map(const std::vector<std::string>& arguments);
+int run_image_map(const boost::program_options::variables_map& values);
 ImageSyntax image_measure_syntax();
-int run_image_measure(const std::vector<std::string>& arguments);
+int run_image_measure(const boost::program_options::variables_map& values);
 ImageSyntax image_rebase_syntax();
-int run_image_rebase(const std::vector<std::string>& arguments);
+int run_image_rebase(const boost::program_options::variables_map& values);
 ImageSyntax image_resize_syntax();
-int run_image_resize(const std::vector<std::string>& arguments);
+int run_image_resize(const boost::program_options::variables_map& values);
 
 }  // namespace minivmm::cli

@@ -22,32 +22,24 @@ namespace po = boost::program_options;
 using base::Error;
 using Strings = std::vector<std::string>;
 
-namespace {
-
-constexpr const char* kUsage =
-    "Usage: minivmm image commit [options] FILE\n\n"
-    "Copies what an overlay holds into its backing file, or with -b into one further down, and "
-    "then\n"
-    "empties the overlay. Other overlays on that backing file are of no use afterwards.\n\n"
-    "Examples:\n"
-    "  minivmm image commit overlay.qcow2\n"
-    "  minivmm image commit -d overlay.qcow2              # the overlay is not needed any more\n"
-    "  minivmm image commit -b base.qcow2 third.qcow2     # the whole chain\n\n";
-
-}  // namespace
-
 ImageSyntax image_commit_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("base,b", text_option("FILE"), "the file of the chain to copy into (implies -d)")
-    ("drop,d", flag_option(), "do not empty the overlay afterwards: it is to be deleted")
-    ("rate,r", text_option("BYTES"), "bytes of data a second, at most")
-    ("backing-root", text_option("DIR"),
-     "where backing files that images name may lie, besides the image's own directory");
-  // clang-format on
-  add_common_options(out.options, "ftipq");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image commit [options] FILE\n\n"
+      "Copies what an overlay holds into its backing file, or with -b into one further down, and "
+      "then\n"
+      "empties the overlay. Other overlays on that backing file are of no use afterwards.\n\n"
+      "Examples:\n"
+      "  minivmm image commit overlay.qcow2\n"
+      "  minivmm image commit -d overlay.qcow2              # the overlay is not needed any more\n"
+      "  minivmm image commit -b base.qcow2 third.qcow2     # the whole chain\n\n",
+      {
+          {"base,b", "FILE", "the file of the chain to copy into (implies -d)"},
+          {"drop,d", nullptr, "do not empty the overlay afterwards: it is to be deleted"},
+          {"rate,r", "BYTES", "bytes of data a second, at most"},
+          {"backing-root", "DIR",
+           "where backing files that images name may lie, besides the image's own directory"},
+      },
+      "ftipq");
 }
 
 namespace {
@@ -71,7 +63,7 @@ CommitRequest read_request(const po::variables_map& values) {
   }
   out.format = text_value(values, "format");
   out.base = text_value(values, "base");
-  out.cache = parse_cache_mode(text_value(values, "cache"), "cache", "writeback");
+  out.cache = target_cache(values, "writeback");
   out.rate = size_value(values, "rate", "rate limit").value_or(0);
   out.drop = is_set(values, "drop") || !out.base.empty();
   out.progress = is_set(values, "progress");
@@ -150,9 +142,7 @@ void commit(ImageGraph& graph, const CommitRequest& request) {
 
 }  // namespace
 
-int run_image_commit(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_commit_syntax(), values)) return 0;
+int run_image_commit(const po::variables_map& values) {
   const CommitRequest request = read_request(values);
   block::OpenPolicy policy;
   policy.backing_roots = text_values(values, "backing-root");

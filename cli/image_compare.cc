@@ -25,18 +25,6 @@ using Strings = std::vector<std::string>;
 
 namespace {
 
-constexpr const char* kUsage =
-    "Usage: minivmm image compare [options] FILE1 FILE2\n\n"
-    "Compares what two images contain; formats and how they are stored do not matter, and the "
-    "longer\n"
-    "one must be zero past the end of the shorter one. With -s sizes and what is allocated must "
-    "be\n"
-    "the same, too.\n\n"
-    "Exit status: 0 identical, 1 different, 2 or more: it could not be found out.\n\n"
-    "Examples:\n"
-    "  minivmm image compare disk.img disk.qcow2\n"
-    "  minivmm image compare -f raw -F qcow2 -p disk.img disk.qcow2\n\n";
-
 constexpr int kDifferent = 1;
 constexpr int kFailed = 2;
 constexpr int kStatusFailed = 3;
@@ -45,14 +33,22 @@ constexpr int kReadFailed = 4;
 }  // namespace
 
 ImageSyntax image_compare_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("second-format,F", text_option("FORMAT"), "the second image's format")
-    ("strict,s", flag_option(), "sizes and allocation must be the same as well");
-  // clang-format on
-  add_common_options(out.options, "fTipqU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image compare [options] FILE1 FILE2\n\n"
+      "Compares what two images contain; formats and how they are stored do not matter, and the "
+      "longer\n"
+      "one must be zero past the end of the shorter one. With -s sizes and what is allocated must "
+      "be\n"
+      "the same, too.\n\n"
+      "Exit status: 0 identical, 1 different, 2 or more: it could not be found out.\n\n"
+      "Examples:\n"
+      "  minivmm image compare disk.img disk.qcow2\n"
+      "  minivmm image compare -f raw -F qcow2 -p disk.img disk.qcow2\n\n",
+      {
+          {"second-format,F", "FORMAT", "the second image's format"},
+          {"strict,s", nullptr, "sizes and allocation must be the same as well"},
+      },
+      "fTipqU");
 }
 
 namespace {
@@ -74,8 +70,7 @@ CompareRequest read_request(const po::variables_map& values) {
   out.first = {names[0], text_value(values, "format"), options};
   out.second = {names[1], text_value(values, "second-format"), options};
   out.mode.force_share = is_set(values, "force-share");
-  out.mode.cache =
-      parse_cache_mode(text_value(values, "source-cache"), "source cache", "writeback");
+  out.mode.cache = source_cache(values);
   out.strict = is_set(values, "strict");
   out.progress = is_set(values, "progress");
   out.quiet = is_set(values, "quiet");
@@ -137,9 +132,7 @@ int status_of(const Error& error) {
 
 }  // namespace
 
-int run_image_compare(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_compare_syntax(), values)) return 0;
+int run_image_compare(const po::variables_map& values) {
   // A status of 1 would mean that they differ.
   try {
     const CompareRequest request = read_request(values);

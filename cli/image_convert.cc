@@ -158,22 +158,11 @@ void convert(ImageGraph& graph, const ConvertRequest& request) {
   }
 }
 
-bool print_option_help(const po::variables_map& values) {
-  for (const std::string& text : text_values(values, "options")) {
-    if (!CreateOptionList::asks_for_help(text)) continue;
-    const std::string format = text_value(values, "output-format");
-    fmt::print("{}", CreateOptionList(format.empty() ? "raw" : format).help());
-    return true;
-  }
-  return false;
-}
-
 }  // namespace
 
-int run_image_convert(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_convert_syntax(), values)) return 0;
-  if (print_option_help(values)) return 0;
+int run_image_convert(const po::variables_map& values) {
+  if (print_create_options(values, optional_text(values, "output-format").value_or("raw")))
+    return 0;
   const ConvertRequest request = read_convert_request(values);
   ImageGraph graph({}, job_loops());
   graph.run([&] { convert(graph, request); });

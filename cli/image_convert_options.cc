@@ -17,56 +17,8 @@ using Strings = std::vector<std::string>;
 
 namespace {
 
-constexpr const char* kUsage =
-    "Usage: minivmm image convert [options] FILE [FILE2 ...] OUTPUT_FILE\n\n"
-    "Copies an image, or several one after the other, into a new one. Holes and zeroes take no\n"
-    "room in it. Many requests run at once, on every core. If it is stopped or fails, a file that\n"
-    "was made is removed, and one that was there is named as incomplete.\n\n"
-    "Examples:\n"
-    "  minivmm image convert -O qcow2 disk.img disk.qcow2\n"
-    "  minivmm image convert -p -f qcow2 -O raw disk.qcow2 disk.img\n"
-    "  minivmm image convert -O qcow2 -o cluster_size=128k disk.img disk.qcow2\n"
-    "  minivmm image convert -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2\n"
-    "  minivmm image convert -n -O raw disk.qcow2 /dev/vg/disk\n\n";
-
 constexpr unsigned kMostRequests = 16;
 constexpr uint64_t kMostSparse = 16 << 20;
-
-void add_target_options(po::options_description& options) {
-  // clang-format off
-  options.add_options()
-    ("output-format,O", text_option("FORMAT"), "the new image's format: qcow2 or raw (the default)")
-    ("options,o", text_option("NAME=VALUE,..."), "options of the new image, as of `image create`")
-    ("backing,B", text_option("FILE"),
-     "the new image's backing file: what it holds already is not copied")
-    ("backing-format,F", text_option("FORMAT"), "the backing file's format; -B needs it")
-    ("skip-create,n", flag_option(), "the output is there already: write into it")
-    ("target-is-zero", flag_option(), "the output, which is there, reads as zeroes (with -n)")
-    ("target-image-opts", flag_option(), "the output is named by options (with -n)")
-    ("compress,c", flag_option(), "store data compressed, where the format can")
-    ("sparse,S", text_option("SIZE"),
-     "how many zeroes make a hole (default 4k); 0: none, everything is written");
-  // clang-format on
-}
-
-void add_copy_options(po::options_description& options) {
-  // clang-format off
-  options.add_options()
-    ("snapshot,l", text_option("SNAPSHOT"), "not supported: internal snapshots cannot be read")
-    ("bitmaps", flag_option(), "not supported: dirty bitmaps are not copied")
-    ("salvage", flag_option(), "go on where the source cannot be read, with zeroes")
-    ("copy-range,C", flag_option(),
-     "let the file system copy; done without being asked where it can share the data")
-    ("parallel,m", text_option("N"), "requests in flight, 1 to 16 (default: 2 a core)")
-    ("out-of-order,W", flag_option(), "allowed without being asked: accepted for qemu-img's sake")
-    ("rate,r", text_option("BYTES"), "bytes of data a second, at most");
-  // clang-format on
-}
-
-std::optional<std::string> given(const po::variables_map& values, const char* name) {
-  if (values.count(name) == 0) return std::nullopt;
-  return text_value(values, name);
-}
 
 uint64_t read_sparse(const po::variables_map& values) {
   const auto size = size_value(values, "sparse", "buffer size for sparse output");
@@ -121,11 +73,40 @@ void check_together(const po::variables_map& values, const ConvertRequest& reque
 }  // namespace
 
 ImageSyntax image_convert_syntax() {
-  ImageSyntax out{kUsage};
-  add_target_options(out.options);
-  add_copy_options(out.options);
-  add_common_options(out.options, "ftTipqU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image convert [options] FILE [FILE2 ...] OUTPUT_FILE\n\n"
+      "Copies an image, or several one after the other, into a new one. Holes and zeroes take no\n"
+      "room in it. Many requests run at once, on every core. If it is stopped or fails, a file "
+      "that\n"
+      "was made is removed, and one that was there is named as incomplete.\n\n"
+      "Examples:\n"
+      "  minivmm image convert -O qcow2 disk.img disk.qcow2\n"
+      "  minivmm image convert -p -f qcow2 -O raw disk.qcow2 disk.img\n"
+      "  minivmm image convert -O qcow2 -o cluster_size=128k disk.img disk.qcow2\n"
+      "  minivmm image convert -O qcow2 -B base.qcow2 -F qcow2 overlay.qcow2 copy.qcow2\n"
+      "  minivmm image convert -n -O raw disk.qcow2 /dev/vg/disk\n\n",
+      {
+          {"output-format,O", "FORMAT", "the new image's format: qcow2, luks or raw (the default)"},
+          {"options,o", "NAME=VALUE,...", "options of the new image, as of `image create`"},
+          {"backing,B", "FILE",
+           "the new image's backing file: what it holds already is not copied"},
+          {"backing-format,F", "FORMAT", "the backing file's format; -B needs it"},
+          {"skip-create,n", nullptr, "the output is there already: write into it"},
+          {"target-is-zero", nullptr, "the output, which is there, reads as zeroes (with -n)"},
+          {"target-image-opts", nullptr, "the output is named by options (with -n)"},
+          {"compress,c", nullptr, "store data compressed, where the format can"},
+          {"sparse,S", "SIZE",
+           "how many zeroes make a hole (default 4k); 0: none, everything is written"},
+          {"snapshot,l", "SNAPSHOT", "not supported: internal snapshots cannot be read"},
+          {"bitmaps", nullptr, "not supported: dirty bitmaps are not copied"},
+          {"salvage", nullptr, "go on where the source cannot be read, with zeroes"},
+          {"copy-range,C", nullptr,
+           "let the file system copy; done without being asked where it can share the data"},
+          {"parallel,m", "N", "requests in flight, 1 to 16 (default: 2 a core)"},
+          {"out-of-order,W", nullptr, "allowed without being asked: accepted for qemu-img's sake"},
+          {"rate,r", "BYTES", "bytes of data a second, at most"},
+      },
+      "ftTipqU");
 }
 
 ConvertRequest read_convert_request(const po::variables_map& values) {
@@ -133,10 +114,10 @@ ConvertRequest read_convert_request(const po::variables_map& values) {
   out.zero_bytes = read_sparse(values);
   out.requests = read_requests(values);
   out.rate = size_value(values, "rate", "rate limit").value_or(0);
-  out.target_format = given(values, "output-format").value_or("raw");
+  out.target_format = optional_text(values, "output-format").value_or("raw");
   out.create_options = text_values(values, "options");
-  out.backing = given(values, "backing");
-  out.backing_format = given(values, "backing-format");
+  out.backing = optional_text(values, "backing");
+  out.backing_format = optional_text(values, "backing-format");
   out.skip_create = is_set(values, "skip-create");
   out.target_is_options = is_set(values, "target-image-opts");
   out.target_is_zero = is_set(values, "target-is-zero");
@@ -147,9 +128,8 @@ ConvertRequest read_convert_request(const po::variables_map& values) {
   out.progress = is_set(values, "progress");
   out.quiet = is_set(values, "quiet");
   check_together(values, out);
-  out.source_cache =
-      parse_cache_mode(text_value(values, "source-cache"), "source cache", "writeback");
-  out.target_cache = parse_cache_mode(text_value(values, "cache"), "cache", "unsafe");
+  out.source_cache = source_cache(values);
+  out.target_cache = target_cache(values, "unsafe");
   if (values.count("snapshot") != 0) {
     throw Error(ENOTSUP, "-l is not supported: internal snapshots cannot be read");
   }
@@ -159,9 +139,8 @@ ConvertRequest read_convert_request(const po::variables_map& values) {
   const Strings names = given_names(values);
   if (names.size() < 2) throw Error(EINVAL, "Must specify image file name");
   out.target = names.back();
-  const std::string format = text_value(values, "format");
   for (size_t i = 0; i + 1 < names.size(); ++i) {
-    out.sources.push_back({names[i], format, is_set(values, "image-opts")});
+    out.sources.push_back(named_image(values, names[i]));
   }
   return out;
 }

@@ -19,47 +19,36 @@ namespace po = boost::program_options;
 using base::Error;
 using Strings = std::vector<std::string>;
 
-namespace {
-
-constexpr const char* kUsage =
-    "Usage: minivmm image create [-f FORMAT] [-b BACKING -F BACKING_FORMAT] [-o OPTIONS] FILE "
-    "[SIZE]\n\n"
-    "Makes a disk image. SIZE is in bytes or with a suffix (k, M, G, T, P, E, powers of 1024); an\n"
-    "image with a backing file takes that one's size where none is given. What FILE held is lost;\n"
-    "a file that is in use is refused.\n\n"
-    "Examples:\n"
-    "  minivmm image create -f qcow2 disk.qcow2 20G\n"
-    "  minivmm image create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n"
-    "  minivmm image create -f qcow2 -o cluster_size=128k,lazy_refcounts=on disk.qcow2 20G\n"
-    "  minivmm image create -f raw -o preallocation=falloc disk.img 20G\n"
-    "  minivmm image create -f qcow2 -o help          # every option\n\n";
-
-}  // namespace
-
 ImageSyntax image_create_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("format,f", text_option("FORMAT"), "qcow2 or raw (the default)")
-    ("backing,b", text_option("FILE"),
-     "the backing file, as it is recorded: relative to the new image's directory")
-    ("backing-format,F", text_option("FORMAT"), "the backing file's format; -b needs it")
-    ("unsafe,u", flag_option(), "record the backing file without looking at it")
-    ("options,o", text_option("NAME=VALUE,..."), "options of the format; `-o help` lists them");
-  // clang-format on
-  add_common_options(out.options, "q");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image create [-f FORMAT] [-b BACKING -F BACKING_FORMAT] [-o OPTIONS] FILE "
+      "[SIZE]\n\n"
+      "Makes a disk image. SIZE is in bytes or with a suffix (k, M, G, T, P, E, powers of 1024); "
+      "an\n"
+      "image with a backing file takes that one's size where none is given. What FILE held is "
+      "lost;\n"
+      "a file that is in use is refused.\n\n"
+      "Examples:\n"
+      "  minivmm image create -f qcow2 disk.qcow2 20G\n"
+      "  minivmm image create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2\n"
+      "  minivmm image create -f qcow2 -o cluster_size=128k,lazy_refcounts=on disk.qcow2 20G\n"
+      "  minivmm image create -f raw -o preallocation=falloc disk.img 20G\n"
+      "  minivmm image create -f qcow2 -o help          # every option\n\n",
+      {
+          {"format,f", "FORMAT", "qcow2 or raw (the default)"},
+          {"backing,b", "FILE",
+           "the backing file, as it is recorded: relative to the new image's directory"},
+          {"backing-format,F", "FORMAT", "the backing file's format; -b needs it"},
+          {"unsafe,u", nullptr, "record the backing file without looking at it"},
+          {"options,o", "NAME=VALUE,...", "options of the format; `-o help` lists them"},
+      },
+      "q");
 }
 
 namespace {
-
-std::optional<std::string> given(const po::variables_map& values, const char* name) {
-  if (values.count(name) == 0) return std::nullopt;
-  return text_value(values, name);
-}
 
 std::string format_of(const po::variables_map& values) {
-  return given(values, "format").value_or("raw");
+  return optional_text(values, "format").value_or("raw");
 }
 
 NewImage read_request(const po::variables_map& values, const Strings& names) {
@@ -79,7 +68,7 @@ NewImage read_request(const po::variables_map& values, const Strings& names) {
       }
       out.options.set("size", fmt::format("{}", size));
     }
-    set_backing(out, given(values, "backing"), given(values, "backing-format"));
+    set_backing(out, optional_text(values, "backing"), optional_text(values, "backing-format"));
   } catch (Error& e) {
     e.prepend(out.file_name);
     throw;
@@ -98,22 +87,10 @@ void create(ImageGraph& graph, NewImage& image, bool quiet) {
   make_image(graph, image);
 }
 
-// The answer to `-o help`, which needs no file name.
-bool print_option_help(const po::variables_map& values) {
-  for (const std::string& text : text_values(values, "options")) {
-    if (!CreateOptionList::asks_for_help(text)) continue;
-    fmt::print("{}", CreateOptionList(format_of(values)).help());
-    return true;
-  }
-  return false;
-}
-
 }  // namespace
 
-int run_image_create(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_create_syntax(), values)) return 0;
-  if (print_option_help(values)) return 0;
+int run_image_create(const po::variables_map& values) {
+  if (print_create_options(values, format_of(values))) return 0;
   const Strings names = given_names(values);
   if (names.empty()) throw UsageError{"Expecting image file name"};
   if (names.size() > 2) throw UsageError{fmt::format("Unexpected argument: {}", names[2])};

@@ -17,6 +17,7 @@
 #include "base/pool.h"
 #include "base/unique_fd.h"
 #include "block/formats/qcow2/create.h"
+#include "cli/image_arguments.h"
 #include "cli/image_facts.h"
 #include "cli/image_open.h"
 
@@ -24,6 +25,16 @@ namespace minivmm::cli {
 
 namespace qcow2 = block::qcow2;
 using base::Error;
+
+bool print_create_options(const boost::program_options::variables_map& values,
+                          std::string_view format) {
+  for (const std::string& text : text_values(values, "options")) {
+    if (!CreateOptionList::asks_for_help(text)) continue;
+    fmt::print("{}", CreateOptionList(format).help());
+    return true;
+  }
+  return false;
+}
 
 void set_backing(NewImage& image, const std::optional<std::string>& backing,
                  const std::optional<std::string>& format) {

@@ -3,8 +3,11 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include <optional>
+
+#include <boost/program_options.hpp>
 
 #include "cli/image_create_options.h"
 #include "cli/image_graph.h"
@@ -18,6 +21,10 @@ struct NewImage {
   bool look_at_backing = true;
   CreateOptionList options{"raw"};
 };
+
+// True if an -o asked for the format's options, which are printed then.
+bool print_create_options(const boost::program_options::variables_map& values,
+                          std::string_view format);
 
 // Sets what -b and -F say. Throws EINVAL where the format has no backing files.
 void set_backing(NewImage& image, const std::optional<std::string>& backing,

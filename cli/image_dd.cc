@@ -25,24 +25,19 @@ namespace po = boost::program_options;
 using base::Error;
 using Strings = std::vector<std::string>;
 
-namespace {
-
-constexpr const char* kUsage =
-    "Usage: minivmm image dd [-f FORMAT] [-O FORMAT] [bs=SIZE] [count=N] [skip=N] if=FILE of=FILE\n"
-    "\n"
-    "Copies N blocks of an image, from the block after `skip`, into a new image of that size.\n\n"
-    "Examples:\n"
-    "  minivmm image dd -O qcow2 if=disk.img of=disk.qcow2\n"
-    "  minivmm image dd bs=512 count=1 if=disk.qcow2 of=first-sector.bin\n\n";
-
-}  // namespace
-
 ImageSyntax image_dd_syntax() {
-  ImageSyntax out{kUsage};
-  out.options.add_options()("output-format,O", text_option("FORMAT"),
-                            "the new image's format: qcow2 or raw (the default)");
-  add_common_options(out.options, "fiU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image dd [-f FORMAT] [-O FORMAT] [bs=SIZE] [count=N] [skip=N] if=FILE "
+      "of=FILE\n"
+      "\n"
+      "Copies N blocks of an image, from the block after `skip`, into a new image of that size.\n\n"
+      "Examples:\n"
+      "  minivmm image dd -O qcow2 if=disk.img of=disk.qcow2\n"
+      "  minivmm image dd bs=512 count=1 if=disk.qcow2 of=first-sector.bin\n\n",
+      {
+          {"output-format,O", "FORMAT", "the new image's format: qcow2 or raw (the default)"},
+      },
+      "fiU");
 }
 
 namespace {
@@ -78,8 +73,7 @@ void read_operand(DdRequest& out, const std::string& text) {
 
 DdRequest read_request(const po::variables_map& values) {
   DdRequest out;
-  out.input.format = text_value(values, "format");
-  out.input.is_options = is_set(values, "image-opts");
+  out.input = named_image(values, {});
   out.format = values.count("output-format") != 0 ? text_value(values, "output-format") : "raw";
   out.force_share = is_set(values, "force-share");
   for (const std::string& operand : given_names(values)) read_operand(out, operand);
@@ -150,9 +144,7 @@ void copy(ImageGraph& graph, const DdRequest& request) {
 
 }  // namespace
 
-int run_image_dd(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_dd_syntax(), values)) return 0;
+int run_image_dd(const po::variables_map& values) {
   const DdRequest request = read_request(values);
   ImageGraph graph({}, job_loops());
   graph.run([&] { copy(graph, request); });

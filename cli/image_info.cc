@@ -24,30 +24,22 @@ namespace po = boost::program_options;
 using base::Error;
 using Strings = std::vector<std::string>;
 
-namespace {
-
-constexpr const char* kUsage =
-    "Usage: minivmm image info [-f FORMAT] [--output=human|json] [--backing-chain] FILE\n\n"
-    "Shows what an image file says of itself: format, sizes, backing file, features. Works on an\n"
-    "image that is in use. No file that the image names is opened, except for --backing-chain, "
-    "and\n"
-    "then only images in the image's own directory or a --backing-root.\n\n"
-    "Examples:\n"
-    "  minivmm image info disk.qcow2\n"
-    "  minivmm image info --backing-chain overlay.qcow2\n"
-    "  minivmm image info --output=json disk.qcow2 | jq '.\"virtual-size\"'\n\n";
-
-}  // namespace
-
 ImageSyntax image_info_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("backing-chain", flag_option(), "the backing files as well, from the image downwards");
-  // clang-format on
-  add_sandbox_options(out.options);
-  add_common_options(out.options, "foU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image info [-f FORMAT] [--output=human|json] [--backing-chain] FILE\n\n"
+      "Shows what an image file says of itself: format, sizes, backing file, features. Works on "
+      "an\n"
+      "image that is in use. No file that the image names is opened, except for --backing-chain, "
+      "and\n"
+      "then only images in the image's own directory or a --backing-root.\n\n"
+      "Examples:\n"
+      "  minivmm image info disk.qcow2\n"
+      "  minivmm image info --backing-chain overlay.qcow2\n"
+      "  minivmm image info --output=json disk.qcow2 | jq '.\"virtual-size\"'\n\n",
+      {
+          {"backing-chain", nullptr, "the backing files as well, from the image downwards"},
+      },
+      "sfoU");
 }
 
 namespace {
@@ -105,9 +97,7 @@ std::string human_text(const std::vector<ImageFacts>& chain) {
 
 }  // namespace
 
-int run_image_info(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_info_syntax(), values)) return 0;
+int run_image_info(const po::variables_map& values) {
   const OutputFormat output = output_format(values);
   const std::string path = host_path(one_file_name(values));
   const std::string format = text_value(values, "format");

@@ -27,30 +27,25 @@ using Strings = std::vector<std::string>;
 
 namespace {
 
-constexpr const char* kUsage =
-    "Usage: minivmm image map [options] FILE\n\n"
-    "Shows what ranges of a disk are stored where, layer by layer of its backing chain.\n\n"
-    "Examples:\n"
-    "  minivmm image map disk.qcow2\n"
-    "  minivmm image map --trusted --output=json overlay.qcow2\n"
-    "  minivmm image map --trusted --svg overlay.svg overlay.qcow2\n\n";
-
 // More ranges than that are not held in memory for a picture.
 constexpr size_t kMostEntries = 4'000'000;
 
 }  // namespace
 
 ImageSyntax image_map_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("start-offset,s", text_option("OFFSET"), "begin there")
-    ("max-length,l", text_option("LENGTH"), "and go on for so many bytes")
-    ("svg", text_option("FILE"), "write a picture to FILE instead of a table");
-  // clang-format on
-  add_sandbox_options(out.options);
-  add_common_options(out.options, "foiU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image map [options] FILE\n\n"
+      "Shows what ranges of a disk are stored where, layer by layer of its backing chain.\n\n"
+      "Examples:\n"
+      "  minivmm image map disk.qcow2\n"
+      "  minivmm image map --trusted --output=json overlay.qcow2\n"
+      "  minivmm image map --trusted --svg overlay.svg overlay.qcow2\n\n",
+      {
+          {"start-offset,s", "OFFSET", "begin there"},
+          {"max-length,l", "LENGTH", "and go on for so many bytes"},
+          {"svg", "FILE", "write a picture to FILE instead of a table"},
+      },
+      "sfoiU");
 }
 
 namespace {
@@ -154,13 +149,10 @@ bool backing_is_missing(OpenImage& image) {
 
 }  // namespace
 
-int run_image_map(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_map_syntax(), values)) return 0;
+int run_image_map(const po::variables_map& values) {
   MapRequest request;
   request.output = output_format(values);
-  request.image = {one_file_name(values), text_value(values, "format"),
-                   is_set(values, "image-opts")};
+  request.image = one_image(values);
   request.start = size_value(values, "start-offset", "start offset").value_or(0);
   request.length = size_value(values, "max-length", "max length").value_or(INT64_MAX);
   request.svg = text_value(values, "svg");

@@ -13,7 +13,7 @@
 #include "cli/command.h"
 #include "cli/image_arguments.h"
 #include "cli/image_commands.h"
-#include "cli/image_create_options.h"
+#include "cli/image_create_file.h"
 #include "cli/image_facts.h"
 #include "cli/image_measure_sizes.h"
 #include "cli/image_open.h"
@@ -26,30 +26,21 @@ namespace po = boost::program_options;
 using base::Error;
 using Strings = std::vector<std::string>;
 
-namespace {
-
-constexpr const char* kUsage =
-    "Usage: minivmm image measure [-O FORMAT] [-o OPTIONS] [--size SIZE | FILE]\n\n"
-    "Says how large the file of a new image will be: with the content of FILE, and with every\n"
-    "cluster in use.\n\n"
-    "Examples:\n"
-    "  minivmm image measure -O qcow2 disk.img\n"
-    "  minivmm image measure -O qcow2 -o cluster_size=2M --size 1T\n\n";
-
-}  // namespace
-
 ImageSyntax image_measure_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("output-format,O", text_option("FORMAT"), "the new image's format: qcow2 or raw (the default)")
-    ("options,o", text_option("NAME=VALUE,..."), "options of the new image, as of `image create`")
-    ("size", text_option("SIZE"), "of a new, empty disk, instead of a file's")
-    ("snapshot,l", text_option("SNAPSHOT"), "not supported: internal snapshots cannot be read");
-  // clang-format on
-  add_sandbox_options(out.options);
-  add_common_options(out.options, "foiU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image measure [-O FORMAT] [-o OPTIONS] [--size SIZE | FILE]\n\n"
+      "Says how large the file of a new image will be: with the content of FILE, and with every\n"
+      "cluster in use.\n\n"
+      "Examples:\n"
+      "  minivmm image measure -O qcow2 disk.img\n"
+      "  minivmm image measure -O qcow2 -o cluster_size=2M --size 1T\n\n",
+      {
+          {"output-format,O", "FORMAT", "the new image's format: qcow2 or raw (the default)"},
+          {"options,o", "NAME=VALUE,...", "options of the new image, as of `image create`"},
+          {"size", "SIZE", "of a new, empty disk, instead of a file's"},
+          {"snapshot,l", "SNAPSHOT", "not supported: internal snapshots cannot be read"},
+      },
+      "sfoiU");
 }
 
 namespace {
@@ -90,7 +81,7 @@ MeasureRequest read_request(const po::variables_map& values) {
   out.options = CreateOptionList(out.format);
   for (const std::string& text : text_values(values, "options")) out.options.parse(text);
   if (!names.empty()) {
-    out.image = {names[0], text_value(values, "format"), is_set(values, "image-opts")};
+    out.image = named_image(values, names[0]);
   }
   return out;
 }
@@ -178,13 +169,8 @@ std::optional<uint64_t> bitmap_bytes(const ImageFacts& facts, const Qcow2Shape& 
 
 }  // namespace
 
-int run_image_measure(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_measure_syntax(), values)) return 0;
-  for (const std::string& text : text_values(values, "options")) {
-    if (!CreateOptionList::asks_for_help(text)) continue;
-    const std::string format = text_value(values, "output-format");
-    fmt::print("{}", CreateOptionList(format.empty() ? "raw" : format).help());
+int run_image_measure(const po::variables_map& values) {
+  if (print_create_options(values, optional_text(values, "output-format").value_or("raw"))) {
     return 0;
   }
   const MeasureRequest request = read_request(values);

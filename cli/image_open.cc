@@ -23,6 +23,7 @@
 
 namespace minivmm::cli {
 
+namespace po = boost::program_options;
 using base::Error;
 using block::Options;
 using block::Permissions;
@@ -36,6 +37,22 @@ CacheMode parse_cache_mode(const std::string& text, std::string_view what,
   if (mode == "directsync") return {.direct = true, .write_through = true};
   if (mode == "unsafe") return {.no_flush = true};
   throw Error(EINVAL, fmt::format("Invalid {} option: {}", what, text));
+}
+
+CacheMode target_cache(const po::variables_map& values, std::string_view otherwise) {
+  return parse_cache_mode(text_value(values, "cache"), "cache", otherwise);
+}
+
+CacheMode source_cache(const po::variables_map& values) {
+  return parse_cache_mode(text_value(values, "source-cache"), "source cache", "writeback");
+}
+
+ImageName named_image(const po::variables_map& values, std::string text) {
+  return {std::move(text), text_value(values, "format"), is_set(values, "image-opts")};
+}
+
+ImageName one_image(const po::variables_map& values) {
+  return named_image(values, one_file_name(values));
 }
 
 bool same_file(const std::string& a, const std::string& b) {

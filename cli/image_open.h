@@ -13,6 +13,8 @@
 #include <optional>
 #include <vector>
 
+#include <boost/program_options.hpp>
+
 #include "base/error.h"
 #include "block/graph/edge.h"
 #include "block/graph/options.h"
@@ -30,12 +32,21 @@ struct CacheMode {
 CacheMode parse_cache_mode(const std::string& text, std::string_view what,
                            std::string_view otherwise);
 
+// -t, and -T.
+CacheMode target_cache(const boost::program_options::variables_map& values,
+                       std::string_view otherwise);
+CacheMode source_cache(const boost::program_options::variables_map& values);
+
 // An image as the user names it.
 struct ImageName {
   std::string text;         // a path, or options
   std::string format = {};  // empty: guessed
   bool is_options = false;  // --image-opts
 };
+
+// `text` with what -f and --image-opts say; and the one image that most subcommands take.
+ImageName named_image(const boost::program_options::variables_map& values, std::string text);
+ImageName one_image(const boost::program_options::variables_map& values);
 
 struct OpenMode {
   bool writable = false;

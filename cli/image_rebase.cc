@@ -25,33 +25,25 @@ using block::RebaseJob;
 using block::RebaseNodes;
 using Strings = std::vector<std::string>;
 
-namespace {
-
-constexpr const char* kUsage =
-    "Usage: minivmm image rebase [options] -b BACKING -F FORMAT FILE\n\n"
-    "Gives an overlay another backing file. What it shows stays the same: what the new backing\n"
-    "file has differently is copied from the old one into the overlay first. With -u only the "
-    "name\n"
-    "is changed, which is right where the file was renamed or moved. An empty BACKING: none.\n\n"
-    "Examples:\n"
-    "  minivmm image rebase -b base2.qcow2 -F qcow2 overlay.qcow2\n"
-    "  minivmm image rebase -u -b ../images/base.qcow2 -F qcow2 overlay.qcow2\n"
-    "  minivmm image rebase -b '' overlay.qcow2          # needs no other file any more\n\n";
-
-}  // namespace
-
 ImageSyntax image_rebase_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("backing,b", text_option("FILE"), "the new backing file, as it is recorded; '': none")
-    ("backing-format,F", text_option("FORMAT"), "its format")
-    ("unsafe,u", flag_option(), "only change the name")
-    ("backing-root", text_option("DIR"),
-     "where backing files that images name may lie, besides the image's own directory");
-  // clang-format on
-  add_common_options(out.options, "ftTipqU");
-  return out;
+  return image_syntax(
+      "Usage: minivmm image rebase [options] -b BACKING -F FORMAT FILE\n\n"
+      "Gives an overlay another backing file. What it shows stays the same: what the new backing\n"
+      "file has differently is copied from the old one into the overlay first. With -u only the "
+      "name\n"
+      "is changed, which is right where the file was renamed or moved. An empty BACKING: none.\n\n"
+      "Examples:\n"
+      "  minivmm image rebase -b base2.qcow2 -F qcow2 overlay.qcow2\n"
+      "  minivmm image rebase -u -b ../images/base.qcow2 -F qcow2 overlay.qcow2\n"
+      "  minivmm image rebase -b '' overlay.qcow2          # needs no other file any more\n\n",
+      {
+          {"backing,b", "FILE", "the new backing file, as it is recorded; '': none"},
+          {"backing-format,F", "FORMAT", "its format"},
+          {"unsafe,u", nullptr, "only change the name"},
+          {"backing-root", "DIR",
+           "where backing files that images name may lie, besides the image's own directory"},
+      },
+      "ftTipqU");
 }
 
 namespace {
@@ -70,7 +62,7 @@ struct RebaseRequest {
 
 RebaseRequest read_request(const po::variables_map& values) {
   RebaseRequest out;
-  out.image = {one_file_name(values), text_value(values, "format"), is_set(values, "image-opts")};
+  out.image = one_image(values);
   out.unsafe = is_set(values, "unsafe");
   if (!out.unsafe && values.count("backing") == 0) {
     throw UsageError{"Must specify backing file (-b) or use unsafe mode (-u)"};
@@ -78,9 +70,8 @@ RebaseRequest read_request(const po::variables_map& values) {
   out.backing = text_value(values, "backing");
   out.backing_format = text_value(values, "backing-format");
   out.mode.writable = true;
-  out.mode.cache = parse_cache_mode(text_value(values, "cache"), "cache", "writeback");
-  out.source_cache =
-      parse_cache_mode(text_value(values, "source-cache"), "source cache", "writeback");
+  out.mode.cache = target_cache(values, "writeback");
+  out.source_cache = source_cache(values);
   out.mode.with_backing = !out.unsafe;
   out.progress = is_set(values, "progress");
   out.quiet = is_set(values, "quiet");
@@ -162,9 +153,7 @@ void rebase(ImageGraph& graph, const RebaseRequest& request) {
 
 }  // namespace
 
-int run_image_rebase(const Strings& arguments) {
-  po::variables_map values;
-  if (!parse_image_arguments(arguments, image_rebase_syntax(), values)) return 0;
+int run_image_rebase(const po::variables_map& values) {
   const RebaseRequest request = read_request(values);
   block::OpenPolicy policy;
   policy.backing_roots = text_values(values, "backing-root");

@@ -23,28 +23,27 @@ using Strings = std::vector<std::string>;
 
 namespace {
 
-constexpr const char* kUsage =
-    "Usage: minivmm image resize [options] FILE [+|-]SIZE\n\n"
-    "Makes the disk of an image larger or smaller: to SIZE, or by it. The guest's partitions and\n"
-    "file systems are its own to resize: before the image shrinks, after it has grown.\n\n"
-    "Examples:\n"
-    "  minivmm image resize disk.qcow2 +10G\n"
-    "  minivmm image resize -f raw --preallocation=falloc disk.img 20G\n"
-    "  minivmm image resize --shrink disk.qcow2 8G\n\n";
-
 enum class Preallocation { kOff, kMetadata, kFalloc, kFull };
 
 }  // namespace
 
 ImageSyntax image_resize_syntax() {
-  ImageSyntax out{kUsage};
-  // clang-format off
-  out.options.add_options()
-    ("shrink", flag_option(), "a smaller size is meant: what lies past the new end is lost")
-    ("preallocation", text_option("off|metadata|falloc|full"),
-     "what becomes of the new space: nothing is reserved (off), or the file's blocks are");
-  // clang-format on
-  add_common_options(out.options, "fiq");
+  ImageSyntax out = image_syntax(
+      "Usage: minivmm image resize [options] FILE [+|-]SIZE\n\n"
+      "Makes the disk of an image larger or smaller: to SIZE, or by it. The guest's partitions "
+      "and\n"
+      "file systems are its own to resize: before the image shrinks, after it has grown.\n\n"
+      "Examples:\n"
+      "  minivmm image resize disk.qcow2 +10G\n"
+      "  minivmm image resize -f raw --preallocation=falloc disk.img 20G\n"
+      "  minivmm image resize --shrink disk.qcow2 8G\n\n",
+      {
+          {"shrink", nullptr, "a smaller size is meant: what lies past the new end is lost"},
+          {"preallocation", "off|metadata|falloc|full",
+           "what becomes of the new space: nothing is reserved (off), or the file's blocks are"},
+      },
+      "fiq");
+  out.last_is_name = true;
   return out;
 }
 
@@ -169,28 +168,16 @@ void resize(ImageGraph& graph, const ResizeRequest& request) {
 
 }  // namespace
 
-int run_image_resize(const Strings& arguments) {
-  // The size is taken off first: a negative one is not an option.
-  Strings rest = arguments;
-  std::string size;
-  const bool help = std::find_if(rest.begin(), rest.end(), [](const std::string& a) {
-                      return a == "--help" || a == "-h";
-                    }) != rest.end();
-  if (!help) {
-    if (rest.size() < 2) throw UsageError{"Not enough arguments"};
-    size = rest.back();
-    rest.pop_back();
-  }
-  po::variables_map values;
-  if (!parse_image_arguments(rest, image_resize_syntax(), values)) return 0;
+int run_image_resize(const po::variables_map& values) {
+  const Strings names = given_names(values);
+  if (names.size() < 2) throw UsageError{"Not enough arguments"};
+  if (names.size() > 2) throw UsageError{"Expecting image file name and size"};
   ResizeRequest request;
-  if (given_names(values).size() != 1) throw UsageError{"Expecting image file name and size"};
-  request.image = {given_names(values)[0], text_value(values, "format"),
-                   is_set(values, "image-opts")};
+  request.image = named_image(values, names[0]);
   request.shrink = is_set(values, "shrink");
   request.quiet = is_set(values, "quiet");
   request.preallocation = read_preallocation(values);
-  read_size(request, size);
+  read_size(request, names[1]);
   ImageGraph graph;
   graph.run([&] { resize(graph, request); });
   if (!request.quiet) fmt::print("Image resized.\n");

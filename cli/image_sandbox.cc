@@ -26,17 +26,14 @@ using base::Error;
 using Strings = std::vector<std::string>;
 
 void add_sandbox_options(po::options_description& options) {
-  // clang-format off
-  options.add_options()
-    ("untrusted", flag_option(),
-     "open no file that the image names (the default, except as qemu-img), and refuse to work "
-     "where the kernel cannot keep the command in its sandbox")
-    ("trusted", flag_option(), "open the backing files that the image names")
-    ("backing-root", text_option("DIR"),
-     "where those may lie, besides the image's own directory")
-    ("limit-memory", text_option("SIZE"), "memory for it, at most (default 1G)")
-    ("limit-cpu", text_option("SECONDS"), "CPU time for it, at most (default 600)");
-  // clang-format on
+  add_options(options,
+              {{"untrusted", nullptr,
+                "open no file that the image names (the default, except as qemu-img), and refuse "
+                "to work where the kernel cannot keep the command in its sandbox"},
+               {"trusted", nullptr, "open the backing files that the image names"},
+               {"backing-root", "DIR", "where those may lie, besides the image's own directory"},
+               {"limit-memory", "SIZE", "memory for it, at most (default 1G)"},
+               {"limit-cpu", "SECONDS", "CPU time for it, at most (default 600)"}});
 }
 
 namespace {

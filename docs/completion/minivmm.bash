@@ -32,39 +32,39 @@ _minivmm_image_options() {
 }
 _minivmm_image_values() {
   case $1:$2 in
-    bench:-f | bench:--format) echo "qcow2 raw" ;;
+    bench:-f | bench:--format) echo "qcow2 raw luks" ;;
     bench:-t | bench:--cache) echo "none writeback writethrough directsync unsafe" ;;
     check:-r | check:--repair) echo "leaks all" ;;
-    check:-f | check:--format) echo "qcow2 raw" ;;
+    check:-f | check:--format) echo "qcow2 raw luks" ;;
     check:-T | check:--source-cache) echo "none writeback writethrough directsync unsafe" ;;
     check:--output) echo "human json" ;;
-    commit:-f | commit:--format) echo "qcow2 raw" ;;
+    commit:-f | commit:--format) echo "qcow2 raw luks" ;;
     commit:-t | commit:--cache) echo "none writeback writethrough directsync unsafe" ;;
-    compare:-F | compare:--second-format) echo "qcow2 raw" ;;
-    compare:-f | compare:--format) echo "qcow2 raw" ;;
+    compare:-F | compare:--second-format) echo "qcow2 raw luks" ;;
+    compare:-f | compare:--format) echo "qcow2 raw luks" ;;
     compare:-T | compare:--source-cache) echo "none writeback writethrough directsync unsafe" ;;
-    convert:-O | convert:--output-format) echo "qcow2 raw" ;;
-    convert:-F | convert:--backing-format) echo "qcow2 raw" ;;
-    convert:-f | convert:--format) echo "qcow2 raw" ;;
+    convert:-O | convert:--output-format) echo "qcow2 raw luks" ;;
+    convert:-F | convert:--backing-format) echo "qcow2 raw luks" ;;
+    convert:-f | convert:--format) echo "qcow2 raw luks" ;;
     convert:-t | convert:--cache) echo "none writeback writethrough directsync unsafe" ;;
     convert:-T | convert:--source-cache) echo "none writeback writethrough directsync unsafe" ;;
-    create:-f | create:--format) echo "qcow2 raw" ;;
-    create:-F | create:--backing-format) echo "qcow2 raw" ;;
-    dd:-O | dd:--output-format) echo "qcow2 raw" ;;
-    dd:-f | dd:--format) echo "qcow2 raw" ;;
-    info:-f | info:--format) echo "qcow2 raw" ;;
+    create:-f | create:--format) echo "qcow2 raw luks" ;;
+    create:-F | create:--backing-format) echo "qcow2 raw luks" ;;
+    dd:-O | dd:--output-format) echo "qcow2 raw luks" ;;
+    dd:-f | dd:--format) echo "qcow2 raw luks" ;;
+    info:-f | info:--format) echo "qcow2 raw luks" ;;
     info:--output) echo "human json" ;;
-    map:-f | map:--format) echo "qcow2 raw" ;;
+    map:-f | map:--format) echo "qcow2 raw luks" ;;
     map:--output) echo "human json" ;;
-    measure:-O | measure:--output-format) echo "qcow2 raw" ;;
-    measure:-f | measure:--format) echo "qcow2 raw" ;;
+    measure:-O | measure:--output-format) echo "qcow2 raw luks" ;;
+    measure:-f | measure:--format) echo "qcow2 raw luks" ;;
     measure:--output) echo "human json" ;;
-    rebase:-F | rebase:--backing-format) echo "qcow2 raw" ;;
-    rebase:-f | rebase:--format) echo "qcow2 raw" ;;
+    rebase:-F | rebase:--backing-format) echo "qcow2 raw luks" ;;
+    rebase:-f | rebase:--format) echo "qcow2 raw luks" ;;
     rebase:-t | rebase:--cache) echo "none writeback writethrough directsync unsafe" ;;
     rebase:-T | rebase:--source-cache) echo "none writeback writethrough directsync unsafe" ;;
     resize:--preallocation) echo "off metadata falloc full" ;;
-    resize:-f | resize:--format) echo "qcow2 raw" ;;
+    resize:-f | resize:--format) echo "qcow2 raw luks" ;;
   esac
 }
 # --- image commands: end ---
