@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <exception>
+#include <vector>
 
 #include <fmt/core.h>
 
@@ -52,6 +54,37 @@ Allocator::Run Allocator::allocate(uint64_t max) {
     run.clusters = taken;
     return run;
   }
+}
+
+uint64_t Allocator::allocate_together(uint64_t count) {
+  constexpr size_t kMostTries = 4096;
+  std::vector<Run> too_short;
+  uint64_t out = 0;
+  std::exception_ptr error;
+  try {
+    while (out == 0 && too_short.size() < kMostTries) {
+      const Run run = allocate(count);
+      if (run.clusters == count) {
+        out = run.offset;
+      } else {
+        too_short.push_back(run);
+      }
+    }
+    if (out == 0) out = allocate_behind(count);
+  } catch (...) {
+    error = std::current_exception();
+  }
+  for (const Run& run : too_short) give_back(run.offset, run.clusters);
+  if (error) std::rethrow_exception(error);
+  return out;
+}
+
+uint64_t Allocator::allocate_behind(uint64_t count) {
+  const std::lock_guard refilling(refilling_);
+  FreeRuns found;
+  const uint64_t first = refcounts_.make_area(count, found);
+  while (const auto run = found.take(~uint64_t{0}, 0)) add_free(run->first, run->count);
+  return first << image_.geometry().cluster_bits;
 }
 
 void Allocator::refill() {

@@ -30,6 +30,9 @@ class Allocator {
   };
   // 1 to `max` adjacent clusters with refcount 1. Throws ENOSPC and such with nothing taken.
   Run allocate(uint64_t max);
+  // Exactly `count` adjacent clusters, for a table. Where free runs are too short they lie behind
+  // all others, which leaves a hole in the file.
+  uint64_t allocate_together(uint64_t count);
   // Takes back what allocate gave and nothing points to, in memory or on disk.
   void give_back(uint64_t offset, uint64_t clusters) noexcept;
   // Clusters whose refcount has become 0 and that no request knows.
@@ -41,6 +44,7 @@ class Allocator {
 
  private:
   void refill();
+  uint64_t allocate_behind(uint64_t count);
   Run take_listed(uint64_t max);
 
   ImageFile& image_;

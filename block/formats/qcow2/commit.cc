@@ -83,6 +83,26 @@ void Committer::commit() {
   if (last_error_) std::rethrow_exception(last_error_);
 }
 
+void Committer::without_commit(const std::function<void()>& work) {
+  {
+    std::unique_lock lock(mutex_);
+    while (running_) waiters_.wait(lock, "a metadata commit");
+    running_ = true;
+  }
+  std::exception_ptr error;
+  try {
+    work();
+  } catch (...) {
+    error = std::current_exception();
+  }
+  {
+    const std::lock_guard lock(mutex_);
+    running_ = false;
+    waiters_.notify_all();
+  }
+  if (error) std::rethrow_exception(error);
+}
+
 uint64_t Committer::commits() const {
   const std::lock_guard lock(mutex_);
   return finished_;

@@ -8,6 +8,7 @@
 
 #include <cstdint>
 #include <exception>
+#include <functional>
 #include <mutex>
 
 #include "base/wait_queue.h"
@@ -28,6 +29,9 @@ class Committer {
   // Everything that was written before the call, data and metadata, is durable on return. Throws
   // the first error; then what was not written is tried again by the next commit.
   void commit();
+
+  // Runs `work` while no commit runs; commits wait for it. Throws what it throws.
+  void without_commit(const std::function<void()>& work);
 
   // How many ran, for state dumps and tests.
   uint64_t commits() const;

@@ -182,6 +182,15 @@ uint64_t GuestMap::writable_table(uint64_t l1_index) {
   return known_table(l1_index, entry);
 }
 
+void GuestMap::drop_table(uint64_t l1_index) {
+  const Claims::Claim claim(tables_, l1_index, l1_index, 1);
+  const uint64_t entry = l1_.get(l1_index);
+  if (entry == 0) return;
+  const uint64_t table = known_table(l1_index, entry);
+  l1_.set(l1_index, 0);
+  quarantine_.add({table >> image_.geometry().cluster_bits, 1});
+}
+
 uint64_t GuestMap::known_table(uint64_t l1_index, uint64_t entry) const {
   const uint64_t table = table_of(l1_index, entry);
   const char* there = metadata_.find(table >> image_.geometry().cluster_bits, 1);

@@ -66,6 +66,10 @@ class GuestMap {
   // shared with a snapshot, where needed. The caller holds a claim on the cluster.
   SliceRange writable(uint64_t cluster);
 
+  // Gives up the L2 table of an L1 entry; none of its entries may hold anything, durably, and no
+  // request may want it any more.
+  void drop_table(uint64_t l1_index);
+
   // The error for an entry that makes no sense.
   base::Error invalid_entry(uint64_t guest_offset, RawL2 raw, const char* problem) const;
 

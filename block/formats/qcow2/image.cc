@@ -131,13 +131,17 @@ void Image::drop(HostClusters clusters) {
   quarantine_.add(clusters);
 }
 
+bool Image::is_much(uint64_t clusters) const noexcept {
+  return clusters > kMaxQuarantineClusters ||
+         clusters << file_.geometry().cluster_bits > kMaxQuarantineBytes;
+}
+
 bool Image::under_pressure() const noexcept {
-  const uint64_t waiting = quarantine_.waiting();
-  return l2_.under_pressure() || blocks_.under_pressure() || waiting > kMaxQuarantineClusters ||
-         waiting << file_.geometry().cluster_bits > kMaxQuarantineBytes;
+  return l2_.under_pressure() || blocks_.under_pressure() || is_much(quarantine_.waiting());
 }
 
 void Image::reclaim(base::Epoch& epoch) {
+  const std::lock_guard one_at_a_time(reclaiming_);
   for (;;) {
     Quarantine::Runs runs = quarantine_.take_matured();
     if (runs.empty()) return;
@@ -209,9 +213,10 @@ void Image::release_free(ClusterRun& free) {
                     first << bits, e.what());
   }
   for (uint64_t i = 0; i < count; ++i) {
-    if (metadata_.remove(first + i)) {
-      l2_.drop((first + i) << bits, file_.geometry().cluster_size());
-    }
+    if (!metadata_.remove(first + i)) continue;
+    // A commit that is writing slices of this table must not do so once somebody else has it.
+    committer_.without_commit(
+        [&] { l2_.drop((first + i) << bits, file_.geometry().cluster_size()); });
   }
   refcounts_.free_run(first, count);
   allocator_.add_free(first, count);

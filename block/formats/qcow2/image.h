@@ -53,6 +53,7 @@ class Image {
   const MetadataCache& refcount_blocks() const noexcept { return blocks_; }
   Allocator& allocator() noexcept { return allocator_; }
   const Allocator& allocator() const noexcept { return allocator_; }
+  Refcounts& refcounts() noexcept { return refcounts_; }
   const Quarantine& quarantine() const noexcept { return quarantine_; }
   uint64_t commits() const { return committer_.commits(); }
 
@@ -76,14 +77,24 @@ class Image {
 
   // See Committer. With nothing changed it is one flush of the file.
   void commit() { committer_.commit(); }
+  // Makes the L1 table that large at least, while it is in use. Durable on return. One at a time;
+  // the caller does not pin `epoch`. EFBIG where there can be none.
+  void grow_l1(uint64_t entries, base::Epoch& epoch);
+  uint32_t l1_size() const noexcept { return l1_.size(); }
+
   // Writers should commit: much is waiting for it.
   bool under_pressure() const noexcept;
   // Frees what a commit made free: waits for the requests that could know it (of `epoch`, which
-  // the caller does not pin), punches holes, lowers refcounts. One at a time.
+  // the caller does not pin), punches holes, lowers refcounts. When it returns, all is done that
+  // had matured before.
   void reclaim(base::Epoch& epoch);
+  // So much waits for a reclaim that whoever commits should do it.
+  bool much_to_reclaim() const noexcept { return is_much(quarantine_.matured()); }
 
  private:
   void prepare_first_write();
+  bool is_much(uint64_t clusters) const noexcept;
+  void switch_l1(uint64_t offset, uint32_t entries, L1Table::Entries& array);
   void release(const Quarantine::Runs& runs);
   void release_one(uint64_t cluster, ClusterRun& free);
   void release_free(ClusterRun& free);
@@ -101,6 +112,7 @@ class Image {
   Committer committer_;
   std::atomic<bool> ready_to_write_{false};
   base::FiberMutex preparing_;
+  base::FiberMutex reclaiming_;
   bool refcounts_loaded_ = false;  // guarded by preparing_
 };
 

@@ -78,6 +78,21 @@ void ImageFile::set_refcount_table(uint64_t offset, uint32_t clusters) {
   });
 }
 
+void ImageFile::change_numbers(const HeaderUpdate::Change& change) {
+  try {
+    header_update_.change_numbers(change);
+  } catch (const Error& e) {
+    // It may have reached the disk.
+    try {
+      header_update_.change_numbers([](Header&) {});
+    } catch (const Error&) {
+      stop_writes(fmt::format(
+          "the header could not be written ({}), so it is not known what it says", e.what()));
+    }
+    throw;
+  }
+}
+
 Header read_header(Edge& file) {
   const uint64_t file_size = file.size();
   std::array<std::byte, 24> start{};

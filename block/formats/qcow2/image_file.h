@@ -49,6 +49,9 @@ class ImageFile {
   void clear_autoclear();
   // Points the header at another refcount table. Durable on return.
   void set_refcount_table(uint64_t offset, uint32_t clusters);
+  // HeaderUpdate::change_numbers where what follows depends on which header is on disk: after an
+  // error it is the old one, or writes are stopped.
+  void change_numbers(const HeaderUpdate::Change& change);
   // For whoever changes other parts of the header.
   HeaderUpdate& header_update() noexcept { return header_update_; }
   // What is on disk is in doubt and writing on could damage it: writes are refused from now on.

@@ -25,9 +25,10 @@ MetadataMap::MetadataMap(const Header& h)
     return Range{first, first + g.clusters(bytes), what};
   };
   fixed_[0] = {0, 1, "header"};
-  fixed_[1] = range(h.l1_offset, uint64_t{h.l1_size} * 8, "L1 table");
   // The size of the snapshot table is only known by reading it: this much at least.
-  fixed_[2] = range(h.snapshots_offset, uint64_t{h.snapshots} * 40, "snapshot table");
+  fixed_[1] = range(h.snapshots_offset, uint64_t{h.snapshots} * 40, "snapshot table");
+  const Range l1 = range(h.l1_offset, uint64_t{h.l1_size} * 8, "");
+  move_l1_table(l1.first, l1.end - l1.first);
   const Range table = range(h.refcount_table_offset, h.refcount_table_bytes(), "");
   table_first_ = table.first;
   table_end_ = table.end;
@@ -53,11 +54,19 @@ void MetadataMap::move_refcount_table(uint64_t first_cluster, uint64_t clusters)
   table_end_.store(first_cluster + clusters, std::memory_order_relaxed);
 }
 
+void MetadataMap::move_l1_table(uint64_t first_cluster, uint64_t clusters) {
+  l1_.store(first_cluster << kL1CountBits | clusters, std::memory_order_relaxed);
+}
+
 const char* MetadataMap::find(uint64_t first, uint64_t count) const {
   const uint64_t end = first + count;
   for (const Range& range : fixed_) {
     if (first < range.end && range.first < end) return range.what;
   }
+  const uint64_t l1 = l1_.load(std::memory_order_relaxed);
+  const uint64_t l1_first = l1 >> kL1CountBits;
+  const uint64_t l1_clusters = l1 & ((1ULL << kL1CountBits) - 1);
+  if (first < l1_first + l1_clusters && l1_first < end) return "L1 table";
   if (first < table_end_.load(std::memory_order_relaxed) &&
       table_first_.load(std::memory_order_relaxed) < end) {
     return "refcount table";

@@ -30,6 +30,7 @@ class MetadataMap {
   // Returns whether it was there.
   bool remove(uint64_t cluster);
   void move_refcount_table(uint64_t first_cluster, uint64_t clusters);
+  void move_l1_table(uint64_t first_cluster, uint64_t clusters);
 
   // What metadata lies in [first, first + count), or nullptr. Clusters, not bytes.
   const char* find(uint64_t first, uint64_t count) const;
@@ -49,7 +50,11 @@ class MetadataMap {
     return ((filter_[bit / 64].load(std::memory_order_relaxed) >> (bit % 64)) & 1) != 0;
   }
 
-  std::array<Range, 3> fixed_;  // header, L1 table, snapshot table
+  std::array<Range, 2> fixed_;  // header, snapshot table
+  // Where the L1 table is, in one word: it moves while writers ask, and a mixture of two places
+  // would take guest data for metadata. 47 bits of cluster number, 17 of clusters.
+  static constexpr unsigned kL1CountBits = 17;
+  std::atomic<uint64_t> l1_;
   std::atomic<uint64_t> table_first_;
   std::atomic<uint64_t> table_end_;
   // A Bloom filter in front of the exact set: most questions end here, without a lock. Its size

@@ -24,7 +24,8 @@ Qcow2Node::Qcow2Node(const NodeConfig& config, Children children, qcow2::Header 
              !config.read_only,
              children.file->filename().empty() ? "'" + config.node_name + "'"
                                                : children.file->filename(),
-             sizes) {
+             sizes),
+      end_(image_.file().header().size) {
   if (children.backing) {
     backing_ = std::make_unique<Edge>(std::move(children.backing),
                                       "the overlay '" + config.node_name + "' (backing file)",
@@ -80,7 +81,13 @@ void Qcow2Node::after_change(bool durable) {
 
 void Qcow2Node::commit() {
   image_.commit();
-  if (!image_.quarantine().has_matured() || reclaiming_.exchange(true)) return;
+  if (image_.quarantine().matured() == 0) return;
+  if (image_.much_to_reclaim()) {
+    // The background does not keep up: the file must not grow for that.
+    reclaim();
+    return;
+  }
+  if (reclaiming_.exchange(true)) return;
   // In the background: it waits for requests that have nothing to do with this flush.
   background_.add();
   const auto ended = [this] {
@@ -89,16 +96,20 @@ void Qcow2Node::commit() {
   };
   try {
     base::EventLoop::current()->spawn("qcow2 reclaim", [this, ended, self = shared_from_this()] {
-      try {
-        image_.reclaim(epoch_);
-      } catch (const std::exception& e) {
-        base::log_warning("{}: clusters could not be freed, which is tried again: {}", describe(),
-                          e.what());
-      }
+      reclaim();
       ended();
     });
   } catch (const std::bad_alloc&) {
     ended();  // what was flushed is flushed; a later flush frees
+  }
+}
+
+void Qcow2Node::reclaim() noexcept {
+  try {
+    image_.reclaim(epoch_);
+  } catch (const std::exception& e) {
+    base::log_warning("{}: clusters could not be freed, which is tried again: {}", describe(),
+                      e.what());
   }
 }
 

@@ -62,6 +62,8 @@ class Qcow2Node final : public Node {
   void driver_discard(uint64_t offset, uint64_t length) override;
   void driver_flush() override;
   BlockStatus driver_block_status(uint64_t offset, uint64_t length) override;
+  // While the disk is in use. What it grows by reads as zeroes. EINVAL unless a multiple of 512.
+  void driver_truncate(uint64_t new_size) override;
 
  private:
   struct Plan;
@@ -85,6 +87,7 @@ class Qcow2Node final : public Node {
 
   // qcow2_write.cc
   void write_range(uint64_t offset, IoSpan from);
+  void require_inside(uint64_t offset, uint64_t length) const;
   uint64_t write_new(uint64_t offset, IoSpan from);
   Plan plan_write(uint64_t offset, uint64_t length, uint64_t count);
   bool extend(Plan& plan, const qcow2::L2Entry& entry, uint64_t end) const;
@@ -97,7 +100,9 @@ class Qcow2Node final : public Node {
   void link(const Plan& plan);
   // At the end of every change, without a pin.
   void after_change(bool durable);
+  // Frees what it made free, too: mostly in the background.
   void commit();
+  void reclaim() noexcept;
 
   // qcow2_zero.cc
   Range whole_units(uint64_t offset, uint64_t length, uint64_t unit) const;
@@ -106,15 +111,32 @@ class Qcow2Node final : public Node {
   void zero_data(const qcow2::Extent& extent, uint64_t offset, ZeroFlags flags);
   void zero_raw(uint64_t offset, uint64_t length, ZeroFlags flags);
   void punch_data(Range hole);
-  void change_entries(Range range, ZeroFlags flags);
-  void change_in_slice(Range range, ZeroFlags flags);
+  // kForget: nothing is said of the range any more, it lies behind the end of the disk.
+  enum class Emptying : uint8_t { kZero, kForget };
+  void change_entries(Range range, ZeroFlags flags, Emptying what = Emptying::kZero);
+  void change_in_slice(Range range, ZeroFlags flags, Emptying what);
+  void change_claimed(Zeroing& work);
+  uint64_t end_of_whole(Range range) const;
+  bool is_empty(uint64_t cluster, Emptying what);
   qcow2::L2Entry zeroed(const qcow2::L2Entry& entry, uint32_t subclusters, bool unmap) const;
   bool can_zero_by_entry() const noexcept;
   // "Unallocated" means zeroes for good. Not where the image records a backing file and was opened
   // without it: the next to open it will see that file again.
   bool unallocated_is_zero() const noexcept { return !backing_ && !header().has_backing; }
 
+  // qcow2_resize.cc
+  void grow(uint64_t new_size);
+  void shrink(uint64_t new_size, uint64_t old_size);
+  void trim(uint64_t new_size);
+  void zero_behind(Range range);
+  void give_up_behind(uint64_t new_size, uint64_t old_size);
+
   qcow2::Image image_;
+  base::FiberMutex resizing_;
+  // Where the disk ends, for those that pin the epoch. A resize sets it and then waits for the
+  // pins that may not have seen it; size() follows when requests may come (growing), or goes ahead
+  // of it when none may any more (shrinking).
+  std::atomic<uint64_t> end_;
   std::unique_ptr<Edge> backing_;
   base::Epoch epoch_;
   qcow2::Claims claims_;

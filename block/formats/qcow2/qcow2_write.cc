@@ -3,8 +3,11 @@
 // the request does not cover taken from where the guest sees it now (copy-on-write).
 #include <algorithm>
 #include <bit>
+#include <cerrno>
 #include <exception>
 #include <vector>
+
+#include <fmt/core.h>
 
 #include "base/buffer.h"
 #include "base/checked.h"
@@ -71,7 +74,19 @@ void Qcow2Node::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {
   after_change(flags.fua);
 }
 
+// Under a pin. The disk may have shrunk since the request was checked: what lies behind its end has
+// been given up, or is about to be. (The rest of the last cluster is the driver's own to write.)
+void Qcow2Node::require_inside(uint64_t offset, uint64_t length) const {
+  const uint64_t end = base::align_up(end_.load(), geometry().cluster_size());
+  if (base::range_fits(offset, length, end)) return;
+  throw base::Error(ENOSPC, fmt::format("{}: the disk was made smaller meanwhile: {} bytes at {} "
+                                        "lie behind its end",
+                                        describe(), length, offset));
+}
+
+// Under a pin.
 void Qcow2Node::write_range(uint64_t offset, IoSpan from) {
+  require_inside(offset, from.bytes());
   for (uint64_t done = 0; done < from.bytes();) {
     const Extent extent = image_.map().lookup_long(offset + done, from.bytes() - done);
     base::IoList list;

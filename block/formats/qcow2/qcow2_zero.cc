@@ -75,6 +75,7 @@ void Qcow2Node::driver_discard(uint64_t offset, uint64_t length) {
 // are.
 void Qcow2Node::zero_raw(uint64_t offset, uint64_t length, ZeroFlags flags) {
   const base::Epoch::Pin pin(epoch_);
+  require_inside(offset, length);
   image_.data().write_zeroes(offset, length,
                              {.may_unmap = flags.may_unmap, .no_fallback = flags.no_fallback});
 }
@@ -124,8 +125,15 @@ void Qcow2Node::zero_data(const Extent& extent, uint64_t offset, ZeroFlags flags
   }
 }
 
+// Whether there is nothing to change in all of the cluster's L2 table.
+bool Qcow2Node::is_empty(uint64_t cluster, Emptying what) {
+  const base::Epoch::Pin pin(epoch_);
+  return (what == Emptying::kForget || unallocated_is_zero()) &&
+         image_.map().without_table(cluster);
+}
+
 // Zeroes whole subclusters by what their entries say.
-void Qcow2Node::change_entries(Range range, ZeroFlags flags) {
+void Qcow2Node::change_entries(Range range, ZeroFlags flags, Emptying what) {
   const qcow2::Geometry& g = geometry();
   for (unsigned slices = 0; range.begin < range.end; ++slices) {
     // One request may cover the whole disk: it must neither fill the memory with changed
@@ -133,11 +141,11 @@ void Qcow2Node::change_entries(Range range, ZeroFlags flags) {
     if (image_.under_pressure()) commit();
     if (slices % 64 == 63) base::EventLoop::current()->yield();
     const uint64_t cluster = range.begin >> g.cluster_bits;
-    const bool nothing = unallocated_is_zero() && image_.map().without_table(cluster);
+    const bool nothing = is_empty(cluster, what);
     const uint64_t clusters = nothing ? g.l2_entries() - (cluster & (g.l2_entries() - 1))
                                       : image_.map().clusters_in_slice(cluster);
     const uint64_t end = std::min(range.end, (cluster + clusters) << g.cluster_bits);
-    if (!nothing) change_in_slice({range.begin, end}, flags);
+    if (!nothing) change_in_slice({range.begin, end}, flags, what);
     range.begin = end;
   }
 }
@@ -145,10 +153,11 @@ void Qcow2Node::change_entries(Range range, ZeroFlags flags) {
 // One slice's part of it: the entries are changed under the slice's lock, the rest follows.
 struct Qcow2Node::Zeroing {
   const Qcow2Node& node;
-  const Range range;
+  Range range;
   const bool unmap;
+  const Emptying what;
   const uint64_t first;  // cluster
-  const uint64_t count;
+  uint64_t count = 0;
 
   uint64_t done = 0;  // clusters; less than count: the next entry makes no sense
   qcow2::RawL2 raw = {};
@@ -175,7 +184,8 @@ struct Qcow2Node::Zeroing {
         by_writing[done == 0 ? 0 : 1] = part;
         continue;
       }
-      const L2Entry wanted = node.zeroed(old, subclusters, unmap);
+      const L2Entry wanted =
+          what == Emptying::kForget ? L2Entry{} : node.zeroed(old, subclusters, unmap);
       const qcow2::RawL2 wanted_raw = encode_l2(wanted, g);
       if (wanted_raw == raw) continue;
       qcow2::store_l2(at, wanted_raw, g);
@@ -194,24 +204,40 @@ struct Qcow2Node::Zeroing {
   }
 };
 
-void Qcow2Node::change_in_slice(Range range, ZeroFlags flags) {
+// Under a pin: where the whole subclusters of a range end. The last one counted as whole because
+// the disk ended in it; if the disk has grown since, what is behind it is not this request's.
+uint64_t Qcow2Node::end_of_whole(Range range) const {
+  const uint64_t unit = geometry().subcluster_size();
+  if (range.end % unit == 0 || range.end == end_.load()) return range.end;
+  return std::max(range.begin, base::align_down(range.end, unit));
+}
+
+void Qcow2Node::change_in_slice(Range range, ZeroFlags flags, Emptying what) {
   const qcow2::Geometry& g = geometry();
   const uint64_t first = range.begin >> g.cluster_bits;
-  Zeroing work{*this, range, flags.may_unmap, first, g.clusters(range.end) - first};
+  Zeroing work{*this, range, flags.may_unmap, what, first};
   {
     const base::Epoch::Pin pin(epoch_);
-    const Claims::Claim claim(claims_, image_.map().claim_group(first), first, work.count);
-    const qcow2::SliceRange entries = image_.map().writable(first);
-    image_.l2().change(entries.slice,
-                       [&](std::byte* slice) { return work.change(slice + entries.position); });
-    for (const qcow2::HostClusters& clusters : work.dropped) image_.drop(clusters);
-    // Under the claim: nobody writes there anew before the hole is punched.
-    for (const Range& hole : work.emptied) punch_data(hole);
+    if (what == Emptying::kZero) work.range.end = end_of_whole(range);
+    if (work.range.length() != 0) change_claimed(work);
   }
   if (work.done < work.count) {
     throw image_.map().invalid_entry((first + work.done) << g.cluster_bits, work.raw, work.problem);
   }
   for (const Range& part : work.by_writing) zero_part(part, flags);
+  zero_part({work.range.end, range.end}, flags);
+}
+
+void Qcow2Node::change_claimed(Zeroing& work) {
+  const uint64_t first = work.first;
+  work.count = geometry().clusters(work.range.end) - first;
+  const Claims::Claim claim(claims_, image_.map().claim_group(first), first, work.count);
+  const qcow2::SliceRange entries = image_.map().writable(first);
+  image_.l2().change(entries.slice,
+                     [&](std::byte* slice) { return work.change(slice + entries.position); });
+  for (const qcow2::HostClusters& clusters : work.dropped) image_.drop(clusters);
+  // Under the claim: nobody writes there anew before the hole is punched.
+  for (const Range& hole : work.emptied) punch_data(hole);
 }
 
 void Qcow2Node::punch_data(Range hole) {

@@ -25,6 +25,7 @@ Quarantine::Runs Quarantine::take_waiting() {
 
 void Quarantine::mature(Runs runs) {
   const std::lock_guard lock(mutex_);
+  for (const ClusterRun& run : runs) matured_count_.fetch_add(run.count, std::memory_order_relaxed);
   matured_.insert(matured_.end(), runs.begin(), runs.end());
 }
 
@@ -38,12 +39,8 @@ void Quarantine::put_back(const Runs& runs) {
 
 Quarantine::Runs Quarantine::take_matured() {
   const std::lock_guard lock(mutex_);
+  matured_count_.store(0, std::memory_order_relaxed);
   return std::exchange(matured_, {});
-}
-
-bool Quarantine::has_matured() const {
-  const std::lock_guard lock(mutex_);
-  return !matured_.empty();
 }
 
 bool Quarantine::empty() const {

@@ -27,14 +27,15 @@ class Quarantine {
 
   // --- The commit: before it copies any L2 slice ---
   Runs take_waiting();
-  void mature(Runs runs);    // the commit went well
+  void mature(Runs runs);           // the commit went well
   void put_back(const Runs& runs);  // it failed
   // --- The reclaimer ---
   Runs take_matured();
 
   // Clusters that wait for a commit.
   uint64_t waiting() const noexcept { return waiting_count_.load(std::memory_order_relaxed); }
-  bool has_matured() const;
+  // Clusters that wait for the reclaimer.
+  uint64_t matured() const noexcept { return matured_count_.load(std::memory_order_relaxed); }
   bool empty() const;
 
  private:
@@ -42,6 +43,7 @@ class Quarantine {
   Runs waiting_;
   Runs matured_;
   std::atomic<uint64_t> waiting_count_{0};
+  std::atomic<uint64_t> matured_count_{0};
 };
 
 }  // namespace minivmm::block::qcow2

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <exception>
 
 #include <fmt/core.h>
 
@@ -93,6 +94,51 @@ uint64_t Refcounts::take_free(uint64_t first, uint64_t count) {
     if (done < here) break;
   }
   return taken;
+}
+
+bool Refcounts::raise(uint64_t first, uint64_t count) {
+  uint64_t done = 0;
+  std::optional<uint64_t> stopped_at;  // the refcount that cannot be raised
+  std::exception_ptr error;
+  try {
+    while (done < count && !stopped_at) {
+      done += raise_in_slice(first + done, count - done, stopped_at);
+    }
+  } catch (...) {
+    error = std::current_exception();
+  }
+  if (done == count) return true;
+  for (uint64_t i = 0; i < done; ++i) lower(first + i);
+  if (error) std::rethrow_exception(error);
+  if (stopped_at != 0) return false;
+  throw image_.corruption(fmt::format("cluster {:#x} is in use and has refcount 0",
+                                      (first + done) << image_.geometry().cluster_bits));
+}
+
+// Those of at most `count` clusters that lie in one slice; returns how many. `stopped_at` is
+// set if there is one that is 0 or at its limit.
+uint64_t Refcounts::raise_in_slice(uint64_t first, uint64_t count,
+                                   std::optional<uint64_t>& stopped_at) {
+  const uint64_t most = image_.geometry().refcount_max();
+  const Place p = place(first);
+  if (p.slice == 0) {
+    stopped_at = 0;
+    return 0;
+  }
+  const uint64_t here = std::min(count, slice_entries_ - p.index);
+  uint64_t done = 0;
+  cache_.change(p.slice, [&](std::byte* slice) {
+    for (; done < here; ++done) {
+      const uint64_t old = get_refcount(slice, p.index + done, order_);
+      if (old == 0 || old == most) {
+        stopped_at = old;
+        break;
+      }
+      set_refcount(slice, p.index + done, order_, old + 1);
+    }
+    return done != 0;
+  });
+  return done;
 }
 
 uint64_t Refcounts::lower(uint64_t cluster) {
@@ -211,7 +257,8 @@ Refcounts::Growth Refcounts::plan_growth() const {
   return out;
 }
 
-void Refcounts::write_growth(const Growth& growth) {
+// The blocks count themselves and the clusters behind them.
+void Refcounts::write_blocks(const Growth& growth) {
   const Geometry& g = image_.geometry();
   base::Buffer block(g.cluster_size());
   uint64_t used = growth.blocks + growth.table_clusters;
@@ -222,6 +269,11 @@ void Refcounts::write_growth(const Growth& growth) {
     used -= here;
     image_.file().write((growth.first + i) << g.cluster_bits, block.io());
   }
+}
+
+void Refcounts::write_growth(const Growth& growth) {
+  const Geometry& g = image_.geometry();
+  write_blocks(growth);
   base::Buffer table = base::Buffer::zeroed(growth.table_clusters << g.cluster_bits);
   {
     const std::lock_guard lock(mutex_);
@@ -264,6 +316,49 @@ uint64_t Refcounts::grow_table(FreeRuns& out) {
     if (lower(old_first + i) == 0) out.add(old_first + i, 1);
   }
   return growth.old_entries + growth.blocks;
+}
+
+// The index after the last block.
+uint64_t Refcounts::blocks_end() const {
+  const std::lock_guard lock(mutex_);
+  uint64_t end = table_.size();
+  while (end > 0 && table_[end - 1] == 0) --end;
+  return end;
+}
+
+uint64_t Refcounts::make_area(uint64_t clusters, FreeRuns& out) {
+  const Geometry& g = image_.geometry();
+  Growth area;
+  area.table_clusters = clusters;
+  area.blocks = 1;
+  while (area.blocks * g.block_entries() < area.blocks + clusters) ++area.blocks;
+  uint64_t index = blocks_end();
+  while (index + area.blocks > table_entries()) {
+    grow_table(out);
+    index = blocks_end();
+  }
+  area.first = index << g.block_bits();
+  const uint64_t end = area.first + area.blocks * g.block_entries();
+  if (end >= kMaxHostOffset >> g.cluster_bits) {
+    throw Error(EFBIG, image_.name() + ": the image has no room left");
+  }
+  if (const char* what = map_.find(area.first, end - area.first)) {
+    throw image_.corruption(
+        fmt::format("refcount table entry {} or one behind it is missing, and "
+                    "the {} lies in the range",
+                    index, what));
+  }
+  write_blocks(area);
+  for (uint64_t i = 0; i < area.blocks; ++i) map_.add(area.first + i, "refcount block");
+  {
+    const std::lock_guard lock(mutex_);
+    for (uint64_t i = 0; i < area.blocks; ++i) {
+      table_[index + i] = (area.first + i) << g.cluster_bits;
+      dirty_table_.push_back(static_cast<uint32_t>(index + i));
+    }
+  }
+  out.add(area.table_first() + clusters, end - area.table_first() - clusters);
+  return area.table_first();
 }
 
 Refcounts::TableChanges Refcounts::take_dirty_table() {

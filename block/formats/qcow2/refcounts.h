@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <mutex>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -30,6 +31,9 @@ class Refcounts {
   // Sets 0 to 1, cluster by cluster from `first`, until one is not 0. Returns how many. Atomic for
   // each cluster: of two takers one gets it.
   uint64_t take_free(uint64_t first, uint64_t count);
+  // Raises the refcounts of a run of clusters in use by 1 each. False: one cannot go higher, and
+  // nothing has changed. Throws EIO if one is 0, and what reading them throws; then likewise.
+  bool raise(uint64_t first, uint64_t count);
   // Lowers a cluster's refcount by 1; returns what it is then. Throws EIO if it was 0.
   uint64_t lower(uint64_t cluster);
   // The same for a run whose refcounts are all 1 by the caller's knowledge.
@@ -43,6 +47,9 @@ class Refcounts {
   // Makes the table larger and adds what became free. Returns the index after the last block made.
   // EFBIG at its limit.
   uint64_t grow_table(FreeRuns& out);
+  // Makes blocks behind all others for `clusters` adjacent ones, which have refcount 1 then;
+  // returns the first. Adds what is free beside them. EFBIG.
+  uint64_t make_area(uint64_t clusters, FreeRuns& out);
 
   // --- The commit; one at a time ---
   using TableChanges = std::vector<std::pair<uint32_t, uint64_t>>;  // by index
@@ -57,11 +64,14 @@ class Refcounts {
   };
   struct Growth;
   Place place(uint64_t cluster);
+  uint64_t raise_in_slice(uint64_t first, uint64_t count, std::optional<uint64_t>& stopped_at);
   uint64_t table_entry(uint64_t index) const;
   void scan_block(uint64_t index, uint64_t block_offset, FreeRuns& out);
   void make_block(uint64_t index, FreeRuns& out);
   Growth plan_growth() const;
   void write_growth(const Growth& growth);
+  void write_blocks(const Growth& growth);
+  uint64_t blocks_end() const;
 
   ImageFile& image_;
   MetadataCache& cache_;
