@@ -46,7 +46,7 @@ po::options_description guest_options() {
      "how the kernel is told of its devices: acpi, command-line, or auto for what it knows")
     ("no-rng", "no virtio entropy device for a kernel")
     ("serial", po::value<std::string>()->default_value("stdio")->value_name("WHERE"),
-     "the guest's serial port: stdio, none, or file:PATH");
+     "the guest's serial port: stdio, none, pty, file:PATH, or unix:PATH (a socket)");
   // clang-format on
   return out;
 }

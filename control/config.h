@@ -68,7 +68,7 @@ struct Boot {
   unsigned cpus = 1;
   std::string devices = "auto";  // how the kernel is told of them: auto, acpi, command-line
   bool rng = true;
-  std::string serial = "stdio";  // stdio, none, or file:PATH
+  std::string serial = "stdio";  // stdio, none, pty, file:PATH, or unix:PATH
 };
 
 struct Config {

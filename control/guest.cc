@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "control/guest.h"
 
-#include <fcntl.h>
 #include <sys/eventfd.h>
 #include <unistd.h>
 
@@ -96,20 +95,6 @@ class Guest::Rng final : public vmm::BusDevice {
 
 namespace {
 
-vmm::SerialConfig serial_config(const std::string& spec, base::UniqueFd& file) {
-  if (spec == "stdio") return {.in_fd = STDIN_FILENO, .out_fd = STDOUT_FILENO, .on_output = {}};
-  if (spec == "none") return {};
-  constexpr std::string_view kFile = "file:";
-  if (!spec.starts_with(kFile)) {
-    throw base::Error(EINVAL,
-                      fmt::format("--serial {}: stdio, none or file:PATH is expected", spec));
-  }
-  const std::string path = spec.substr(kFile.size());
-  file.reset(::open(path.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644));
-  if (!file) throw base::errno_error(errno, fmt::format("--serial {}", spec));
-  return {.in_fd = -1, .out_fd = file.get(), .on_output = {}};
-}
-
 vmm::DeviceListing device_listing(const std::string& how) {
   if (how == "auto") return vmm::DeviceListing::kAuto;
   if (how == "acpi") return vmm::DeviceListing::kAcpi;
@@ -134,7 +119,8 @@ void prepare_for_emulated_host(vmm::MachineConfig& config) {
 }  // namespace
 
 Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
-             const std::vector<Disk>& disks) {
+             const std::vector<Disk>& disks)
+    : serial_port_(loops, boot.serial) {
   vmm::MachineConfig config;
   config.memory_bytes = boot.memory_bytes;
   config.shared_memory = boot.shared_memory;
@@ -144,7 +130,7 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
   config.vcpus = boot.cpus;
   config.initrd_path = boot.initrd;
   config.command_line = boot.append;
-  config.serial = serial_config(boot.serial, serial_file_);
+  config.serial = serial_port_.config();
   if (boot.kernel.empty()) {
     config.kernel.bytes = probe::probe_elf();
     config.kernel.name = "the probe guest";

@@ -9,9 +9,9 @@
 #include <vector>
 
 #include "base/loop_group.h"
-#include "base/unique_fd.h"
 #include "block/graph/graph.h"
 #include "control/config.h"
+#include "control/serial_port.h"
 #include "virtio/mmio_block.h"
 #include "vmm/machine.h"
 
@@ -39,7 +39,7 @@ class Guest {
  private:
   class Slot;  // one disk in its window
   class Rng;
-  base::UniqueFd serial_file_;
+  SerialPort serial_port_;
   std::unique_ptr<vmm::Machine> machine_;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::unique_ptr<Rng> rng_;

@@ -206,7 +206,7 @@ bool Console::take_input(std::vector<std::byte>& pending) {
   if (n < 0) return errno == EINTR || errno == EAGAIN;
   if (n == 0) return false;
   std::vector<std::byte> bytes(buffer.begin(), buffer.begin() + n);
-  if (terminal_->active()) filter_escape(bytes);
+  if (terminal_->active() || config_.escape) filter_escape(bytes);
   pending.insert(pending.end(), bytes.begin(), bytes.end());
   return true;
 }

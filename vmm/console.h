@@ -33,7 +33,8 @@ class Console final : public SerialOutput {
  public:
   static constexpr size_t kRingBytes = 65536;
 
-  // `quit` is called (on the input thread) for Ctrl-A x on a terminal.
+  // `quit` is called (on the input thread) for Ctrl-A x on a terminal (or with
+  // SerialConfig::escape).
   Console(const SerialConfig& config, std::function<void()> quit);
   ~Console() override;
   Console(const Console&) = delete;

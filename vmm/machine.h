@@ -35,6 +35,8 @@ struct KernelSource {
 struct SerialConfig {
   int in_fd = -1;   // what is read here is typed into the guest; a terminal is made raw meanwhile
   int out_fd = -1;  // gets what the guest writes
+  // Ctrl-A x ends the machine also where in_fd is no terminal that was made raw.
+  bool escape = false;
   // If set, gets the output instead of out_fd. Called on one thread of the machine.
   std::function<void(std::span<const std::byte>)> on_output;
 };

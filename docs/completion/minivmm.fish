@@ -47,7 +47,7 @@ complete -c minivmm -n "__minivmm_in boot" -l hugetlb -x -a "2M 1G" -d "Guest RA
 complete -c minivmm -n "__minivmm_in boot" -l prealloc -d "Take all guest RAM at the start"
 complete -c minivmm -n "__minivmm_in boot" -l devices -x -a "auto acpi command-line" -d "How the kernel is told of its devices"
 complete -c minivmm -n "__minivmm_in boot" -l no-rng -d "No virtio entropy device"
-complete -c minivmm -n "__minivmm_in boot" -l serial -x -a "stdio none file:" -d "Serial port of the guest"
+complete -c minivmm -n "__minivmm_in boot" -l serial -x -a "stdio none pty file: unix:" -d "Serial port of the guest"
 
 complete -c minivmm -n "__minivmm_in boot serve" -l disk -x -a "(__minivmm_keys id= format=qcow2 format=raw ro readonly cache=writeback cache=none cache=writethrough cache=directsync cache=unsafe backing= backing_fmt=qcow2 backing_fmt=raw offset= size= serial= logical_block_size= physical_block_size= num-queues= queue-size= cache-size= l2-cache-size= refcount-cache-size= l2-cache-entry-size= locking=auto locking=on locking=off)" -d "Disk image"
 complete -c minivmm -n "__minivmm_in boot serve" -l blockdev -x -d "Node by QEMU's options"

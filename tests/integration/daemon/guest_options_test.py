@@ -3,8 +3,11 @@
 """What `boot` makes of its options for a kernel. The kernel is the probe guest, given as a file."""
 
 import os
+import select
 import signal
+import socket
 import sys
+import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
@@ -63,6 +66,67 @@ class GuestOptions(Scene):
                               (("--hugetlb", "3M"), "only of 2 MiB and 1 GiB"),
                               (("--hugetlb", "2X"), "hugetlb")):
             self.assertIn(text, self.refused("boot", *options, *self.disks(1)))
+
+
+class SerialPort(Scene):
+    def start(self, where):
+        return self.daemon("boot", "--memory", "64M", "--append", SHELL, "--serial", where,
+                           "--disk", f"driver=memory,size={MIB}")
+
+    def talk(self, fd, line, wanted):
+        """Types a line; returns what the guest said up to `wanted`."""
+        os.write(fd, line)
+        got = b""
+        until = time.monotonic() + 30
+        while wanted not in got:
+            self.assertTrue(select.select([fd], [], [], max(0, until - time.monotonic()))[0],
+                            f"no {wanted} in {got}")
+            piece = os.read(fd, 4096)
+            self.assertTrue(piece, f"ended without {wanted}: {got}")
+            got += piece
+        return got
+
+    def test_on_a_socket(self):
+        vm = self.start("unix:s.sock")
+        for _ in range(3):
+            with socket.socket(socket.AF_UNIX) as client:
+                client.connect(self.path("s.sock"))
+                self.talk(client.fileno(), b"info\n", b"probe: info ok")
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(self.path("s.sock"))
+            # Bytes pass as they are: no key of ours.
+            self.talk(client.fileno(), b"\x01xinfo\n", b"no such job")
+            client.sendall(b"exit 7\n")
+            self.assert_ended(vm, 7)
+            said = b""
+            while piece := client.recv(4096):
+                said += piece
+            self.assertNotIn(b"info", said)
+        self.assertFalse(os.path.exists(self.path("s.sock")))
+
+    def test_what_nobody_heard_is_for_the_first_client(self):
+        vm = self.start("unix:s.sock")
+        time.sleep(1)
+        with socket.socket(socket.AF_UNIX) as client:
+            client.connect(self.path("s.sock"))
+            self.talk(client.fileno(), b"", b"probe: shell")
+        self.assert_ended(vm, 0, signal.SIGTERM)
+
+    def test_on_a_pseudoterminal_with_an_escape_key(self):
+        vm = self.start("pty")
+        _, line = vm.errors.wait(lambda l: "serial port is /dev/" in l)
+        for _ in range(2):  # it does not hang up between two users
+            terminal = os.open(line.split()[-1], os.O_RDWR | os.O_NOCTTY)
+            self.talk(terminal, b"info\n", b"probe: info ok")
+            os.close(terminal)
+        terminal = os.open(line.split()[-1], os.O_RDWR | os.O_NOCTTY)
+        os.write(terminal, b"\x01x")
+        self.assert_ended(vm)
+        os.close(terminal)
+
+    def test_wrong_places_are_refused(self):
+        for where in ("tty", "file", "unix:", "file:/nonexistent/x", "unix:/nonexistent/x"):
+            self.assertIn(f"--serial {where}", self.refused("boot", "--serial", where))
 
 
 if __name__ == "__main__":
