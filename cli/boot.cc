@@ -19,11 +19,13 @@ constexpr const char* kUsage =
     "Usage: minivmm boot --disk IMAGE[,...] [--kernel FILE] [--nbd URI] [--fuse DIR] "
     "[--export NODE]\n\n"
     "Runs a guest on disk images. The same nodes can be served over NBD and FUSE meanwhile.\n"
-    "Without --kernel the guest is the built-in probe, a small program that exercises its disks:\n"
+    "Without --kernel the system in the first disk's /boot is started, as its boot loader would.\n"
+    "A disk without one gets the built-in probe guest, a small program that exercises its disks:\n"
     "give its jobs with --append 'job=info' (see images/probe/README.md). Ctrl-A x ends a guest on "
     "a\n"
     "terminal. The exit status is the guest's; 124 after a crash, 125 where KVM gave up.\n\n"
     "Examples:\n"
+    "  minivmm boot --disk debian.qcow2 --memory 1G\n"
     "  minivmm boot --disk disk.qcow2 --append 'job=info'\n"
     "  minivmm boot --disk overlay.qcow2,id=disk0 --nbd 'nbd+unix:///?socket=m.sock' \\\n"
     "      --fuse /mnt/disks --export disk0,writable --append 'job=shell'\n\n";
@@ -33,7 +35,9 @@ po::options_description guest_options() {
   // clang-format off
   out.add_options()
     ("kernel", po::value<std::string>()->value_name("FILE"),
-     "an ELF or bzImage kernel; the built-in probe guest otherwise")
+     "an ELF or bzImage kernel; otherwise the one in the first disk's /boot, and without any the "
+     "built-in probe guest")
+    ("probe", "run the probe guest, whatever is on the disk")
     ("initrd", po::value<std::string>()->value_name("FILE"), "an initial ramdisk")
     ("append", po::value<std::string>()->value_name("TEXT"), "the kernel's command line")
     ("memory", po::value<std::string>()->default_value("256M")->value_name("SIZE"), "guest RAM")
@@ -64,6 +68,7 @@ int run_boot(const std::vector<std::string>& arguments) {
   };
   control::Boot boot;
   boot.kernel = text("kernel");
+  boot.probe = values.count("probe") != 0;
   boot.initrd = text("initrd");
   boot.append = text("append");
   boot.memory_bytes = block::parse_size(text("memory"), "memory");

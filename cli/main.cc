@@ -13,6 +13,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "bootdisk/channel.h"
 #include "cli/command.h"
 #include "cli/image_personality.h"
 
@@ -49,6 +50,7 @@ int dispatch(const std::vector<std::string>& arguments) {
     return 1;
   }
   const std::string& first = arguments[0];
+  if (first == bootdisk::kFinderCommand) return run_find_kernel();
   if (first == "--help" || first == "-h" || first == "help") {
     print_help(stdout);
     return 0;

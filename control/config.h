@@ -58,7 +58,8 @@ struct FuseMount {
 };
 
 struct Boot {
-  std::string kernel;  // empty: the embedded probe guest
+  std::string kernel;  // empty: the first disk's own, or without one the embedded probe guest
+  bool probe = false;  // the probe guest, whatever is on the disk
   std::string initrd;
   std::string append;
   uint64_t memory_bytes = uint64_t{256} << 20;

@@ -118,6 +118,32 @@ void prepare_for_emulated_host(vmm::MachineConfig& config) {
 
 }  // namespace
 
+// False: the disk carries no kernel.
+bool Guest::use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const Disk& disk,
+                            vmm::MachineConfig& config) {
+  disk_kernel_ = find_disk_kernel(loops.loop(0), graph, disk.node_name, config.memory_bytes);
+  if (!disk_kernel_) return false;
+  const auto path = [](const base::UniqueFd& fd) {
+    return fmt::format("/proc/self/fd/{}", fd.get());
+  };
+  for (const std::string& note : disk_kernel_->notes) {
+    base::log_warning("disk '{}': {}", disk.node_name, note);
+  }
+  config.kernel.path = path(disk_kernel_->kernel);
+  config.kernel.name = fmt::format("disk '{}', {}", disk.node_name, disk_kernel_->origin);
+  if (disk_kernel_->initrd && config.initrd_path.empty()) {
+    config.initrd_path = path(disk_kernel_->initrd);
+  }
+  std::string line = disk_kernel_->arguments;
+  // The guest's only console. A boot loader knows of others.
+  if (line.find("console=ttyS") == std::string::npos) line += " console=ttyS0";
+  if (!config.command_line.empty()) line += ' ' + config.command_line;
+  config.command_line = std::move(line);
+  base::log_info("starting {}{}{}: {}", config.kernel.name, disk_kernel_->title.empty() ? "" : ", ",
+                 disk_kernel_->title, config.command_line);
+  return true;
+}
+
 Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
              const std::vector<Disk>& disks)
     : serial_port_(loops, boot.serial) {
@@ -131,13 +157,14 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
   config.initrd_path = boot.initrd;
   config.command_line = boot.append;
   config.serial = serial_port_.config();
-  if (boot.kernel.empty()) {
+  if (!boot.kernel.empty()) {
+    config.kernel.path = boot.kernel;
+  } else if (boot.probe || disks.empty() || !use_disk_kernel(loops, graph, disks[0], config)) {
     config.kernel.bytes = probe::probe_elf();
     config.kernel.name = "the probe guest";
-  } else {
-    config.kernel.path = boot.kernel;
-    prepare_for_emulated_host(config);
   }
+  const bool own_kernel = config.kernel.bytes.empty();
+  if (own_kernel) prepare_for_emulated_host(config);
   machine_ = std::make_unique<vmm::Machine>(std::move(config));
   size_t first_loop = 0;
   for (const Disk& disk : disks) {
@@ -156,7 +183,7 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
   }
   // Behind the disks, so that their windows are where they were without it. A machine that is full
   // of disks does without, as the probe guest does.
-  if (boot.rng && !boot.kernel.empty() && disks.size() < vmm::kVirtioSlots) {
+  if (boot.rng && own_kernel && disks.size() < vmm::kVirtioSlots) {
     rng_ = std::make_unique<Rng>(*machine_, loops.loop(0));
   }
 }

@@ -6,11 +6,13 @@
 
 #include <chrono>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "base/loop_group.h"
 #include "block/graph/graph.h"
 #include "control/config.h"
+#include "control/disk_kernel.h"
 #include "control/serial_port.h"
 #include "virtio/mmio_block.h"
 #include "vmm/machine.h"
@@ -39,7 +41,10 @@ class Guest {
  private:
   class Slot;  // one disk in its window
   class Rng;
+  bool use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const Disk& disk,
+                       vmm::MachineConfig& config);
   SerialPort serial_port_;
+  std::optional<DiskKernel> disk_kernel_;  // read when the guest starts
   std::unique_ptr<vmm::Machine> machine_;
   std::vector<std::unique_ptr<Slot>> slots_;
   std::unique_ptr<Rng> rng_;

@@ -10,7 +10,7 @@ _minivmm_fuse_keys="mode= uid= gid= allow_other"
 _minivmm_disks="--disk --blockdev --object --backing-root"
 _minivmm_front_ends="--nbd --nbd-allow-remote --fuse --export"
 _minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
-_minivmm_guest="--kernel --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --serial"
+_minivmm_guest="--kernel --probe --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --serial"
 
 # --- image commands: written by docs/update-image-commands ---
 _minivmm_image_commands="bench check commit compare convert create dd info map measure rebase resize"

@@ -46,6 +46,7 @@ complete -c minivmm -n "__minivmm_in boot" -l shared-memory -d "Guest RAM in a m
 complete -c minivmm -n "__minivmm_in boot" -l hugetlb -x -a "2M 1G" -d "Guest RAM in reserved huge pages"
 complete -c minivmm -n "__minivmm_in boot" -l prealloc -d "Take all guest RAM at the start"
 complete -c minivmm -n "__minivmm_in boot" -l devices -x -a "auto acpi command-line" -d "How the kernel is told of its devices"
+complete -c minivmm -n "__minivmm_in boot" -l probe -d "Run the probe guest, whatever is on the disk"
 complete -c minivmm -n "__minivmm_in boot" -l no-rng -d "No virtio entropy device"
 complete -c minivmm -n "__minivmm_in boot" -l serial -x -a "stdio none pty file: unix:" -d "Serial port of the guest"
 

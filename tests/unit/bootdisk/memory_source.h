@@ -1,0 +1,30 @@
+// SPDX-License-Identifier: Apache-2.0
+// A disk in memory for the tests of this folder.
+#pragma once
+
+#include <cerrno>
+#include <cstring>
+#include <vector>
+
+#include "base/error.h"
+#include "bootdisk/byte_source.h"
+
+namespace minivmm::bootdisk {
+
+class MemorySource final : public ByteSource {
+ public:
+  explicit MemorySource(size_t size) : bytes(size) {}
+  explicit MemorySource(std::vector<std::byte> content) : bytes(std::move(content)) {}
+
+  uint64_t size() const noexcept override { return bytes.size(); }
+  void read(uint64_t offset, std::span<std::byte> out) override {
+    if (offset > bytes.size() || out.size() > bytes.size() - offset) {
+      throw base::Error(EINVAL, "past the end");
+    }
+    std::memcpy(out.data(), bytes.data() + offset, out.size());
+  }
+
+  std::vector<std::byte> bytes;
+};
+
+}  // namespace minivmm::bootdisk
