@@ -15,6 +15,7 @@ namespace {
 
 constexpr ImageCommand kImageCommands[] = {
     {"bench", "time requests to an image", &image_bench_syntax, &run_image_bench},
+    {"bitmap", "change a dirty bitmap of an image", &image_bitmap_syntax, &run_image_bitmap},
     {"check", "check the consistency of an image's metadata", &image_check_syntax,
      &run_image_check},
     {"commit", "move what an overlay holds into its backing file", &image_commit_syntax,
@@ -33,7 +34,7 @@ constexpr ImageCommand kImageCommands[] = {
     {"resize", "make an image larger or smaller", &image_resize_syntax, &run_image_resize},
 };
 
-constexpr std::string_view kElsewhere[] = {"amend", "bitmap", "snapshot"};
+constexpr std::string_view kElsewhere[] = {"amend", "snapshot"};
 
 void print_help(std::FILE* to) {
   const bool drop_in = personality().drop_in;

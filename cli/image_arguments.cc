@@ -124,7 +124,11 @@ bool parse_image_arguments(const Strings& arguments, const ImageSyntax& syntax,
     }
     po::command_line_parser parser(words);
     const auto names = po::positional_options_description().add("name", -1);
-    po::store(parser.options(all).positional(names).style(style).run(), values);
+    const po::parsed_options parsed = parser.options(all).positional(names).style(style).run();
+    po::store(parsed, values);
+    Strings order;
+    for (const po::option& option : parsed.options) order.push_back(option.string_key);
+    values.insert({kGivenOptions, po::variable_value(order, false)});
     if (is_set(values, "help")) {
       std::ostringstream text;
       text << syntax.usage << syntax.options;

@@ -37,6 +37,9 @@ ImageSyntax image_syntax(const char* usage, std::initializer_list<ImageOption> o
 void add_options(boost::program_options::options_description& options,
                  std::initializer_list<ImageOption> more);
 
+// The long names of the options that were given, in their order, are the value of this one.
+inline constexpr const char* kGivenOptions = "options in their order";
+
 // Parses; prints usage and options and returns false for --help. What --object says is there
 // afterwards. Throws UsageError.
 bool parse_image_arguments(const std::vector<std::string>& arguments, const ImageSyntax& syntax,

@@ -26,6 +26,8 @@ std::span<const ImageCommand> image_commands();
 // One pair a file image_NAME.cc.
 ImageSyntax image_bench_syntax();
 int run_image_bench(const boost::program_options::variables_map& values);
+ImageSyntax image_bitmap_syntax();
+int run_image_bitmap(const boost::program_options::variables_map& values);
 ImageSyntax image_check_syntax();
 int run_image_check(const boost::program_options::variables_map& values);
 ImageSyntax image_commit_syntax();

@@ -40,6 +40,7 @@
 
 namespace minivmm::block {
 
+class DirtyBitmaps;
 class Edge;
 
 class Node : public std::enable_shared_from_this<Node> {
@@ -67,6 +68,9 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual Facts facts() const { return {}; }
   // Direct children, top first (file, then backing), for walks. Only stable under a drain.
   virtual std::vector<Edge*> children() { return {}; }
+
+  // What remembers which parts were written; nullptr where the node has no such thing.
+  virtual DirtyBitmaps* dirty_bitmaps() noexcept { return nullptr; }
 
   // Counters for state dumps. Any thread.
   struct Counters {

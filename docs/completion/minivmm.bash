@@ -13,10 +13,11 @@ _minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-tim
 _minivmm_guest="--kernel --probe --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --serial"
 
 # --- image commands: written by docs/update-image-commands ---
-_minivmm_image_commands="bench check commit compare convert create dd info map measure rebase resize"
+_minivmm_image_commands="bench bitmap check commit compare convert create dd info map measure rebase resize"
 _minivmm_image_options() {
   case $1 in
     bench) echo "-c --count -d --depth -s --buffer-size -S --step-size -o --offset -w --write --pattern --flush-interval --no-drain -n --native -i --aio -f --format -t --cache --image-opts -q --quiet -U --force-share --object -h --help" ;;
+    bitmap) echo "--add --remove --clear --enable --disable --merge -g --granularity -b --source-file -F --source-format -f --format --image-opts --object -h --help" ;;
     check) echo "-r --repair --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format -T --source-cache --output -q --quiet -U --force-share --object -h --help" ;;
     commit) echo "-b --base -d --drop -r --rate --backing-root -f --format -t --cache --image-opts -p --progress -q --quiet --object -h --help" ;;
     compare) echo "-F --second-format -s --strict -f --format -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
@@ -34,6 +35,8 @@ _minivmm_image_values() {
   case $1:$2 in
     bench:-f | bench:--format) echo "qcow2 raw luks" ;;
     bench:-t | bench:--cache) echo "none writeback writethrough directsync unsafe" ;;
+    bitmap:-F | bitmap:--source-format) echo "qcow2 raw luks" ;;
+    bitmap:-f | bitmap:--format) echo "qcow2 raw luks" ;;
     check:-r | check:--repair) echo "leaks all" ;;
     check:-f | check:--format) echo "qcow2 raw luks" ;;
     check:-T | check:--source-cache) echo "none writeback writethrough directsync unsafe" ;;

@@ -75,7 +75,8 @@ Image::Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data, Header head
       refcounts_(file_, blocks_, metadata_),
       allocator_(file_, refcounts_, metadata_),
       map_(file_, l1_, l2_, allocator_, metadata_, quarantine_),
-      committer_(file_, data_.get(), l1_, l2_, blocks_, refcounts_, quarantine_) {}
+      committer_(file_, data_.get(), l1_, l2_, blocks_, refcounts_, quarantine_),
+      bitmaps_(*this, allocator_) {}
 
 void Image::prepare_first_write() {
   const std::lock_guard lock(preparing_);
@@ -92,7 +93,8 @@ void Image::prepare_first_write() {
     const uint64_t table = entry & kOffsetMask;
     if (table < file_.size()) metadata_.add(table >> g.cluster_bits, kL2Table);
   }
-  file_.clear_autoclear();
+  bitmaps_.before_first_write();
+  file_.clear_autoclear(bitmaps_.maintained() ? kAutoclearBitmaps : 0);
   ready_to_write_.store(true, std::memory_order_release);
 }
 

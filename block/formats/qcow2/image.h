@@ -15,6 +15,7 @@
 #include "base/epoch.h"
 #include "base/sync.h"
 #include "block/formats/qcow2/allocator.h"
+#include "block/formats/qcow2/bitmaps/bitmaps.h"
 #include "block/formats/qcow2/commit.h"
 #include "block/formats/qcow2/guest_map.h"
 #include "block/formats/qcow2/image_file.h"
@@ -55,10 +56,11 @@ class Image {
   const Allocator& allocator() const noexcept { return allocator_; }
   Refcounts& refcounts() noexcept { return refcounts_; }
   const Quarantine& quarantine() const noexcept { return quarantine_; }
+  Bitmaps& bitmaps() noexcept { return bitmaps_; }
   uint64_t commits() const { return committer_.commits(); }
 
-  // Before each change. The first one clears autoclear bits and loads what writing needs; all
-  // throw EIO once corruption was found.
+  // Before each change. The first one marks bitmaps as in use, clears autoclear bits and loads what
+  // writing needs; all throw EIO once corruption was found.
   void prepare_write() {
     if (!ready_to_write_.load(std::memory_order_acquire)) prepare_first_write();
     if (file_.broken()) file_.require_intact();
@@ -110,6 +112,7 @@ class Image {
   Quarantine quarantine_;
   GuestMap map_;
   Committer committer_;
+  Bitmaps bitmaps_;
   std::atomic<bool> ready_to_write_{false};
   base::FiberMutex preparing_;
   base::FiberMutex reclaiming_;

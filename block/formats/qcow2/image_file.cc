@@ -59,16 +59,11 @@ void ImageFile::mark_corrupt() {
   }
 }
 
-void ImageFile::clear_autoclear() {
-  const uint64_t kept = header_.raw_data() ? kAutoclearRawData : 0;
+void ImageFile::clear_autoclear(uint64_t maintained) {
+  const uint64_t kept =
+      header_.autoclear & (maintained | (header_.raw_data() ? kAutoclearRawData : 0));
   if (header_.autoclear == kept) return;
   header_update_.change_numbers([&](Header& h) { h.autoclear = kept; });
-  if ((header_.autoclear & kAutoclearBitmaps) != 0) {
-    base::log_warning(
-        "{}: its persistent bitmaps are out of date from now on: this program does "
-        "not maintain them",
-        name_);
-  }
 }
 
 void ImageFile::set_refcount_table(uint64_t offset, uint32_t clusters) {

@@ -43,10 +43,10 @@ class ImageFile {
   // gets its corrupt bit. Returns the error to throw. Fiber; no lock may be held.
   base::Error corruption(const std::string& text);
 
-  // Before the first change: clears the autoclear bits (but for "raw data", which is kept true),
-  // which promise things about other parts of the image that this driver does not maintain. Durable
-  // on return.
-  void clear_autoclear();
+  // Before the first change: clears the autoclear bits (but for `maintained` ones and "raw data",
+  // which is kept true), which promise things about other parts of the image that this driver does
+  // not maintain. Durable on return.
+  void clear_autoclear(uint64_t maintained);
   // Points the header at another refcount table. Durable on return.
   void set_refcount_table(uint64_t offset, uint32_t clusters);
   // HeaderUpdate::change_numbers where what follows depends on which header is on disk: after an

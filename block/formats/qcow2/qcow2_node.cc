@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "block/formats/qcow2/qcow2_node.h"
 
+#include <exception>
 #include <new>
 #include <utility>
 
+#include "base/error.h"
 #include "base/event_loop.h"
 #include "base/log.h"
 
@@ -116,12 +118,21 @@ void Qcow2Node::reclaim() noexcept {
 void Qcow2Node::close() {
   if (read_only()) return;
   background_.wait();
+  std::exception_ptr error;
+  try {
+    image_.bitmaps().store();
+  } catch (...) {
+    error = std::current_exception();
+    base::log_warning("{}: its bitmaps could not be stored and are inconsistent now: {}",
+                      describe(), base::text_of(error));
+  }
   // A reclaim lowers refcounts, which the next commit writes: in the end nothing has leaked.
   do {
     image_.commit();
     image_.reclaim(epoch_);
   } while (!image_.quarantine().empty());
   image_.commit();
+  if (error) std::rethrow_exception(error);
 }
 
 }  // namespace minivmm::block

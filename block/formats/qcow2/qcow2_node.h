@@ -50,6 +50,7 @@ class Qcow2Node final : public Node {
   Facts facts() const override;
   std::vector<Edge*> children() override;
   void close() override;
+  DirtyBitmaps* dirty_bitmaps() noexcept override { return &image_.bitmaps(); }
 
   const qcow2::Header& header() const noexcept { return image_.file().header(); }
   // For tests and state dumps.
@@ -98,6 +99,11 @@ class Qcow2Node final : public Node {
   void read_old(const qcow2::L2Entry& entry, uint64_t offset, std::span<std::byte> to);
   bool old_is_zero(const qcow2::L2Entry& entry, uint64_t offset, uint64_t length) const;
   void link(const Plan& plan);
+  // At the beginning of every change, before what it changes can be seen.
+  void before_change(uint64_t offset, uint64_t length) {
+    image_.prepare_write();
+    image_.bitmaps().mark(offset, length);
+  }
   // At the end of every change, without a pin.
   void after_change(bool durable);
   // Frees what it made free, too: mostly in the background.

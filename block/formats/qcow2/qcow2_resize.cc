@@ -43,6 +43,7 @@ void Qcow2Node::driver_truncate(uint64_t new_size) {
                              ": a version 2 image that has snapshots cannot be resized: they do "
                              "not record the size of their disk");
   }
+  image_.bitmaps().prepare_resize();
   const uint64_t old_size = size();
   // Before anything else: no request may still reach behind a nearer end, or take what is behind
   // the present one for nobody's.
@@ -61,7 +62,10 @@ void Qcow2Node::driver_truncate(uint64_t new_size) {
     throw;
   }
   set_size(new_size);
-  if (new_size < old_size) trim(new_size);
+  if (new_size < old_size) {
+    image_.bitmaps().resize(new_size);
+    trim(new_size);
+  }
 }
 
 void Qcow2Node::grow(uint64_t new_size) {
@@ -77,6 +81,7 @@ void Qcow2Node::grow(uint64_t new_size) {
   if (data != nullptr && data->size() < new_size) data->truncate(new_size);
   zero_behind({size(), base::align_up(new_size, g.cluster_size())});
   commit();
+  image_.bitmaps().resize(new_size);
   image_.file().change_numbers([&](qcow2::Header& h) { h.size = new_size; });
 }
 

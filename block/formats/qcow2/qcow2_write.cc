@@ -66,7 +66,7 @@ struct Qcow2Node::Plan {
 };
 
 void Qcow2Node::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {
-  image_.prepare_write();
+  before_change(offset, from.bytes());
   {
     const base::Epoch::Pin pin(epoch_);
     write_range(offset, from);

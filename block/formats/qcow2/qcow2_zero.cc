@@ -45,7 +45,7 @@ bool Qcow2Node::can_zero_by_entry() const noexcept {
 }
 
 void Qcow2Node::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) {
-  image_.prepare_write();
+  before_change(offset, length);
   if (header().raw_data()) {
     zero_raw(offset, length, flags);
     after_change(flags.fua);
@@ -60,7 +60,7 @@ void Qcow2Node::driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags 
 }
 
 void Qcow2Node::driver_discard(uint64_t offset, uint64_t length) {
-  image_.prepare_write();
+  before_change(offset, length);
   if (!can_zero_by_entry()) return;
   if (header().raw_data()) {
     zero_raw(offset, length, {.may_unmap = true});
