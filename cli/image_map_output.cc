@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cmath>
 
 #include <fmt/core.h>
 
@@ -115,7 +116,8 @@ std::vector<uint8_t> pixels_of(const std::vector<MapEntry>& entries, size_t laye
     if (entry.depth != layer) continue;
     const auto first = static_cast<size_t>(static_cast<double>(entry.start) * scale);
     const auto end = static_cast<double>(entry.start + entry.length) * scale;
-    const auto last = std::min<size_t>(kWidth, std::max(first + 1, static_cast<size_t>(end + 0.5)));
+    const auto last =
+        std::min<size_t>(kWidth, std::max(first + 1, static_cast<size_t>(std::lround(end))));
     for (size_t x = first; x < last; ++x) {
       pixels[x] = std::max(pixels[x], static_cast<uint8_t>(kind_of(entry)));
     }

@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <atomic>
+#include <cmath>
 #include <cstdio>
 #include <utility>
 
@@ -58,7 +59,7 @@ std::string bar_text(const ProgressState& state, double seconds) {
   out += fmt::format("  {}/s", size_text(static_cast<uint64_t>(rate)));
   // Too early, an estimate says nothing.
   if (part < 0.01 || seconds < 0.5 || part >= 1) return out;
-  const auto left = static_cast<uint64_t>(seconds * (1 - part) / part + 0.5);
+  const auto left = static_cast<uint64_t>(std::lround(seconds * (1 - part) / part));
   return out + fmt::format("  {}:{:02} left", left / 60, left % 60);
 }
 

@@ -22,7 +22,6 @@
 
 namespace minivmm::control {
 
-using base::Error;
 using block::Permissions;
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;

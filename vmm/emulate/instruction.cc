@@ -195,7 +195,7 @@ class Decoder {
 
   void displacement(uint8_t bytes) {
     if (bytes == 1) {
-      out_.displacement = static_cast<int8_t>(next());
+      out_.displacement = (next() ^ 0x80) - 0x80;  // sign-extended
     } else if (bytes == 4) {
       uint32_t value = 0;
       for (unsigned i = 0; i < 4; ++i) value |= uint32_t{next()} << (8 * i);
