@@ -14,6 +14,8 @@ namespace minivmm::cli {
 namespace {
 
 constexpr ImageCommand kImageCommands[] = {
+    {"amend", "change how an image is stored: passwords, format options", &image_amend_syntax,
+     &run_image_amend},
     {"bench", "time requests to an image", &image_bench_syntax, &run_image_bench},
     {"bitmap", "change a dirty bitmap of an image", &image_bitmap_syntax, &run_image_bitmap},
     {"check", "check the consistency of an image's metadata", &image_check_syntax,
@@ -34,7 +36,7 @@ constexpr ImageCommand kImageCommands[] = {
     {"resize", "make an image larger or smaller", &image_resize_syntax, &run_image_resize},
 };
 
-constexpr std::string_view kElsewhere[] = {"amend", "snapshot"};
+constexpr std::string_view kElsewhere[] = {"snapshot"};
 
 void print_help(std::FILE* to) {
   const bool drop_in = personality().drop_in;
@@ -52,7 +54,7 @@ void print_help(std::FILE* to) {
              "  {0} create -f qcow2 disk.qcow2 20G\n"
              "  {0} info --output=json disk.qcow2\n"
              "  {0} convert -p -O qcow2 disk.img disk.qcow2\n"
-             "  {0} check disk.qcow2\n\nSupported formats: qcow2 raw\n",
+             "  {0} check disk.qcow2\n\nSupported formats: luks qcow2 raw\n",
              name);
 }
 

@@ -24,6 +24,8 @@ struct ImageCommand {
 std::span<const ImageCommand> image_commands();
 
 // One pair a file image_NAME.cc.
+ImageSyntax image_amend_syntax();
+int run_image_amend(const boost::program_options::variables_map& values);
 ImageSyntax image_bench_syntax();
 int run_image_bench(const boost::program_options::variables_map& values);
 ImageSyntax image_bitmap_syntax();

@@ -47,8 +47,9 @@ unsigned read_requests(const po::variables_map& values) {
 
 // Options that exclude or need each other, in qemu-img's order.
 void check_together(const po::variables_map& values, const ConvertRequest& request) {
-  if (request.backing && request.target_format == "raw") {
-    throw Error(EINVAL, "Backing file not supported for file format 'raw'");
+  if (request.backing && request.target_format != "qcow2") {
+    throw Error(EINVAL, fmt::format("Backing file not supported for file format '{}'",
+                                    request.target_format));
   }
   if (request.backing && !request.backing_format) {
     throw Error(EINVAL, "Use of backing file requires explicit backing format");

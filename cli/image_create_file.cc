@@ -16,6 +16,7 @@
 #include "base/error.h"
 #include "base/pool.h"
 #include "base/unique_fd.h"
+#include "block/formats/luks/luks_node.h"
 #include "block/formats/qcow2/create.h"
 #include "cli/image_arguments.h"
 #include "cli/image_facts.h"
@@ -36,15 +37,29 @@ bool print_create_options(const boost::program_options::variables_map& values,
   return false;
 }
 
+std::vector<std::pair<std::string, std::string>> NewImage::open_options() const {
+  std::vector<std::pair<std::string, std::string>> out;
+  for (const char* name : {"key-secret", "encrypt.key-secret"}) {
+    if (options.has(name)) out.emplace_back(name, options.get(name));
+  }
+  return out;
+}
+
 void set_backing(NewImage& image, const std::optional<std::string>& backing,
                  const std::optional<std::string>& format) {
-  const bool raw = image.format == "raw";
+  const bool none = image.format != "qcow2";
   if (backing) {
-    if (raw) throw Error(EINVAL, "Backing file not supported for file format 'raw'");
+    if (none) {
+      throw Error(EINVAL,
+                  fmt::format("Backing file not supported for file format '{}'", image.format));
+    }
     image.options.set("backing_file", *backing);
   }
   if (format) {
-    if (raw) throw Error(EINVAL, "Backing file format not supported for file format 'raw'");
+    if (none) {
+      throw Error(EINVAL, fmt::format("Backing file format not supported for file format '{}'",
+                                      image.format));
+    }
     image.options.set("backing_fmt", *format);
   }
 }
@@ -54,6 +69,7 @@ namespace {
 // The backing file must be there, and of the format that is recorded for it; it gives the size
 // where none was asked for. It is the user's word, so it may lie anywhere.
 void check_backing(ImageGraph& graph, NewImage& request) {
+  if (request.format != "qcow2") return;
   const std::string recorded = request.options.get("backing_file");
   const std::string format = request.options.get("backing_fmt");
   if (!request.options.has("backing_file")) {
@@ -61,10 +77,10 @@ void check_backing(ImageGraph& graph, NewImage& request) {
     return;
   }
   if (recorded.empty()) throw Error(EINVAL, "Expected backing file name, got empty string");
-  if (!format.empty() && format != "qcow2" && format != "raw") {
-    throw Error(
-        EINVAL,
-        fmt::format("Unknown backing file format '{}' (qcow2 and raw are supported)", format));
+  if (!format.empty() && !is_format(format)) {
+    throw Error(EINVAL, fmt::format("Unknown backing file format '{}' (qcow2, raw and luks are "
+                                    "supported)",
+                                    format));
   }
   const std::string path = path_from_image(request.path, recorded);
   if (same_file(path, request.path)) {
@@ -109,11 +125,11 @@ void allocate(const std::string& path, uint64_t size) {
   if (err != 0) throw base::errno_error(err, "Could not preallocate data for the new file");
 }
 
-void write_out_zeroes(block::Edge& file, uint64_t size) {
+void write_out_zeroes(block::Edge& file, uint64_t begin, uint64_t end) {
   constexpr uint64_t kPiece = 1 << 20;
   base::Buffer zeroes = base::Buffer::zeroed(kPiece);
-  for (uint64_t at = 0; at < size; at += kPiece) {
-    const base::SingleBuffer piece(zeroes.data(), std::min(kPiece, size - at));
+  for (uint64_t at = begin; at < end; at += kPiece) {
+    const base::SingleBuffer piece(zeroes.data(), std::min(kPiece, end - at));
     file.write(at, piece);
   }
   file.flush();
@@ -152,7 +168,19 @@ void write_raw(block::Edge& file, const NewImage& request) {
   }
   const Preallocation wanted = raw_preallocation(request.options);
   if (wanted == Preallocation::kFalloc && size > 0) allocate(path, size);
-  if (wanted == Preallocation::kFull) write_out_zeroes(file, size);
+  if (wanted == Preallocation::kFull) write_out_zeroes(file, 0, size);
+}
+
+// Fiber.
+void write_luks(block::Edge& file, const NewImage& request) {
+  block::luks::create_image(file, luks_options(request.options));
+  const Preallocation wanted = raw_preallocation(request.options);
+  if (wanted == Preallocation::kFalloc) allocate(request.path, file.size());
+  if (wanted == Preallocation::kFull) {
+    // What the disk reads as is undefined anyway: noise.
+    const uint64_t payload = block::read_luks_header(file).payload_offset();
+    write_out_zeroes(file, payload, file.size());
+  }
 }
 
 qcow2::CreateOptions qcow2_options(const CreateOptionList& options) {
@@ -186,12 +214,21 @@ void write_qcow2(ImageGraph& graph, block::Edge& file, const NewImage& image) {
 
 }  // namespace
 
+block::luks::CreateOptions luks_options(const CreateOptionList& options) {
+  block::Options given = options.for_driver();
+  (void)given.take_string("preallocation");
+  const block::luks::CreateOptions out = block::luks::take_create_options(given);
+  given.finish("-o");
+  return out;
+}
+
 void prepare_image(ImageGraph& graph, NewImage& image) {
   check_backing(graph, image);
   if (!image.options.has("size")) throw Error(EINVAL, "Image creation needs a size parameter");
   if (image.format == "qcow2") {
     qcow2::check_create_options(qcow2_options(image.options));
   } else {
+    if (image.format == "luks") (void)luks_options(image.options);
     (void)raw_preallocation(image.options);
   }
 }
@@ -202,6 +239,8 @@ bool make_image(ImageGraph& graph, const NewImage& image) {
     graph.use_file(image.path, {.writable = true}, [&](block::Edge& file) {
       if (image.format == "qcow2") {
         write_qcow2(graph, file, image);
+      } else if (image.format == "luks") {
+        write_luks(file, image);
       } else {
         write_raw(file, image);
       }

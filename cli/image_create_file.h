@@ -6,9 +6,12 @@
 #include <string_view>
 
 #include <optional>
+#include <utility>
+#include <vector>
 
 #include <boost/program_options.hpp>
 
+#include "block/formats/luks/luks_create.h"
 #include "cli/image_create_options.h"
 #include "cli/image_graph.h"
 
@@ -20,6 +23,9 @@ struct NewImage {
   std::string format;
   bool look_at_backing = true;
   CreateOptionList options{"raw"};
+
+  // What opening it afterwards needs beside its name: the id of its secret.
+  std::vector<std::pair<std::string, std::string>> open_options() const;
 };
 
 // True if an -o asked for the format's options, which are printed then.
@@ -29,6 +35,9 @@ bool print_create_options(const boost::program_options::variables_map& values,
 // Sets what -b and -F say. Throws EINVAL where the format has no backing files.
 void set_backing(NewImage& image, const std::optional<std::string>& backing,
                  const std::optional<std::string>& format);
+
+// What the driver makes of the options of a luks image. Throws what is wrong with them.
+block::luks::CreateOptions luks_options(const CreateOptionList& options);
 
 // Checks everything that can be known to be wrong before a file is touched; fills in the size from
 // the backing file where none was asked for. Fiber of the graph's first loop.

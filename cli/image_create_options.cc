@@ -52,12 +52,37 @@ constexpr CreateOption kRawOptions[] = {
     {"extent_size_hint", Kind::kSize, "", ""},
 };
 
+constexpr CreateOption kLuksOptions[] = {
+    {"size", Kind::kSize, "", "Virtual disk size"},
+    {"key-secret", Kind::kText, "", "ID of the secret that provides the keyslot passphrase"},
+    {"cipher-alg", Kind::kText, "", "Name of encryption cipher algorithm"},
+    {"cipher-mode", Kind::kText, "", "Name of encryption cipher mode"},
+    {"ivgen-alg", Kind::kText, "", "Name of IV generator algorithm"},
+    {"ivgen-hash-alg", Kind::kText, "", "Name of IV generator hash algorithm"},
+    {"hash-alg", Kind::kText, "", "Name of encryption hash algorithm"},
+    {"iter-time", Kind::kNumber, "", "Time to spend in PBKDF in milliseconds"},
+    {"preallocation", Kind::kText, "", "Preallocation mode (allowed values: off, falloc, full)"},
+    {"nocow", Kind::kBool, "", ""},
+    {"extent_size_hint", Kind::kSize, "", ""},
+};
+
+constexpr CreateOption kLuksAmendOptions[] = {
+    {"state", Kind::kText, "", "Select new state of affected keyslots (active/inactive)"},
+    {"keyslot", Kind::kNumber, "", "Select a single keyslot to modify explicitly"},
+    {"old-secret", Kind::kText, "", "Select all keyslots that match this password"},
+    {"new-secret", Kind::kText, "",
+     "New secret to set in the matching keyslots. Empty string to erase"},
+    {"iter-time", Kind::kNumber, "", "Time to spend in PBKDF in milliseconds"},
+};
+
 struct Format {
   std::string_view name;
   std::span<const CreateOption> options;
 };
 
-constexpr Format kFormats[] = {{"qcow2", kQcow2Options}, {"raw", kRawOptions}};
+constexpr Format kFormats[] = {
+    {"qcow2", kQcow2Options}, {"raw", kRawOptions}, {"luks", kLuksOptions}};
+constexpr Format kAmendable[] = {{"luks", kLuksAmendOptions}};
 
 std::string_view kind_text(Kind kind) {
   switch (kind) {
@@ -143,7 +168,14 @@ CreateOptionList::CreateOptionList(std::string_view format) {
     return;
   }
   throw Error(EINVAL,
-              fmt::format("Unknown file format '{}' (qcow2 and raw can be created)", format));
+              fmt::format("Unknown file format '{}' (qcow2, raw and luks can be created)", format));
+}
+
+CreateOptionList CreateOptionList::for_amend(std::string_view format) {
+  for (const Format& known : kAmendable) {
+    if (known.name == format) return CreateOptionList(known.name, known.options);
+  }
+  throw Error(ENOTSUP, fmt::format("Format driver '{}' does not support option amendment", format));
 }
 
 bool CreateOptionList::asks_for_help(std::string_view text) {
@@ -161,7 +193,8 @@ std::string CreateOptionList::help() const {
   }
   std::sort(sorted.begin(), sorted.end(),
             [](const auto* a, const auto* b) { return a->name < b->name; });
-  std::string out = fmt::format("Supported {} options:\n", format_);
+  std::string out = amends_ ? fmt::format("Amend options for '{}':\n", format_)
+                            : fmt::format("Supported {} options:\n", format_);
   for (const CreateOption* option : sorted) {
     const std::string left = fmt::format("{}={}", option->name, kind_text(option->kind));
     out += fmt::format("  {:<22} - {}\n", left, option->help);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The -o options of `image create`: which there are for a format, what qemu-img calls wrong about
-// a value, and the line that qemu-img prints of them. A plain value.
+// The -o options of `image create` and `image amend`: which there are for a format, what qemu-img
+// calls wrong about a value, and the line that qemu-img prints of them. A plain value.
 #pragma once
 
 #include <string>
@@ -27,6 +27,9 @@ class CreateOptionList {
  public:
   // Throws EINVAL for a format that cannot be created.
   explicit CreateOptionList(std::string_view format);
+
+  // Those of `image amend`. Throws ENOTSUP for a format that has none.
+  static CreateOptionList for_amend(std::string_view format);
 
   // True if the text of an -o asks for the list of options ("help" or "?" in it).
   static bool asks_for_help(std::string_view text);
@@ -57,8 +60,13 @@ class CreateOptionList {
   const CreateOption& option(std::string_view name) const;
   const Value* find(std::string_view name) const;
 
+  // Of `image amend`.
+  CreateOptionList(std::string_view format, std::span<const CreateOption> options)
+      : format_(format), options_(options), amends_(true) {}
+
   std::string_view format_;
   std::span<const CreateOption> options_;
+  bool amends_ = false;
   std::vector<Value> values_;
 };
 

@@ -9,6 +9,7 @@
 #include "base/buffer.h"
 #include "base/checked.h"
 #include "base/error.h"
+#include "block/formats/luks/luks_node.h"
 #include "block/formats/probe.h"
 #include "block/formats/qcow2/image_file.h"
 #include "block/formats/qcow2/listing.h"
@@ -17,17 +18,21 @@ namespace minivmm::cli {
 
 using base::Error;
 
+bool is_format(std::string_view name) noexcept {
+  return name == "qcow2" || name == "raw" || name == "luks";
+}
+
 std::string image_format(block::Edge& file, const std::string& path, const std::string& given) {
-  if (given == "qcow2" || given == "raw") return given;
+  if (is_format(given)) return given;
   if (!given.empty()) {
-    throw Error(EINVAL,
-                fmt::format("{}: Unknown driver '{}' (qcow2 and raw are supported)", path, given));
+    throw Error(EINVAL, fmt::format("{}: Unknown driver '{}' (qcow2, raw and luks are supported)",
+                                    path, given));
   }
   base::Buffer first(block::kProbeBytes);
   file.read(0, first.io());
   const auto bytes = first.span().first(std::min<uint64_t>(first.size(), file.size()));
   std::string found(block::probe_format(bytes));
-  if (found == "qcow2" || found == "raw") return found;
+  if (is_format(found)) return found;
   throw Error(ENOTSUP,
               fmt::format("{}: the file looks like {}, which is not supported (-f raw takes "
                           "its bytes as they are)",
@@ -52,8 +57,14 @@ ImageFacts inspect(block::Edge& file, const std::string& path, const std::string
   out.actual_size = actual_size(file.node());
   // Raw sizes in whole sectors, as qemu-img states them.
   out.virtual_size = base::align_up<uint64_t>(file.size(), 512);
-  if (out.format != "qcow2") return out;
+  if (out.format == "raw") return out;
   try {
+    if (out.format == "luks") {
+      out.luks = block::read_luks_header(file);
+      const uint64_t payload = std::min(out.luks->payload_offset(), file.size());
+      out.virtual_size = base::align_down<uint64_t>(file.size() - payload, 512);
+      return out;
+    }
     out.qcow2 = block::qcow2::read_header(file);
     out.snapshots = block::qcow2::read_snapshots(file, *out.qcow2);
     out.bitmaps = block::qcow2::read_bitmaps(file, *out.qcow2);

@@ -4,11 +4,13 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include <cstdint>
 #include <optional>
 #include <vector>
 
+#include "block/crypto/luks1_header.h"
 #include "block/formats/qcow2/header.h"
 #include "block/formats/qcow2/tables.h"
 #include "cli/image_graph.h"
@@ -21,6 +23,7 @@ struct ImageFacts {
   uint64_t virtual_size = 0;
   uint64_t actual_size = 0;  // what the file takes of its file system
   std::optional<block::qcow2::Header> qcow2;
+  std::optional<block::crypto::Luks1Header> luks;  // of a luks image
   std::vector<block::qcow2::SnapshotEntry> snapshots;
   std::vector<block::qcow2::BitmapEntry> bitmaps;
 
@@ -29,6 +32,8 @@ struct ImageFacts {
   std::string full_backing_path() const { return path_from_image(path, qcow2->backing_file); }
 };
 
+// The formats that there are.
+bool is_format(std::string_view name) noexcept;
 // The format to take a file for: `given`, or what its first bytes look like. Throws EINVAL for a
 // format that is not supported. Fiber.
 std::string image_format(block::Edge& file, const std::string& path, const std::string& given);

@@ -13,6 +13,7 @@
 
 namespace minivmm::cli {
 
+namespace crypto = block::crypto;
 namespace qcow2 = block::qcow2;
 using Json = nlohmann::ordered_json;
 
@@ -50,6 +51,32 @@ Json snapshot_list(const std::vector<qcow2::SnapshotEntry>& snapshots) {
   return out;
 }
 
+// Of a LUKS header, in qemu-img's order. Nothing of it is secret.
+Json luks_data(const crypto::Luks1Header& h, bool in_qcow2) {
+  Json out = Json::object();
+  out["ivgen-alg"] = iv_generator_name(h.cipher.iv);
+  out["hash-alg"] = hash_name(h.hash);
+  out["cipher-alg"] = cipher_algorithm_name(h.cipher.algorithm);
+  out["uuid"] = h.uuid;
+  if (in_qcow2) out["format"] = "luks";
+  if (h.cipher.iv == crypto::IvGenerator::kEssiv) {
+    out["ivgen-hash-alg"] = hash_name(h.cipher.iv_hash);
+  }
+  out["cipher-mode"] = cipher_mode_name(h.cipher.mode);
+  Json slots = Json::array();
+  for (const crypto::Luks1Slot& slot : h.slots) {
+    Json item{{"active", slot.active}};
+    if (slot.active) item["iters"] = slot.iterations;
+    item["key-offset"] = slot.material_offset();
+    if (slot.active) item["stripes"] = slot.stripes;
+    slots.push_back(std::move(item));
+  }
+  out["slots"] = std::move(slots);
+  out["payload-offset"] = h.payload_offset();
+  out["master-key-iters"] = h.mk_iterations;
+  return out;
+}
+
 // qemu-img's "format-specific" of a qcow2 image, in its order.
 Json format_specific(const ImageFacts& facts) {
   const qcow2::Header& h = *facts.qcow2;
@@ -78,7 +105,9 @@ bool is_dirty(const ImageFacts& facts) {
   return facts.qcow2 && (facts.qcow2->incompatible & qcow2::kIncompatDirty) != 0;
 }
 
-bool is_encrypted(const ImageFacts& facts) { return facts.qcow2 && facts.qcow2->crypt_method != 0; }
+bool is_encrypted(const ImageFacts& facts) {
+  return facts.luks || (facts.qcow2 && facts.qcow2->crypt_method != 0);
+}
 
 Json to_json(const ImageFacts& facts) {
   Json out = Json::object();
@@ -93,6 +122,9 @@ Json to_json(const ImageFacts& facts) {
   out["actual-size"] = facts.actual_size;
   if (facts.qcow2) {
     out["format-specific"] = Json{{"type", "qcow2"}, {"data", format_specific(facts)}};
+  }
+  if (facts.luks) {
+    out["format-specific"] = Json{{"type", "luks"}, {"data", luks_data(*facts.luks, false)}};
   }
   if (facts.has_backing()) {
     out["full-backing-filename"] = facts.full_backing_path();
@@ -194,6 +226,10 @@ std::string info_text(const ImageFacts& facts) {
   if (facts.qcow2) {
     out += "Format specific information:\n";
     print_tree(out, format_specific(facts), 1);
+  }
+  if (facts.luks) {
+    out += "Format specific information:\n";
+    print_tree(out, luks_data(*facts.luks, false), 1);
   }
   return out;
 }

@@ -75,7 +75,7 @@ MeasureRequest read_request(const po::variables_map& values) {
     throw Error(EINVAL, "Either --size N or one filename must be specified.");
   }
   if (values.count("output-format") != 0) out.format = text_value(values, "output-format");
-  if (out.format != "raw" && out.format != "qcow2") {
+  if (!is_format(out.format)) {
     throw Error(EINVAL, fmt::format("Unknown file format '{}'", out.format));
   }
   out.options = CreateOptionList(out.format);
@@ -122,6 +122,11 @@ Measured measure(const MeasureRequest& request, block::Edge* disk, uint64_t size
   Measured out;
   if (request.format == "raw") {
     out.required = out.full = base::align_up<uint64_t>(size, 512);
+    return out;
+  }
+  if (request.format == "luks") {
+    const uint64_t header = block::crypto::luks1_header_bytes(luks_options(request.options).crypto);
+    out.required = out.full = header + base::align_up<uint64_t>(size, 512);
     return out;
   }
   const Qcow2Shape shape = shape_of(request.options);

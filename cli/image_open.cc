@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <cstdio>
 #include <exception>
 
 #include <fmt/core.h>
@@ -197,6 +198,9 @@ Options chain_options(const std::vector<ChainLink>& chain, const OpenMode& mode,
     } else if (i == 0 && guessed && mode.writable) {
       options.set("probed", "on");
     }
+    if (i == 0) {
+      for (const auto& [key, value] : mode.options) options.set(key, value);
+    }
     below = std::move(options);
   }
   return std::move(*below);
@@ -289,6 +293,17 @@ OpenImage::OpenImage(ImageGraph& graph, const ImageName& name, const OpenMode& m
   } catch (Error& e) {
     refuse_open(e, found.path, name_, mode.writable);
   }
+}
+
+void warn_of_guess(const OpenImage& image) {
+  if (!image.guessed() || image.format() != "raw") return;
+  std::fflush(stdout);
+  fmt::print(stderr,
+             "WARNING: Image format was not specified for '{}' and probing guessed raw.\n"
+             "         Automatically detecting the format is dangerous for raw images, write "
+             "operations on block 0 will be restricted.\n"
+             "         Specify the 'raw' format explicitly to remove the restrictions.\n",
+             image.name());
 }
 
 OpenImage::~OpenImage() {

@@ -11,6 +11,7 @@
 #include <cstdint>
 #include <memory>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <boost/program_options.hpp>
@@ -55,6 +56,8 @@ struct OpenMode {
   // Follow what the image records wherever it leads: it is our own, or the user said so.
   bool trusted = false;
   CacheMode cache = {};
+  // More options of the image's own node, as --image-opts has them: the ids of secrets.
+  std::vector<std::pair<std::string, std::string>> options = {};
 };
 
 // An image that is open. Closed by close(), which reports what that finds, or by the destructor,
@@ -84,6 +87,9 @@ class OpenImage {
   std::string node_name_;
   std::unique_ptr<block::Edge> edge_;
 };
+
+// Where an image that is to be written was only guessed to be raw: qemu-img's warning.
+void warn_of_guess(const OpenImage& image);
 
 // One image of a chain, as found in the files.
 struct ChainLink {

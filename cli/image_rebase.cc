@@ -11,6 +11,7 @@
 #include "cli/command.h"
 #include "cli/image_arguments.h"
 #include "cli/image_commands.h"
+#include "cli/image_facts.h"
 #include "cli/image_header.h"
 #include "cli/image_loops.h"
 #include "cli/image_open.h"
@@ -92,7 +93,7 @@ void check(OpenImage& overlay, const RebaseRequest& request) {
   if (request.backing_format.empty()) {
     throw refuse(EINVAL, "backing format must be specified");
   }
-  if (request.backing_format != "qcow2" && request.backing_format != "raw") {
+  if (!is_format(request.backing_format)) {
     throw Error(EINVAL, fmt::format("Invalid format name: {}", request.backing_format));
   }
 }

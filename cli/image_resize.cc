@@ -123,17 +123,6 @@ void preallocate(block::Edge& disk, uint64_t from, uint64_t to, Preallocation ho
   }
 }
 
-void warn_of_guess(const OpenImage& image) {
-  if (!image.guessed() || image.format() != "raw") return;
-  std::fflush(stdout);
-  fmt::print(stderr,
-             "WARNING: Image format was not specified for '{}' and probing guessed raw.\n"
-             "         Automatically detecting the format is dangerous for raw images, write "
-             "operations on block 0 will be restricted.\n"
-             "         Specify the 'raw' format explicitly to remove the restrictions.\n",
-             image.name());
-}
-
 // Fiber.
 void resize(ImageGraph& graph, const ResizeRequest& request) {
   OpenImage image(graph, request.image, {.writable = true, .trusted = true});

@@ -49,11 +49,13 @@ TargetImage::TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache) : 
     throw;
   }
   touched_ = true;
-  is_zero_ = !image.options.has("backing_file") && (image.format != "raw" || !is_device(path_));
+  is_zero_ = image.format == "qcow2" ? !image.options.has("backing_file")
+                                     : image.format == "raw" && !is_device(path_);
   try {
-    image_ =
-        std::make_unique<OpenImage>(graph, ImageName{image.file_name, image.format},
-                                    OpenMode{.writable = true, .trusted = true, .cache = cache});
+    image_ = std::make_unique<OpenImage>(
+        graph, ImageName{image.file_name, image.format},
+        OpenMode{
+            .writable = true, .trusted = true, .cache = cache, .options = image.open_options()});
   } catch (...) {
     give_up();
     throw;

@@ -13,9 +13,10 @@ _minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-tim
 _minivmm_guest="--kernel --probe --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --serial"
 
 # --- image commands: written by docs/update-image-commands ---
-_minivmm_image_commands="bench bitmap check commit compare convert create dd info map measure rebase resize"
+_minivmm_image_commands="amend bench bitmap check commit compare convert create dd info map measure rebase resize"
 _minivmm_image_options() {
   case $1 in
+    amend) echo "-o --options --force -f --format -t --cache --image-opts -p --progress -q --quiet --object -h --help" ;;
     bench) echo "-c --count -d --depth -s --buffer-size -S --step-size -o --offset -w --write --pattern --flush-interval --no-drain -n --native -i --aio -f --format -t --cache --image-opts -q --quiet -U --force-share --object -h --help" ;;
     bitmap) echo "--add --remove --clear --enable --disable --merge -g --granularity -b --source-file -F --source-format -f --format --image-opts --object -h --help" ;;
     check) echo "-r --repair --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format -T --source-cache --output -q --quiet -U --force-share --object -h --help" ;;
@@ -33,6 +34,8 @@ _minivmm_image_options() {
 }
 _minivmm_image_values() {
   case $1:$2 in
+    amend:-f | amend:--format) echo "qcow2 raw luks" ;;
+    amend:-t | amend:--cache) echo "none writeback writethrough directsync unsafe" ;;
     bench:-f | bench:--format) echo "qcow2 raw luks" ;;
     bench:-t | bench:--cache) echo "none writeback writethrough directsync unsafe" ;;
     bitmap:-F | bitmap:--source-format) echo "qcow2 raw luks" ;;

@@ -68,7 +68,16 @@ complete -c minivmm -n "__minivmm_in boot serve" -l log-level -x -a "debug info 
 complete -c minivmm -n "__minivmm_in check-host" -l output -x -a "human json" -d "Form of the output"
 
 # --- image commands: written by docs/update-image-commands ---
-complete -c minivmm -n "__minivmm_in image" -f -a "bench bitmap check commit compare convert create dd info map measure rebase resize"
+complete -c minivmm -n "__minivmm_in image" -f -a "amend bench bitmap check commit compare convert create dd info map measure rebase resize"
+complete -c minivmm -n "__minivmm_in image-amend" -s o -l options -x -d "what to change"
+complete -c minivmm -n "__minivmm_in image-amend" -l force -d "also what makes the data unreadable"
+complete -c minivmm -n "__minivmm_in image-amend" -s f -l format -x -a "qcow2 raw luks" -d "the image's format"
+complete -c minivmm -n "__minivmm_in image-amend" -s t -l cache -x -a "none writeback writethrough directsync unsafe" -d "how the image is written"
+complete -c minivmm -n "__minivmm_in image-amend" -l image-opts -d "images are named by options"
+complete -c minivmm -n "__minivmm_in image-amend" -s p -l progress -d "show how far it is, in percent"
+complete -c minivmm -n "__minivmm_in image-amend" -s q -l quiet -d "print nothing but errors"
+complete -c minivmm -n "__minivmm_in image-amend" -l object -x -d "a password or key that images are opened or made with by ..."
+complete -c minivmm -n "__minivmm_in image-amend" -s h -l help -d "this text"
 complete -c minivmm -n "__minivmm_in image-bench" -s c -l count -x -d "how many requests"
 complete -c minivmm -n "__minivmm_in image-bench" -s d -l depth -x -d "how many of them at once"
 complete -c minivmm -n "__minivmm_in image-bench" -s s -l buffer-size -x -d "of a request"

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+// minivmm image amend
+#include <cerrno>
+#include <cstdio>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "block/formats/luks/luks_node.h"
+#include "cli/command.h"
+#include "cli/image_arguments.h"
+#include "cli/image_commands.h"
+#include "cli/image_create_options.h"
+#include "cli/image_open.h"
+#include "cli/image_progress.h"
+
+namespace minivmm::cli {
+
+namespace po = boost::program_options;
+using base::Error;
+
+ImageSyntax image_amend_syntax() {
+  return image_syntax(
+      "Usage: minivmm image amend [options] -o NAME=VALUE,... FILE\n\n"
+      "Changes how an image is stored, without changing what its disk holds. Of an encrypted "
+      "image\n"
+      "the passwords: one that is there opens it, another is added or erased.\n\n"
+      "Examples:\n"
+      "  minivmm image amend -f luks -o help          # every option\n"
+      "  minivmm image amend --object secret,id=old,file=old.txt --object "
+      "secret,id=new,file=new.txt \\\n"
+      "    --image-opts driver=luks,file.filename=disk.luks,key-secret=old \\\n"
+      "    -o state=active,new-secret=new\n"
+      "  minivmm image amend --object secret,id=new,file=new.txt \\\n"
+      "    --image-opts driver=luks,file.filename=disk.luks,key-secret=new -o "
+      "state=inactive,keyslot=0\n\n",
+      {
+          {"options,o", "NAME=VALUE,...", "what to change; `-o help` lists the options"},
+          {"force", nullptr,
+           "also what makes the data unreadable: erasing the last password, writing over one"},
+      },
+      "ftipq");
+}
+
+namespace {
+
+struct AmendRequest {
+  ImageName image;
+  std::vector<std::string> options;
+  CacheMode cache;
+  bool force = false;
+};
+
+bool asks_for_help(const AmendRequest& request) {
+  for (const std::string& text : request.options) {
+    if (CreateOptionList::asks_for_help(text)) return true;
+  }
+  return false;
+}
+
+void amend_luks(block::LuksNode& node, const CreateOptionList& list, bool force) {
+  block::Options options = list.for_driver();
+  auto wanted = block::crypto::take_luks1_amend_options(options);
+  wanted.force = force;
+  node.amend(wanted);
+}
+
+// Fiber.
+void amend(ImageGraph& graph, const AmendRequest& request) {
+  OpenImage image(graph, request.image,
+                  {.writable = true, .trusted = true, .cache = request.cache});
+  warn_of_guess(image);
+  auto list = CreateOptionList::for_amend(image.format());
+  if (asks_for_help(request)) {
+    fmt::print("{}", list.help());
+    return;
+  }
+  for (const std::string& text : request.options) list.parse(text);
+  amend_luks(dynamic_cast<block::LuksNode&>(image.edge().node()), list, request.force);
+  image.close();
+}
+
+}  // namespace
+
+int run_image_amend(const po::variables_map& values) {
+  AmendRequest request;
+  request.options = text_values(values, "options");
+  if (request.options.empty()) throw UsageError{"Must specify options (-o)"};
+  const std::string format = text_value(values, "format");
+  if (!format.empty() && asks_for_help(request)) {
+    fmt::print("{}", CreateOptionList::for_amend(format).help());
+    return 0;
+  }
+  if (given_names(values).size() != 1) throw Error(EINVAL, "Expecting one image file name");
+  request.image = one_image(values);
+  request.cache = target_cache(values, "writeback");
+  request.force = is_set(values, "force");
+  ImageGraph graph;
+  graph.run([&] {
+    const bool quiet = is_set(values, "quiet");
+    ProgressMeter meter(
+        ProgressMeter::choose(is_set(values, "progress") && !quiet, quiet, false),
+        [] { return ProgressState{}; }, [] {});
+    amend(graph, request);
+    meter.finish();
+  });
+  return 0;
+}
+
+}  // namespace minivmm::cli
