@@ -14,7 +14,9 @@ sys.path.insert(0, IMAGES)
 # pylint: disable=wrong-import-position
 from recipe import debian, linux
 
-MODULES = ("virtio_pci", "virtio_blk", "fuse", "kvm_amd")
+# What its disk needs, and what most tests are about: guests inside it.
+DISK = ("virtio_pci", "virtio_blk")
+VIRTUALIZATION = ("fuse", "kvm_amd")
 # With the other two left on, the emulated processor was seen to hang.
 PARAMETERS = {"kvm_amd": "nested=0 npt=1 vgif=0 vls=0"}
 
@@ -37,16 +39,18 @@ def qemu():
 
 
 class EmulatedHost:
-    """`tree` is its root file system, with /work/outer.sh in it, which is what it runs."""
+    """`tree` is its root file system, with /work/outer.sh in it, which is what it runs. `devices` are
+    more arguments for QEMU."""
 
-    def __init__(self, folder, packages, tree, size=768 << 20):
+    def __init__(self, folder, packages, tree, size=768 << 20, modules=VIRTUALIZATION, devices=()):
         self.folder = folder
+        self.devices = devices
         self.kernel = debian.kernel(packages)
         self.disk = os.path.join(folder, "outer.raw")
         self.initrd = os.path.join(folder, "outer.img")
         tree.text("sbin/init", INIT, 0o755)
         tree.write_ext4(self.disk, size)
-        linux.initramfs(self.kernel, debian.busybox(packages), MODULES,
+        linux.initramfs(self.kernel, debian.busybox(packages), (*DISK, *modules),
                         PARAMETERS).write_initramfs(self.initrd)
 
     def run(self, limit):
@@ -57,7 +61,7 @@ class EmulatedHost:
             "-kernel", self.kernel.image, "-initrd", self.initrd,
             "-append", "console=ttyS0 quiet panic=-1 root=/dev/vda rw",
             "-drive", f"if=none,id=d,file={self.disk},format=raw,cache=unsafe",
-            "-device", "virtio-blk-pci,drive=d"]
+            "-device", "virtio-blk-pci,drive=d", *self.devices]
         begin = time.monotonic()
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
                                    stderr=subprocess.STDOUT)

@@ -1,0 +1,105 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""The Linux kernel's own NBD client on our server: a file system on /dev/nbd0 with one and with four
+connections. The client is Debian's stock kernel on an emulated machine whose network ends at this
+host's loopback; client.sh is what it does."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import unittest
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
+from harness.scene import MIB, Scene, run
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, os.path.join(HERE, "..", "linux"))
+from emulated_host import EmulatedHost, debian, linux, qemu
+
+PACKAGES = os.environ.get("MINIVMM_PACKAGES", os.path.expanduser("~/.cache/minivmm/packages"))
+LIMIT = 240.0
+SIZE = 192 * MIB
+os.environ["PATH"] += ":/usr/sbin:/sbin"
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class KernelClient(Scene):
+    def setUp(self):
+        super().setUp()
+        if not qemu():
+            self.skipTest("no qemu-system-x86_64 to emulate the client's machine")
+        try:
+            self.busybox = debian.busybox(PACKAGES)
+            debian.kernel(PACKAGES)
+        except debian.NoPackage as e:
+            self.skipTest(f"no stock kernel: {e}")
+
+    def client(self, port):
+        tree = linux.root(self.busybox)
+        tree.file("work/outer.sh", os.path.join(HERE, "client.sh"))
+        tree.text("work/settings", f"PORT={port}\n")
+        for program in ("nbd-client", "mke2fs", "e2fsck"):
+            path = shutil.which(program)
+            self.assertIsNotNone(path, f"{program} is not installed")
+            tree.program(path, f"sbin/{program}")
+        return EmulatedHost(
+            self.dir, PACKAGES, tree, size=96 * MIB, modules=("virtio_net", "nbd"),
+            devices=("-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,romfile="))
+
+    def file_sum(self, image):
+        """The sum of /large in the image's file system."""
+        self.tool("convert", "-O", "raw", self.path(image), self.path("whole.raw"))
+        status, text = run(["e2fsck", "-f", "-n", self.path("whole.raw")])
+        self.assertEqual(status, 0, text)
+        subprocess.run(["debugfs", "-R", f"dump /large {self.path('large')}",
+                        self.path("whole.raw")], check=True, stderr=subprocess.DEVNULL)
+        status, text = run(["sha256sum", self.path("large")])
+        return text.split()[0]
+
+    def test_a_file_system_over_the_kernels_driver(self):
+        port = free_port()
+        names = ("disk1", "disk4", "readonly")
+        disks, exports = [], []
+        for name in names:
+            self.create(f"{name}.qcow2", SIZE, "-f", "qcow2")
+            writable = "" if name == "readonly" else ",writable"
+            disks += ["--disk", f"{self.path(name)}.qcow2,id={name}"]
+            exports += ["--export", f"{name}{writable}"]
+        server = self.daemon("serve", *disks, *exports, "--io-threads", "2",
+                             "--nbd", f"nbd://127.0.0.1:{port}")
+        text = "\n".join(self.client(port).run(LIMIT))
+        print(text, flush=True)
+
+        def said(line):
+            self.assertRegex(text, rf"(?m)^CLIENT {line}$")
+            return re.search(rf"(?m)^CLIENT {line}$", text)
+
+        self.assertNotIn("FAILED", text)
+        for connections in (1, 4):
+            name = f"disk{connections}"
+            said(f"{name} size {SIZE // 512}")
+            for step in ("attach {} {}", "mkfs {}", "mount {}", "fstrim {}", "umount {}", "e2fsck {}",
+                         "detach {}", "mount again {}", "{} content", "detach {} again"):
+                said(step.format(name, connections) + " ok")
+        said("readonly ro 1")
+        said("readonly write refused")
+        said("end")
+        self.assertEqual(server.stop(), 0, server.errors.text())
+        for name in ("disk1", "disk4"):
+            self.check(f"{name}.qcow2")
+            self.assertEqual(self.file_sum(f"{name}.qcow2"), said(rf"{name} sum (\w+)").group(1))
+            # 10 MiB of large, 2.3 MiB of part, the file system's own: what was removed is gone.
+            allocated = os.stat(self.path(f"{name}.qcow2")).st_blocks * 512
+            self.assertLess(allocated, 32 * MIB)
+
+
+if __name__ == "__main__":
+    unittest.main()
