@@ -143,11 +143,14 @@ std::optional<BootEntry> Finder::newest_kernel(const ExtVolume& volume,
       if (!name.starts_with(prefix) || name.find("rescue") != std::string::npos) continue;
       if (!prefix.ends_with('-') && name != prefix) continue;
       const std::string version = name.substr(prefix.size());
-      BootEntry entry{name, boot + "/" + name, {}, root_argument()};
+      const std::string folder = boot + "/";
+      BootEntry entry{name, folder, {}, root_argument()};
+      entry.kernel += name;
       for (const std::string& initrd : {"initrd.img-" + version, "initramfs-" + version + ".img",
                                         "initrd-" + version, std::string("initrd.img")}) {
         if (std::find(names.begin(), names.end(), initrd) == names.end()) continue;
-        entry.initrds.push_back(boot + "/" + initrd);
+        entry.initrds.push_back(folder);
+        entry.initrds.back() += initrd;
         break;
       }
       return entry;
