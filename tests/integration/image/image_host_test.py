@@ -75,7 +75,7 @@ class CheckHost(unittest.TestCase):
 class Help(unittest.TestCase):
     def test_every_command_teaches_by_example(self):
         image = [["image", name] for name in
-                 ("bench", "check", "commit", "compare", "convert", "create", "dd", "info", "map",
+                 ("amend", "bench", "bitmap", "check", "commit", "compare", "convert", "create", "dd", "info", "map",
                   "measure", "rebase", "resize")]
         for command in (*image, ["check-host"], ["image"]):
             done = run(*command, "--help")
@@ -83,11 +83,11 @@ class Help(unittest.TestCase):
             self.assertIn("Usage: minivmm " + " ".join(command), done.stdout)
             self.assertIn("Examples:", done.stdout)
 
-    def test_commands_that_only_qemu_img_has_are_named(self):
-        done = run("image", "amend", "-o", "compat=1.1", "a")
+    def test_an_unknown_command_is_named(self):
+        done = run("image", "nope")
         self.assertEqual(done.returncode, 1)
-        self.assertIn("`qemu-img amend`", done.stderr)
-        self.assertIn("unknown command", run("image", "nope").stderr)
+        self.assertIn("unknown command 'nope'", done.stderr)
+
 
 
 if __name__ == "__main__":
