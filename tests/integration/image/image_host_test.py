@@ -86,7 +86,7 @@ class Help(unittest.TestCase):
     def test_an_unknown_command_is_named(self):
         done = run("image", "nope")
         self.assertEqual(done.returncode, 1)
-        self.assertIn("unknown command 'nope'", done.stderr)
+        self.assertIn("unknown command 'image nope'", done.stderr)
 
 
 
