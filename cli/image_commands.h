@@ -52,5 +52,7 @@ ImageSyntax image_rebase_syntax();
 int run_image_rebase(const boost::program_options::variables_map& values);
 ImageSyntax image_resize_syntax();
 int run_image_resize(const boost::program_options::variables_map& values);
+ImageSyntax image_snapshot_syntax();
+int run_image_snapshot(const boost::program_options::variables_map& values);
 
 }  // namespace minivmm::cli

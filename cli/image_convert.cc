@@ -13,6 +13,7 @@
 #include "block/jobs/copy_job.h"
 #include "cli/command.h"
 #include "cli/image_commands.h"
+#include "cli/image_convert_bitmaps.h"
 #include "cli/image_convert_options.h"
 #include "cli/image_loops.h"
 #include "cli/image_personality.h"
@@ -53,8 +54,16 @@ uint32_t depth_above(OpenImage& image, const std::string& backing) {
 }
 
 void open_sources(ImageGraph& graph, const ConvertRequest& request, Sources& out) {
+  if (request.sources.size() > 1 && !request.snapshot.empty()) {
+    throw Error(EINVAL, "No support for concatenating multiple snapshot");
+  }
+  if (request.sources.size() > 1 && request.bitmaps) {
+    throw Error(EINVAL, "Copying bitmaps only possible with single source");
+  }
   for (const ImageName& name : request.sources) {
-    const OpenMode mode{.force_share = request.force_share, .cache = request.source_cache};
+    const OpenMode mode{.force_share = request.force_share,
+                        .cache = request.source_cache,
+                        .options = request.snapshot};
     out.images.push_back(std::make_unique<OpenImage>(graph, name, mode));
   }
   std::string backing;
@@ -136,6 +145,13 @@ CopyOptions copy_options(const ConvertRequest& request, Sources& sources, Target
 void convert(ImageGraph& graph, const ConvertRequest& request) {
   Sources sources;
   open_sources(graph, request, sources);
+  if (request.bitmaps) {
+    check_source_bitmaps(*sources.images.front(), request.skip_broken_bitmaps);
+    if (!request.skip_create && request.target_format != "qcow2") {
+      throw Error(ENOTSUP, fmt::format("Format driver '{}' does not support bitmaps",
+                                       request.target_format));
+    }
+  }
   const std::unique_ptr<TargetImage> target = open_target(graph, request, sources.size);
   if (target->image().size() < sources.size) {
     throw Error(ENOSPC, "output file is smaller than input file");
@@ -153,6 +169,7 @@ void convert(ImageGraph& graph, const ConvertRequest& request) {
         [&] { job.cancel(); });
     target->begin();
     job.run(graph.loops());
+    if (request.bitmaps) copy_bitmaps(*sources.images.front(), target->edge());
     target->finish();
     meter.finish();
   }

@@ -45,6 +45,21 @@ unsigned read_requests(const po::variables_map& values) {
                                   kMostRequests));
 }
 
+// "name or number", or "snapshot.id=ID,snapshot.name=NAME", as options of the qcow2 driver.
+std::vector<std::pair<std::string, std::string>> snapshot_options(const std::string& text) {
+  if (!text.starts_with("snapshot.")) return {{"snapshot", text}};
+  block::Options parsed = block::Options::from_text(text);
+  std::vector<std::pair<std::string, std::string>> out;
+  for (const char* key : {"id", "name"}) {
+    const std::string option = std::string("snapshot.") + key;
+    if (const auto value = parsed.take_string(option)) {
+      out.emplace_back(std::string("snapshot-") + key, *value);
+    }
+  }
+  if (out.empty()) throw Error(EINVAL, fmt::format("Failed in parsing snapshot param '{}'", text));
+  return out;
+}
+
 // Options that exclude or need each other, in qemu-img's order.
 void check_together(const po::variables_map& values, const ConvertRequest& request) {
   if (request.backing && request.target_format != "qcow2") {
@@ -98,8 +113,11 @@ ImageSyntax image_convert_syntax() {
           {"compress,c", nullptr, "store data compressed, where the format can"},
           {"sparse,S", "SIZE",
            "how many zeroes make a hole (default 4k); 0: none, everything is written"},
-          {"snapshot,l", "SNAPSHOT", "not supported: internal snapshots cannot be read"},
-          {"bitmaps", nullptr, "not supported: dirty bitmaps are not copied"},
+          {"snapshot,l", "SNAPSHOT",
+           "read a snapshot and not the disk: its number or name, or "
+           "snapshot.id=ID,snapshot.name=NAME"},
+          {"bitmaps", nullptr, "copy the dirty bitmaps as well"},
+          {"skip-broken-bitmaps", nullptr, "but for those that are inconsistent"},
           {"salvage", nullptr, "go on where the source cannot be read, with zeroes"},
           {"copy-range,C", nullptr,
            "let the file system copy; done without being asked where it can share the data"},
@@ -131,12 +149,13 @@ ConvertRequest read_convert_request(const po::variables_map& values) {
   check_together(values, out);
   out.source_cache = source_cache(values);
   out.target_cache = target_cache(values, "unsafe");
-  if (values.count("snapshot") != 0) {
-    throw Error(ENOTSUP, "-l is not supported: internal snapshots cannot be read");
+  out.bitmaps = is_set(values, "bitmaps");
+  out.skip_broken_bitmaps = is_set(values, "skip-broken-bitmaps");
+  if (out.skip_broken_bitmaps && !out.bitmaps) {
+    throw Error(EINVAL, "Use of --skip-broken-bitmaps requires --bitmaps");
   }
-  if (is_set(values, "bitmaps")) {
-    throw Error(ENOTSUP, "--bitmaps is not supported: dirty bitmaps are not copied");
-  }
+  if (values.count("snapshot") != 0)
+    out.snapshot = snapshot_options(text_value(values, "snapshot"));
   const Strings names = given_names(values);
   if (names.size() < 2) throw Error(EINVAL, "Must specify image file name");
   out.target = names.back();

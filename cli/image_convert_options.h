@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include <boost/program_options.hpp>
@@ -33,6 +34,9 @@ struct ConvertRequest {
   bool compress = false;
   bool copy_range = false;
   bool salvage = false;
+  bool bitmaps = false;
+  bool skip_broken_bitmaps = false;
+  std::vector<std::pair<std::string, std::string>> snapshot;  // OpenMode::options
   bool force_share = false;
   bool progress = false;
   bool quiet = false;

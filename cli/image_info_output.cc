@@ -234,6 +234,12 @@ std::string info_text(const ImageFacts& facts) {
   return out;
 }
 
+std::string snapshots_text(const ImageFacts& facts) {
+  std::string out;
+  if (!facts.snapshots.empty()) add_snapshots(out, facts);
+  return out;
+}
+
 std::string info_json(const ImageFacts& facts) { return dump(to_json(facts)); }
 
 std::string info_json(const std::vector<ImageFacts>& chain) {

@@ -17,6 +17,9 @@ std::string info_text(const ImageFacts& facts);
 std::string info_json(const ImageFacts& facts);
 std::string info_json(const std::vector<ImageFacts>& chain);
 
+// "Snapshot list:\nID ...": nothing where there are none.
+std::string snapshots_text(const ImageFacts& facts);
+
 // "1.5 GiB": three digits, in the unit that leaves less than 1000.
 std::string size_text(uint64_t bytes);
 

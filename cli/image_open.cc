@@ -245,6 +245,7 @@ Description describe_options(ImageGraph& graph, const ImageName& name, const Ope
   }
   out.format = out.options.peek("driver").value_or("");
   Options& options = out.options;
+  for (const auto& [key, value] : mode.options) options.set(key, value);
   if (!options.has("read-only")) options.set("read-only", mode.writable ? "off" : "on");
   if (!mode.with_backing && out.format == "qcow2" && !options.has("backing")) {
     options.set_null("backing");

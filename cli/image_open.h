@@ -56,7 +56,8 @@ struct OpenMode {
   // Follow what the image records wherever it leads: it is our own, or the user said so.
   bool trusted = false;
   CacheMode cache = {};
-  // More options of the image's own node, as --image-opts has them: the ids of secrets.
+  // More options of the image's own node, as --image-opts has them: the ids of secrets, a snapshot
+  // to be read.
   std::vector<std::pair<std::string, std::string>> options = {};
 };
 

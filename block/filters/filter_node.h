@@ -17,6 +17,7 @@ class FilterNode : public Node {
 
   std::string filename() const override { return file_.node().filename(); }
   std::vector<Edge*> children() override { return {&file_}; }
+  Snapshots* snapshots() noexcept override { return file_.node().snapshots(); }
   DirtyBitmaps* dirty_bitmaps() noexcept override { return file_.node().dirty_bitmaps(); }
 
  protected:

@@ -42,6 +42,7 @@ namespace minivmm::block {
 
 class DirtyBitmaps;
 class Edge;
+class Snapshots;
 
 class Node : public std::enable_shared_from_this<Node> {
  public:
@@ -71,6 +72,9 @@ class Node : public std::enable_shared_from_this<Node> {
 
   // What remembers which parts were written; nullptr where the node has no such thing.
   virtual DirtyBitmaps* dirty_bitmaps() noexcept { return nullptr; }
+
+  // The snapshots inside it; nullptr where there can be none.
+  virtual Snapshots* snapshots() noexcept { return nullptr; }
 
   // Counters for state dumps. Any thread.
   struct Counters {

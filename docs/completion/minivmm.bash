@@ -22,7 +22,7 @@ _minivmm_image_options() {
     check) echo "-r --repair --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format -T --source-cache --output -q --quiet -U --force-share --object -h --help" ;;
     commit) echo "-b --base -d --drop -r --rate --backing-root -f --format -t --cache --image-opts -p --progress -q --quiet --object -h --help" ;;
     compare) echo "-F --second-format -s --strict -f --format -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
-    convert) echo "-O --output-format -o --options -B --backing -F --backing-format -n --skip-create --target-is-zero --target-image-opts -c --compress -S --sparse -l --snapshot --bitmaps --salvage -C --copy-range -m --parallel -W --out-of-order -r --rate -f --format -t --cache -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
+    convert) echo "-O --output-format -o --options -B --backing -F --backing-format -n --skip-create --target-is-zero --target-image-opts -c --compress -S --sparse -l --snapshot --bitmaps --skip-broken-bitmaps --salvage -C --copy-range -m --parallel -W --out-of-order -r --rate -f --format -t --cache -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
     create) echo "-f --format -b --backing -F --backing-format -u --unsafe -o --options -q --quiet --object -h --help" ;;
     dd) echo "-O --output-format -f --format --image-opts -U --force-share --object -h --help" ;;
     info) echo "--backing-chain --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format --output -U --force-share --object -h --help" ;;

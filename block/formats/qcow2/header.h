@@ -108,7 +108,8 @@ void require_supported(const Header& header);
 std::vector<std::byte> serialise_fields(const Header& header);
 
 // The first cluster's content up to the end of the backing file's name. Throws EINVAL if it does
-// not fit the cluster. The feature name table is left out where there is no room for it.
-std::vector<std::byte> serialise_header(const Header& header);
+// not fit the cluster. The feature name table is left out where there is no room for it. `name_at`:
+// where the name is to be, if there is room; 0: behind the extensions.
+std::vector<std::byte> serialise_header(const Header& header, uint64_t name_at = 0);
 
 }  // namespace minivmm::block::qcow2

@@ -4,7 +4,10 @@
 //
 // The numbers that a running image changes (sizes, offsets of tables, feature bits) lie in the
 // first sector and are written at once: a crash leaves the old ones or the new ones. Extensions and
-// the backing file's name may reach over sectors; they are written only where they change.
+// the backing file's name may reach over sectors: those that change are written one by one, in an
+// order in which each state reads as the old header or the new one (header_sectors.h), after the
+// name has been moved out of the way where that helps. Where there is no such order, which takes
+// hundreds of bytes of extensions in both, it is one write, and the bitmaps do not count meanwhile.
 //
 // Owned by ImageFile. Any loop, on fibers. After an error the header on disk is the old one or the
 // new one, current() is the old one, and the next change writes all the numbers again.
@@ -37,6 +40,9 @@ class HeaderUpdate {
 
  private:
   void write(uint64_t offset, std::span<const std::byte> bytes);
+  void write_numbers(const Header& wanted);
+  bool write_sectors(std::vector<std::byte>& now, const std::vector<std::byte>& wanted);
+  uint64_t move_name_away(std::vector<std::byte>& now);
 
   Edge& file_;
   mutable base::FiberMutex changing_;

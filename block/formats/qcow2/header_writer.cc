@@ -91,7 +91,7 @@ std::vector<std::byte> serialise_fields(const Header& h) {
   return out;
 }
 
-std::vector<std::byte> serialise_header(const Header& h) {
+std::vector<std::byte> serialise_header(const Header& h, uint64_t name_at) {
   const uint64_t cluster = 1ULL << h.cluster_bits;
   Bytes out = serialise_fields(h);
   put_text_extension(out, kExtBackingFormat, h.backing_format);
@@ -105,6 +105,7 @@ std::vector<std::byte> serialise_header(const Header& h) {
   }
   put(out, uint64_t{0});
   if (h.has_backing) {
+    if (name_at > out.size()) out.resize(name_at);
     base::store_be(out.data() + 8, static_cast<uint64_t>(out.size()));
     base::store_be(out.data() + 16, static_cast<uint32_t>(h.backing_file.size()));
     put_text(out, h.backing_file);

@@ -76,7 +76,8 @@ Image::Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data, Header head
       allocator_(file_, refcounts_, metadata_),
       map_(file_, l1_, l2_, allocator_, metadata_, quarantine_),
       committer_(file_, data_.get(), l1_, l2_, blocks_, refcounts_, quarantine_),
-      bitmaps_(*this, allocator_) {}
+      bitmaps_(*this, allocator_),
+      snapshots_(*this, {l1_, refcounts_, metadata_, quarantine_}) {}
 
 void Image::prepare_first_write() {
   const std::lock_guard lock(preparing_);

@@ -24,6 +24,7 @@
 #include "block/formats/qcow2/overlap.h"
 #include "block/formats/qcow2/quarantine.h"
 #include "block/formats/qcow2/refcounts.h"
+#include "block/formats/qcow2/snapshots/snapshot_set.h"
 
 namespace minivmm::block::qcow2 {
 
@@ -57,6 +58,7 @@ class Image {
   Refcounts& refcounts() noexcept { return refcounts_; }
   const Quarantine& quarantine() const noexcept { return quarantine_; }
   Bitmaps& bitmaps() noexcept { return bitmaps_; }
+  SnapshotSet& snapshots() noexcept { return snapshots_; }
   uint64_t commits() const { return committer_.commits(); }
 
   // Before each change. The first one marks bitmaps as in use, clears autoclear bits and loads what
@@ -113,6 +115,7 @@ class Image {
   GuestMap map_;
   Committer committer_;
   Bitmaps bitmaps_;
+  SnapshotSet snapshots_;
   std::atomic<bool> ready_to_write_{false};
   base::FiberMutex preparing_;
   base::FiberMutex reclaiming_;

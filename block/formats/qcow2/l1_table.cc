@@ -97,4 +97,15 @@ L1Table::Entries L1Table::move(uint64_t offset, Entries larger, uint32_t size) {
   return larger;
 }
 
+void L1Table::replace(uint64_t offset, const std::vector<uint64_t>& entries) {
+  auto array = std::make_unique<std::atomic<uint64_t>[]>(entries.size());
+  for (size_t i = 0; i < entries.size(); ++i) array[i].store(entries[i], std::memory_order_relaxed);
+  const std::lock_guard lock(mutex_);
+  entries_.store(array.get(), std::memory_order_release);
+  owned_ = std::move(array);
+  offset_ = offset;
+  size_.store(static_cast<uint32_t>(entries.size()), std::memory_order_release);
+  dirty_.clear();
+}
+
 }  // namespace minivmm::block::qcow2

@@ -45,6 +45,8 @@ class L1Table {
   void write_copy(uint64_t offset, uint32_t size);
   // The header points there now. Returns the array that was in use.
   Entries move(uint64_t offset, Entries larger, uint32_t size);
+  // Another table, which the file has at `offset`, takes its place. While no request is in flight.
+  void replace(uint64_t offset, const std::vector<uint64_t>& entries);
 
  private:
   ImageFile& image_;

@@ -58,6 +58,10 @@ void MetadataMap::move_l1_table(uint64_t first_cluster, uint64_t clusters) {
   l1_.store(first_cluster << kL1CountBits | clusters, std::memory_order_relaxed);
 }
 
+void MetadataMap::move_snapshot_table(uint64_t first_cluster, uint64_t clusters) {
+  fixed_[1] = {first_cluster, first_cluster + clusters, "snapshot table"};
+}
+
 const char* MetadataMap::find(uint64_t first, uint64_t count) const {
   const uint64_t end = first + count;
   for (const Range& range : fixed_) {

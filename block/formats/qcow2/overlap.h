@@ -31,6 +31,8 @@ class MetadataMap {
   bool remove(uint64_t cluster);
   void move_refcount_table(uint64_t first_cluster, uint64_t clusters);
   void move_l1_table(uint64_t first_cluster, uint64_t clusters);
+  // While nobody asks.
+  void move_snapshot_table(uint64_t first_cluster, uint64_t clusters);
 
   // What metadata lies in [first, first + count), or nullptr. Clusters, not bytes.
   const char* find(uint64_t first, uint64_t count) const;

@@ -51,6 +51,7 @@ class Qcow2Node final : public Node {
   std::vector<Edge*> children() override;
   void close() override;
   DirtyBitmaps* dirty_bitmaps() noexcept override { return &image_.bitmaps(); }
+  Snapshots* snapshots() noexcept override;
 
   const qcow2::Header& header() const noexcept { return image_.file().header(); }
   // For tests and state dumps.
@@ -69,6 +70,7 @@ class Qcow2Node final : public Node {
  private:
   struct Plan;
   struct Surroundings;
+  class SnapshotCommands;
   // Of guest offsets.
   struct Range {
     uint64_t begin = 0;
@@ -148,10 +150,12 @@ class Qcow2Node final : public Node {
   qcow2::Claims claims_;
   std::atomic<bool> reclaiming_{false};
   base::WaitGroup background_;
+  std::shared_ptr<Snapshots> snapshots_;  // made when it is asked for
 };
 
 // Fiber. Takes: file, data-file, backing, cache-size, l2-cache-size, refcount-cache-size,
-// l2-cache-entry-size.
+// l2-cache-entry-size; snapshot, snapshot-id, snapshot-name (one of the snapshots instead of the
+// disk; read-only).
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

@@ -8,6 +8,7 @@
 #include "base/error.h"
 #include "base/pool.h"
 #include "block/formats/qcow2/qcow2_node.h"
+#include "block/formats/qcow2/snapshots/snapshot_view.h"
 #include "block/graph/graph.h"
 #include "block/graph/open_policy.h"
 
@@ -50,6 +51,24 @@ void require_clean(const NodeConfig& config, const Header& header, const std::st
     throw Error(EROFS, fmt::format("{}: the image {} and cannot be written to: repair it with "
                                    "`minivmm image check -r all`, or open it with read-only=on",
                                    name, state));
+  }
+}
+
+// The header, or that of the snapshot which is asked for instead of the disk.
+Header choose_snapshot(const NodeConfig& config, const std::shared_ptr<Node>& file,
+                       Options& options, Header header) {
+  const qcow2::SnapshotName name{.either = options.take_string("snapshot"),
+                                 .id = options.take_string("snapshot-id"),
+                                 .name = options.take_string("snapshot-name")};
+  if (!name.either && !name.id && !name.name) return header;
+  try {
+    if (!config.read_only) throw Error(EROFS, "a snapshot can only be read: give read-only=on");
+    Edge edge(file, fmt::format("opening a snapshot of '{}'", config.node_name),
+              {.uses = 0, .shares = Permissions::kWrite | Permissions::kResize});
+    return qcow2::header_of_snapshot(edge, header, name);
+  } catch (Error& e) {
+    e.prepend(name_of(config, *file));
+    throw;
   }
 }
 
@@ -100,7 +119,7 @@ std::shared_ptr<Node> open_data_file(Graph& graph, const NodeConfig& config, Opt
 
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options) {
   std::shared_ptr<Node> file = graph.open_child(options, "file", config.read_only);
-  const Header header = read_supported_header(config, file);
+  const Header header = choose_snapshot(config, file, options, read_supported_header(config, file));
   const std::string name = name_of(config, *file);
   require_clean(config, header, name);
   const auto total = options.take_size("cache-size");

@@ -34,6 +34,9 @@ class Refcounts {
   // Raises the refcounts of a run of clusters in use by 1 each. False: one cannot go higher, and
   // nothing has changed. Throws EIO if one is 0, and what reading them throws; then likewise.
   bool raise(uint64_t first, uint64_t count);
+  // Adds 1 to each cluster of a run, which are in use; counts in `done` those for which it did.
+  // Throws EFBIG where one has as many references as the image can count, EIO if one was 0.
+  void raise(uint64_t first, uint64_t count, uint64_t& done);
   // Lowers a cluster's refcount by 1; returns what it is then. Throws EIO if it was 0.
   uint64_t lower(uint64_t cluster);
   // The same for a run whose refcounts are all 1 by the caller's knowledge.

@@ -81,6 +81,66 @@ class Bitmaps(ImageCase):
         self.must(self.ours("bitmap", "--merge", "b", "-b", "y", "-F", "qcow2", "x", "b"))
         self.assertEqual(self.dirty("x", "b", 4 << 20), set(range(2048, 2048 + 256)))
 
+    def test_converted_with_the_image(self):
+        self.make("-f", "qcow2", "x", "4M")
+        for name, *options in (("a", "-g", "4k"), ("b", "--disable"), ("c", "-g", "512")):
+            self.must(self.theirs("bitmap", "--add", *options, "x", name))
+        self.qemu_io("x", "write 1M 100k", "write 3M 512")
+        for tool, name in ((self.ours, "ours"), (self.theirs, "theirs")):
+            self.must(tool("convert", "-O", "qcow2", "--bitmaps", "x", name))
+        infos = []
+        for name in ("ours", "theirs"):
+            told = json.loads(self.must(self.theirs("info", "--output=json", name)).out)
+            infos.append(sorted((b["name"], b["flags"], b["granularity"])
+                                for b in told["format-specific"]["data"]["bitmaps"]))
+            self.must(self.theirs("check", name))
+        self.assertEqual(*infos)
+        for bitmap in "abc":
+            self.assertEqual(self.dirty("ours", bitmap, 4 << 20),
+                             self.dirty("theirs", bitmap, 4 << 20))
+        self.must(self.ours("convert", "-O", "qcow2", "x", "without"))
+        self.assertNotIn("bitmaps", self.must(self.theirs("info", "without")).out)
+
+    def test_conversions_that_are_refused(self):
+        self.make("-f", "qcow2", "x", "1M")
+        self.make("-f", "raw", "raw", "1M")
+        self.must(self.theirs("bitmap", "--add", "x", "b"))
+        with self.in_use("x") as user:
+            user.process.kill()
+        for arguments in (["--bitmaps", "x"], ["--skip-broken-bitmaps", "x"],
+                          ["--bitmaps", "raw"], ["--bitmaps", "--skip-broken-bitmaps", "x"]):
+            self.same_answer("convert", "-O", "qcow2", *arguments, "out")
+        self.assertNotIn("bitmaps", self.must(self.theirs("info", "out")).out)
+
+    def test_kept_by_what_changes_the_image(self):
+        self.make("-f", "qcow2", "base", "4M")
+        self.make("-f", "qcow2", "other", "4M")
+        self.must(self.theirs("bitmap", "--add", "base", "below"))
+        self.make("-f", "qcow2", "-b", "base", "-F", "qcow2", "x")
+        self.must(self.theirs("bitmap", "--add", "x", "b"))
+        self.must(self.theirs("bitmap", "--add", "--disable", "x", "off"))
+        self.qemu_io("x", "write 1M 64k")
+        expected = set(range(2048, 2048 + 128))
+        for arguments in (["rebase", "-b", "other", "-F", "qcow2"],
+                          ["rebase", "-u", "-b", "base", "-F", "qcow2"], ["snapshot", "-c", "s"],
+                          ["rebase", "-b", "base", "-F", "qcow2"], ["snapshot", "-d", "s"]):
+            self.must(self.ours(*arguments, "x"))
+            self.must(self.theirs("check", "x"))
+            self.assertEqual(self.dirty("x", "b", 4 << 20), expected, arguments)
+        for size in ("6M", "2M", "3M"):
+            self.must(self.ours("resize", "--shrink", "x", size))
+            self.must(self.theirs("check", "x"))
+            self.assertEqual(self.dirty("x", "b", int(size[:-1]) << 20), expected, size)
+            self.assertEqual(self.dirty("x", "off", int(size[:-1]) << 20), set(), size)
+        self.must(self.ours("commit", "-d", "x"))
+        # With the zeroes by which the disk grew.
+        self.assertEqual(self.dirty("base", "below", 4 << 20), expected | set(range(4096, 6144)))
+        self.must(self.ours("snapshot", "-c", "s", "x"))
+        self.must(self.ours("snapshot", "-a", "s", "x"))
+        self.assertEqual(self.dirty("x", "b", 3 << 20), set(range(6144)),
+                         "all may differ after going back to a snapshot")
+        self.assertEqual(self.dirty("x", "off", 3 << 20), set())
+
     def test_both_in_turn(self):
         rng = random.Random(SEED)
         for turn in range(6):
