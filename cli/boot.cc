@@ -6,6 +6,7 @@
 #include "cli/command.h"
 #include "cli/daemon_options.h"
 #include "control/daemon.h"
+#include "control/specs.h"
 
 namespace minivmm::cli {
 
@@ -49,6 +50,9 @@ po::options_description guest_options() {
     ("devices", po::value<std::string>()->default_value("auto")->value_name("HOW"),
      "how the kernel is told of its devices: acpi, command-line, or auto for what it knows")
     ("no-rng", "no virtio entropy device for a kernel")
+    ("no-seccomp", "no filters of system calls for the guest's threads")
+    ("pin", po::value<std::vector<std::string>>()->composing()->value_name("THREAD=CPUS"),
+     "host processors for a thread: vcpu0=2, io0=0-1,4")
     ("serial", po::value<std::string>()->default_value("stdio")->value_name("WHERE"),
      "the guest's serial port: stdio, none, pty, file:PATH, or unix:PATH (a socket)");
   // clang-format on
@@ -79,7 +83,14 @@ int run_boot(const std::vector<std::string>& arguments) {
   boot.prealloc = values.count("prealloc") != 0;
   boot.devices = text("devices");
   boot.rng = values.count("no-rng") == 0;
+  boot.confine_threads = values.count("no-seccomp") == 0;
   boot.serial = text("serial");
+  if (values.count("pin") != 0) {
+    for (const auto& pin : values["pin"].as<std::vector<std::string>>()) {
+      auto [thread, processors] = control::parse_pin(pin);
+      boot.processors[thread] = std::move(processors);
+    }
+  }
   config.boot = std::move(boot);
   return control::Daemon(std::move(config)).run();
 }

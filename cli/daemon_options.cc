@@ -39,7 +39,8 @@ po::options_description graph_options() {
      "a disk image; makes a node and, for boot, the guest's device. Keys: id=NAME, "
      "format=qcow2|raw, ro, cache=writeback|writethrough|none|directsync|unsafe, backing=FILE, "
      "backing_fmt=FORMAT, offset=, size= (raw), serial=, logical_block_size=, "
-     "physical_block_size=, num-queues=, queue-size=, cache-size=, l2-cache-size=, "
+     "physical_block_size=, num-queues=, queue-size=, media=disk|cdrom, snapshot, legacy, "
+     "rerror=report|ignore|stop, werror=report|ignore|stop|enospc, cache-size=, l2-cache-size=, "
      "refcount-cache-size=, l2-cache-entry-size=, locking=auto|on|off. "
      "A comma inside a value is doubled.")
     ("blockdev", po::value<Strings>()->composing()->value_name("KEYS|JSON"),

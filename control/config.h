@@ -6,6 +6,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <vector>
 
@@ -13,6 +14,7 @@
 #include "block/graph/open_policy.h"
 #include "block/graph/options.h"
 #include "fuse/mount.h"
+#include "virtio/block_options.h"
 
 namespace minivmm::control {
 
@@ -23,6 +25,9 @@ struct DiskDevice {
   uint32_t physical_block_size = 0;
   uint16_t num_queues = 1;
   uint16_t queue_size = 256;
+  virtio::ErrorAction read_error = virtio::ErrorAction::kReport;
+  virtio::ErrorAction write_error = virtio::ErrorAction::kReport;
+  bool legacy = false;
 };
 
 // `--disk`: a node and, in a machine, its device.
@@ -30,6 +35,7 @@ struct Disk {
   block::Options node;  // with its node-name
   std::string node_name;
   bool read_only = false;
+  bool snapshot = false;  // writes go to a file that is gone at the end
   DiskDevice device;
   std::string notice;  // what the user should know, such as that the format was guessed
 };
@@ -69,6 +75,9 @@ struct Boot {
   unsigned cpus = 1;
   std::string devices = "auto";  // how the kernel is told of them: auto, acpi, command-line
   bool rng = true;
+  bool confine_threads = true;
+  // By the name of a thread (vcpu0, io1): the processors it may run on.
+  std::map<std::string, std::vector<unsigned>> processors;
   std::string serial = "stdio";  // stdio, none, pty, file:PATH, or unix:PATH
 };
 

@@ -18,6 +18,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "control/side_by_side.h"
+#include "control/snapshot.h"
 #include "vmm/terminal.h"
 
 namespace minivmm::control {
@@ -108,6 +109,10 @@ void Daemon::take_signal() {
     }
     return;
   }
+  if (number == SIGUSR2) {
+    if (started_ && guest_) guest_->resume();
+    return;
+  }
   if (number != SIGHUP && ++insistent_ == 2) give_up_now("second signal");
   base::log_info("{}: shutting down", ::strsignal(number));
   if (!ending_) begin_end();
@@ -141,7 +146,11 @@ void Daemon::open_nodes() {
     for (const block::Options& options : config_.blockdevs) graph_->add(options);
     for (const Disk& disk : config_.disks) {
       if (!disk.notice.empty()) base::log_warning("{}", disk.notice);
-      graph_->add(disk.node);
+      if (disk.snapshot) {
+        add_snapshot(*graph_, disk);
+      } else {
+        graph_->add(disk.node);
+      }
     }
   });
 }

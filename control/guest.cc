@@ -4,7 +4,9 @@
 #include <sys/eventfd.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <charconv>
 #include <functional>
 
 #include <fmt/core.h>
@@ -17,6 +19,7 @@
 #include "virtio/rng_device.h"
 #include "vmm/host_probe.h"
 #include "vmm/layout.h"
+#include "vmm/processors.h"
 #include "vmm/terminal.h"
 
 namespace minivmm::control {
@@ -34,7 +37,7 @@ base::UniqueFd make_eventfd() {
 class Guest::Slot final : public vmm::BusDevice {
  public:
   Slot(vmm::Machine& machine, block::Handle handle, const Disk& disk,
-       std::vector<base::EventLoop*> loops)
+       std::vector<base::EventLoop*> loops, std::function<void(const std::string&)> on_stop)
       : irqfd_(make_eventfd()) {
     virtio::BlockOptions options;
     options.name = disk.node_name;
@@ -44,6 +47,10 @@ class Guest::Slot final : public vmm::BusDevice {
     options.physical_block_size = disk.device.physical_block_size;
     options.num_queues = disk.device.num_queues;
     options.queue_size = disk.device.queue_size;
+    options.read_error = disk.device.read_error;
+    options.write_error = disk.device.write_error;
+    options.on_stop = std::move(on_stop);
+    options.legacy = disk.device.legacy;
     device_ = std::make_unique<virtio::MmioBlock>(std::move(handle), machine.memory(), options,
                                                   std::move(loops), irqfd_.get());
     const vmm::MmioSlot slot = machine.allocate_slot();
@@ -103,6 +110,34 @@ vmm::DeviceListing device_listing(const std::string& how) {
                     fmt::format("--devices {}: auto, acpi or command-line is expected", how));
 }
 
+// Binds the loops; returns what the vCPUs are to be bound to.
+std::vector<std::vector<unsigned>> bind_threads(base::LoopGroup& loops, const Boot& boot) {
+  std::vector<std::vector<unsigned>> vcpus(boot.cpus);
+  const auto numbered = [](const std::string& name, std::string_view kind, size_t count) {
+    size_t number = count;
+    if (!name.starts_with(kind)) return number;
+    const char* const end = name.data() + name.size();
+    const auto parsed = std::from_chars(name.data() + kind.size(), end, number);
+    return parsed.ec == std::errc() && parsed.ptr == end ? std::min(number, count) : count;
+  };
+  for (const auto& [name, processors] : boot.processors) {
+    vmm::check_processors(processors);
+    const size_t vcpu = numbered(name, "vcpu", vcpus.size());
+    const size_t io = numbered(name, "io", loops.size());
+    if (vcpu < vcpus.size()) {
+      vcpus[vcpu] = processors;
+    } else if (io < loops.size()) {
+      loops.loop(io).call("bind",
+                          [&name, &processors] { vmm::run_on_processors(processors, name); });
+    } else {
+      throw base::Error(EINVAL, fmt::format("--pin {}: the threads are vcpu0 to vcpu{} and io0 to "
+                                            "io{}",
+                                            name, vcpus.size() - 1, loops.size() - 1));
+    }
+  }
+  return vcpus;
+}
+
 // Where KVM interprets the guest's kernel, a Linux kernel needs help, and its user what to expect.
 void prepare_for_emulated_host(vmm::MachineConfig& config) {
   if (vmm::kvm_uses_hardware()) return;
@@ -146,7 +181,7 @@ bool Guest::use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const D
 
 Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
              const std::vector<Disk>& disks)
-    : serial_port_(loops, boot.serial) {
+    : serial_port_(loops, boot.serial, boot.confine_threads) {
   vmm::MachineConfig config;
   config.memory_bytes = boot.memory_bytes;
   config.shared_memory = boot.shared_memory;
@@ -154,6 +189,8 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
   config.prealloc = boot.prealloc;
   config.device_listing = device_listing(boot.devices);
   config.vcpus = boot.cpus;
+  config.confine_threads = boot.confine_threads;
+  config.vcpu_processors = bind_threads(loops, boot);
   config.initrd_path = boot.initrd;
   config.command_line = boot.append;
   config.serial = serial_port_.config();
@@ -178,8 +215,9 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
       queue_loops.push_back(&loops.loop((first_loop + i) % loops.size()));
     }
     first_loop += disk.device.num_queues;
-    slots_.push_back(
-        std::make_unique<Slot>(*machine_, std::move(handle), disk, std::move(queue_loops)));
+    slots_.push_back(std::make_unique<Slot>(*machine_, std::move(handle), disk,
+                                            std::move(queue_loops),
+                                            [this](const std::string& why) { pause(why); }));
   }
   // Behind the disks, so that their windows are where they were without it. A machine that is full
   // of disks does without, as the probe guest does.
@@ -189,6 +227,19 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
 }
 
 Guest::~Guest() = default;
+
+void Guest::pause(const std::string& why) {
+  machine_->pause();
+  base::log_error("{}; the guest is paused: put that right, then: kill -USR2 {}", why, ::getpid());
+}
+
+void Guest::resume() {
+  if (!machine_->paused()) return;
+  base::log_info("the guest goes on");
+  // Requests first: a vCPU may be waiting for one.
+  for (const auto& slot : slots_) slot->device().resume();
+  machine_->resume();
+}
 
 bool Guest::stop(std::chrono::milliseconds timeout, std::vector<std::string>& problems) {
   // In this order: a vCPU may be waiting inside a device for its reset, which stop() ends.
@@ -214,11 +265,13 @@ bool Guest::stop(std::chrono::milliseconds timeout, std::vector<std::string>& pr
 
 std::vector<std::string> Guest::describe() const {
   const vmm::Machine::Counters c = machine_->counters();
-  std::vector<std::string> out{
-      fmt::format("guest: {}, {} exits, {} port and {} MMIO accesses, {} unclaimed, {} "
-                  "instructions completed, {} bytes of serial output dropped",
-                  machine_->ended() ? "ended" : "running", c.exits, c.port_accesses,
-                  c.mmio_accesses, c.unclaimed, c.completed, c.serial_dropped)};
+  std::vector<std::string> out{fmt::format(
+      "guest: {}, {} exits, {} port and {} MMIO accesses, {} unclaimed, {} "
+      "instructions completed, {} bytes of serial output dropped",
+      machine_->ended()    ? "ended"
+      : machine_->paused() ? "paused"
+                           : "running",
+      c.exits, c.port_accesses, c.mmio_accesses, c.unclaimed, c.completed, c.serial_dropped)};
   if (rng_) {
     for (std::string& line : rng_->describe()) out.push_back(std::move(line));
   }

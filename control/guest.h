@@ -31,6 +31,9 @@ class Guest {
   void start() { machine_->start(); }
   vmm::Machine& machine() noexcept { return *machine_; }
 
+  // Goes on after a disk's error has paused the guest. Any thread.
+  void resume();
+
   // Stops the machine and its devices, closes their handles. Plain thread, once. Appends what did
   // not end well to `problems`; returns false if requests still run in guest memory (the process
   // must then exit without tearing down).
@@ -39,6 +42,7 @@ class Guest {
   std::vector<std::string> describe() const;
 
  private:
+  void pause(const std::string& why);
   class Slot;  // one disk in its window
   class Rng;
   bool use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const Disk& disk,

@@ -15,7 +15,7 @@
 
 namespace minivmm::control {
 
-SerialPort::SerialPort(base::LoopGroup& loops, const std::string& spec) {
+SerialPort::SerialPort(base::LoopGroup& loops, const std::string& spec, bool confine) {
   const auto colon = spec.find(':');
   const std::string kind = spec.substr(0, colon);
   const bool has_path = colon != std::string::npos && colon + 1 < spec.size();
@@ -31,7 +31,7 @@ SerialPort::SerialPort(base::LoopGroup& loops, const std::string& spec) {
       nbd::BoundSocket bound =
           loops.loop(0).call("serial socket", [&] { return nbd::bind_unix(path); });
       socket_file_ = std::move(bound.file);
-      socket_ = std::make_unique<vmm::SerialSocket>(std::move(bound.fd));
+      socket_ = std::make_unique<vmm::SerialSocket>(std::move(bound.fd), confine);
     } else if (spec != "none") {
       throw base::Error(EINVAL, "stdio, none, pty, file:PATH or unix:PATH is expected");
     }

@@ -18,7 +18,7 @@ namespace minivmm::control {
 class SerialPort {
  public:
   // Throws base::Error that names the option. Plain thread; sockets are bound on a loop's fiber.
-  SerialPort(base::LoopGroup& loops, const std::string& spec);
+  SerialPort(base::LoopGroup& loops, const std::string& spec, bool confine);
 
   vmm::SerialConfig config() const;
 

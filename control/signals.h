@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The signals of a daemon as a descriptor. Blocks SIGINT, SIGTERM, SIGHUP and SIGUSR1 in this
-// thread and all that it starts later, so it is made before any other thread.
+// The signals of a daemon as a descriptor. Blocks SIGINT, SIGTERM, SIGHUP, SIGUSR1 and SIGUSR2 in
+// this thread and all that it starts later, so it is made before any other thread.
 #pragma once
 
 #include <csignal>

@@ -21,6 +21,8 @@ using block::Options;
 
 namespace {
 
+constexpr unsigned kMostProcessors = 1023;
+
 // Splits "FIRST,rest": the part before the first single comma, commas in it undoubled.
 std::string take_first(std::string_view& text) {
   std::string first;
@@ -75,16 +77,33 @@ void apply_cache_mode(Options& node, Options& given) {
                                   *name));
 }
 
-DiskDevice take_device(Options& given) {
+virtio::ErrorAction take_error_action(Options& given, const char* key) {
+  using virtio::ErrorAction;
+  constexpr ErrorAction kActions[] = {ErrorAction::kReport, ErrorAction::kIgnore,
+                                      ErrorAction::kStop, ErrorAction::kNoSpace};
+  return kActions[given.take_choice(key, {"report", "ignore", "stop", "enospc"}, 0)];
+}
+
+DiskDevice take_device(Options& given, bool cdrom) {
   DiskDevice device;
+  const uint32_t usual_block = cdrom ? 2048 : 512;
   device.serial = given.take_string("serial").value_or("");
   device.logical_block_size =
-      static_cast<uint32_t>(given.take_uint("logical_block_size", 512, 512, 32768));
+      static_cast<uint32_t>(given.take_uint("logical_block_size", usual_block, 512, 32768));
   device.physical_block_size =
       static_cast<uint32_t>(given.take_uint("physical_block_size", 0, 512, 32768));
   device.num_queues = static_cast<uint16_t>(given.take_uint("num-queues", 1, 1, 64));
   device.queue_size = static_cast<uint16_t>(given.take_uint("queue-size", 256, 4, 1024));
+  device.read_error = take_error_action(given, "rerror");
+  device.write_error = take_error_action(given, "werror");
+  device.legacy = given.take_bool("legacy", false);
   return device;
+}
+
+enum class Media { kDisk, kCdrom };
+
+Media take_media(Options& given) {
+  return given.take_choice("media", {"disk", "cdrom"}, 0) == 1 ? Media::kCdrom : Media::kDisk;
 }
 
 // Options of the path form that belong to the node.
@@ -122,13 +141,15 @@ Disk parse_path_disk(std::string_view text, unsigned number) {
   Disk disk;
   disk.node_name = given.take_string("id").value_or(fmt::format("disk{}", number));
   const bool ro = given.take_bool("ro", false);
-  disk.read_only = given.take_bool("readonly", ro) || ro;
+  const bool cdrom = take_media(given) == Media::kCdrom;
+  disk.read_only = given.take_bool("readonly", ro) || ro || cdrom;
+  disk.snapshot = given.take_bool("snapshot", false) && !disk.read_only;
   const std::string format = given.take_string("format").value_or("");
   bool guessed = false;
-  disk.node = image_options(path, format, disk.read_only, &guessed);
+  disk.node = image_options(path, format, disk.read_only || disk.snapshot, &guessed);
   disk.node.set("node-name", disk.node_name);
   const std::string driver = *disk.node.peek("driver");
-  disk.device = take_device(given);
+  disk.device = take_device(given, cdrom);
   apply_node_options(disk.node, given, driver);
   if (guessed && driver == "raw") {
     disk.notice = fmt::format(
@@ -172,13 +193,22 @@ Disk parse_disk(std::string_view text, unsigned number) {
     if (!described) return parse_path_disk(text, number);
     Disk disk;
     disk.node = Options::from_text(text);
-    disk.device = take_device(disk.node);
+    const bool cdrom = take_media(disk.node) == Media::kCdrom;
+    if (cdrom && !disk.node.has("read-only")) disk.node.set("read-only", "on");
+    disk.snapshot = disk.node.take_bool("snapshot", false);
+    disk.device = take_device(disk.node, cdrom);
     auto id = disk.node.take_string("id");
     disk.node_name =
         disk.node.peek("node-name").value_or(id.value_or(fmt::format("disk{}", number)));
     if (!disk.node.has("node-name")) disk.node.set("node-name", disk.node_name);
     Options copy = disk.node;  // the node wants to read it too
     disk.read_only = copy.take_bool("read-only", false);
+    if (cdrom && !disk.read_only) throw Error(EINVAL, "media=cdrom cannot be written to");
+    disk.snapshot = disk.snapshot && !disk.read_only;
+    if (disk.snapshot) {
+      (void)disk.node.take_string("read-only");
+      disk.node.set("read-only", "on");
+    }
     return disk;
   });
 }
@@ -199,6 +229,36 @@ Export parse_export(std::string_view text) {
     if (!out.nbd && !out.fuse) out.every_front_end = out.nbd = out.fuse = true;
     given.finish("--export");
     return out;
+  });
+}
+
+std::pair<std::string, std::vector<unsigned>> parse_pin(std::string_view text) {
+  return with_context("--pin", text, [&] {
+    const Error wrong(EINVAL, "THREAD=CPUS is expected, such as vcpu0=2 or io0=0-1,4");
+    const size_t equals = text.find('=');
+    if (equals == 0 || equals == std::string_view::npos) throw wrong;
+    std::pair<std::string, std::vector<unsigned>> out{std::string(text.substr(0, equals)), {}};
+    const char* at = text.data() + equals + 1;
+    const char* const end = text.data() + text.size();
+    const auto number = [&] {
+      unsigned value = 0;
+      const auto parsed = std::from_chars(at, end, value);
+      if (parsed.ec != std::errc() || value > kMostProcessors) throw wrong;
+      at = parsed.ptr;
+      return value;
+    };
+    for (;;) {
+      const unsigned first = number();
+      unsigned last = first;
+      if (at != end && *at == '-') {
+        ++at;
+        last = number();
+      }
+      if (last < first) throw wrong;
+      for (unsigned i = first; i <= last; ++i) out.second.push_back(i);
+      if (at == end) return out;
+      if (*at++ != ',') throw wrong;
+    }
   });
 }
 

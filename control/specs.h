@@ -6,6 +6,9 @@
 #include <string>
 #include <string_view>
 
+#include <utility>
+#include <vector>
+
 #include "control/config.h"
 
 namespace minivmm::control {
@@ -13,6 +16,9 @@ namespace minivmm::control {
 // "PATH[,key=value...]", or a JSON or dotted description with a `driver`. Reads the file's first
 // bytes where no format is given. Blocking.
 Disk parse_disk(std::string_view text, unsigned number);
+
+// `--pin THREAD=CPUS`, such as vcpu0=2 or io0=0-1,4: a thread's name and processors.
+std::pair<std::string, std::vector<unsigned>> parse_pin(std::string_view text);
 
 Export parse_export(std::string_view text);
 FuseMount parse_fuse(std::string_view text);

@@ -211,6 +211,7 @@ bool BlockDevice::reset() {
 StopReport BlockDevice::stop(std::chrono::milliseconds timeout) {
   const auto deadline = base::Clock::now() + timeout;
   StopReport report;
+  engine_.wait_no_more();
   Lock lock(mutex_);
   stopping_ = true;
   for (Running& r : running_) post_stop(r);

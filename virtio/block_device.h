@@ -56,6 +56,7 @@ class BlockDevice final : public Device {
   bool reset() override;
 
   void resize();
+  void resume() noexcept { engine_.resume(); }
   StopReport stop(std::chrono::milliseconds timeout);
   std::vector<std::string> describe() const;
 

@@ -8,6 +8,8 @@
 #include <cstring>
 #include <exception>
 
+#include <fmt/core.h>
+
 #include "base/error.h"
 
 namespace minivmm::virtio {
@@ -52,6 +54,26 @@ bool BlockEngine::update_capacity() noexcept {
 }
 
 uint8_t BlockEngine::run(const BlockRequest& request) noexcept {
+  for (;;) {
+    int error = 0;
+    std::string why;
+    const uint8_t status = attempt(request, error, why);
+    // Refused without an errno: the guest asked for something wrong.
+    if (status == VIRTIO_BLK_S_OK || error == 0) return status;
+    switch (judge(request, error, why)) {
+      case Verdict::kFail:
+        report(request, why);
+        return status;
+      case Verdict::kSucceed:
+        report(request, why);
+        return VIRTIO_BLK_S_OK;
+      case Verdict::kAgain:
+        break;
+    }
+  }
+}
+
+uint8_t BlockEngine::attempt(const BlockRequest& request, int& error, std::string& why) noexcept {
   try {
     switch (request.type) {
       case VIRTIO_BLK_T_DISCARD:
@@ -62,12 +84,56 @@ uint8_t BlockEngine::run(const BlockRequest& request) noexcept {
         return VIRTIO_BLK_S_OK;
     }
   } catch (const base::Error& e) {
-    report(request, e.what());
-    return e.err() == ENOTSUP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR;
+    error = e.err();
+    why = e.what();
   } catch (const std::exception& e) {
-    report(request, e.what());
-    return VIRTIO_BLK_S_IOERR;
+    error = EIO;
+    why = e.what();
   }
+  return error == ENOTSUP ? VIRTIO_BLK_S_UNSUPP : VIRTIO_BLK_S_IOERR;
+}
+
+BlockEngine::Verdict BlockEngine::judge(const BlockRequest& request, int error,
+                                        const std::string& why) noexcept {
+  const bool read = request.type == VIRTIO_BLK_T_IN;
+  const ErrorAction action = read ? options_.read_error : options_.write_error;
+  if (error == ENOTSUP || request.type == VIRTIO_BLK_T_GET_ID) return Verdict::kFail;
+  if (action == ErrorAction::kIgnore) return Verdict::kSucceed;
+  if (action == ErrorAction::kReport) return Verdict::kFail;
+  if (action == ErrorAction::kNoSpace && error != ENOSPC) return Verdict::kFail;
+  try {
+    return wait_for_resume(request, why) ? Verdict::kAgain : Verdict::kFail;
+  } catch (const std::exception&) {
+    return Verdict::kFail;  // no memory for the message that would tell how to go on
+  }
+}
+
+bool BlockEngine::wait_for_resume(const BlockRequest& request, const std::string& why) {
+  std::unique_lock lock(waiting_mutex_);
+  if (wait_no_more_) return false;
+  const uint64_t before = times_resumed_;
+  lock.unlock();
+  errors_.fetch_add(1, std::memory_order_relaxed);
+  if (options_.on_stop) {
+    options_.on_stop(fmt::format("{}: {} of {} bytes at sector {} failed: {}", options_.name,
+                                 request_name(request.type), request.data_bytes, request.sector,
+                                 why));
+  }
+  lock.lock();
+  while (times_resumed_ == before && !wait_no_more_) waiting_.wait(lock, "somebody to go on");
+  return !wait_no_more_;
+}
+
+void BlockEngine::resume() noexcept {
+  const std::lock_guard lock(waiting_mutex_);
+  ++times_resumed_;
+  waiting_.notify_all();
+}
+
+void BlockEngine::wait_no_more() noexcept {
+  const std::lock_guard lock(waiting_mutex_);
+  wait_no_more_ = true;
+  waiting_.notify_all();
 }
 
 bool BlockEngine::try_transfer(uint32_t type, uint64_t offset, base::IoSpan io) noexcept {

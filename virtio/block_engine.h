@@ -3,12 +3,15 @@
 // queues of one device; run() and transfer() on fibers of any loop, many at once.
 #pragma once
 
+#include <string>
 #include <string_view>
 
 #include <atomic>
 #include <cstdint>
+#include <mutex>
 
 #include "base/log.h"
+#include "base/wait_queue.h"
 #include "block/graph/handle.h"
 #include "virtio/block_limits.h"
 #include "virtio/block_options.h"
@@ -45,6 +48,11 @@ class BlockEngine {
   void set_write_back(bool on) noexcept;
   bool write_back() const noexcept { return write_back_.load(std::memory_order_acquire); }
 
+  // Requests that wait after an error (ErrorAction::kStop) are tried again. Any thread.
+  void resume() noexcept;
+  // They fail, and none waits any more. Any thread.
+  void wait_no_more() noexcept;
+
   uint64_t capacity_sectors() const noexcept { return capacity_.load(std::memory_order_acquire); }
   // Looks at the disk's size again; true if the capacity changed.
   bool update_capacity() noexcept;
@@ -54,6 +62,10 @@ class BlockEngine {
   uint64_t errors() const noexcept { return errors_.load(std::memory_order_relaxed); }
 
  private:
+  enum class Verdict : uint8_t { kFail, kSucceed, kAgain };
+  uint8_t attempt(const BlockRequest& request, int& error, std::string& why) noexcept;
+  Verdict judge(const BlockRequest& request, int error, const std::string& why) noexcept;
+  bool wait_for_resume(const BlockRequest& request, const std::string& why);
   void perform(const BlockRequest& request);
   void transfer(uint32_t type, uint64_t offset, base::IoSpan io);
   void settle_write_through();
@@ -71,6 +83,10 @@ class BlockEngine {
   std::atomic<uint64_t> times_off_{0};
   std::atomic<uint64_t> times_settled_{0};
   std::atomic<uint64_t> errors_{0};
+  std::mutex waiting_mutex_;  // guards the three below
+  base::WaitQueue waiting_;
+  uint64_t times_resumed_ = 0;
+  bool wait_no_more_ = false;
   base::RateLimit complaints_;
 };
 

@@ -6,8 +6,17 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 
 namespace minivmm::virtio {
+
+// What becomes of a request that fails on the host.
+enum class ErrorAction : uint8_t {
+  kReport,  // the guest gets the error
+  kIgnore,  // the guest is told that it went well
+  kStop,    // the request waits, and the guest with it, until somebody resumes it; then again
+  kNoSpace  // kStop where there is no room left, kReport for the rest
+};
 
 struct BlockOptions {
   std::string name = "disk";          // stands in messages and state dumps
@@ -18,6 +27,11 @@ struct BlockOptions {
   uint32_t physical_block_size = 0;   // bytes, power of two >= logical; 0: what the disk prefers
   uint16_t num_queues = 1;            // 1 to 64
   uint16_t queue_size = 256;          // entries, power of two, 4 to 1024
+  ErrorAction read_error = ErrorAction::kReport;
+  ErrorAction write_error = ErrorAction::kReport;  // also of flushes, discards and zeroes
+  // Called with what failed where a request begins to wait (kStop); on a fiber, must not wait.
+  std::function<void(const std::string&)> on_stop{};
+  bool legacy = false;  // the virtio-mmio window is that of version 1
   // How long a queue may look for new requests before it sleeps. It adapts itself up to this limit;
   // 0 turns it off.
   std::chrono::microseconds poll_limit{8};

@@ -29,8 +29,8 @@ MmioBlock::MmioBlock(block::Handle disk, const GuestMemory& memory, BlockOptions
                      std::vector<base::EventLoop*> loops, int irqfd)
     : device_(std::make_unique<BlockDevice>(std::move(disk), memory, std::move(options),
                                             std::move(loops), irqfd)),
-      transport_(
-          std::make_unique<MmioTransport>(*device_, device_->signals(), device_->options().name)) {}
+      transport_(std::make_unique<MmioTransport>(
+          *device_, device_->signals(), device_->options().name, device_->options().legacy)) {}
 
 MmioBlock::~MmioBlock() {
   if (stopped_) {
@@ -54,6 +54,7 @@ void MmioBlock::write(uint64_t offset, std::span<const std::byte> data) {
 }
 
 void MmioBlock::resize() { device_->resize(); }
+void MmioBlock::resume() noexcept { device_->resume(); }
 
 StopReport MmioBlock::stop(std::chrono::milliseconds timeout) {
   StopReport report;

@@ -74,6 +74,9 @@ class MmioBlock {
   // Tells the guest the size that the disk has now. Any thread or fiber.
   void resize();
 
+  // Tries the requests again that wait after an error (ErrorAction::kStop). Any thread.
+  void resume() noexcept;
+
   // Starts no more requests, waits for those in flight, flushes, and closes the handle. Ends when
   // that is done or after `timeout`. From then on the guest finds a device that does nothing. Any
   // thread or fiber, once; must not run on a fiber that holds up one of the device's loops.

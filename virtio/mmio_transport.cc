@@ -31,8 +31,14 @@ constexpr void set_high(uint64_t& value, uint32_t half) noexcept {
 
 }  // namespace
 
-MmioTransport::MmioTransport(Device& device, Signals& signals, std::string name)
-    : device_(device), signals_(signals), name_(std::move(name)), queues_(device.queue_count()) {
+MmioTransport::MmioTransport(Device& device, Signals& signals, std::string name, bool legacy)
+    : device_(device),
+      signals_(signals),
+      name_(std::move(name)),
+      legacy_(legacy),
+      queues_(device.queue_count()),
+      queue_pages_(device.queue_count()),
+      queue_alignments_(device.queue_count()) {
   forget_driver();
 }
 
@@ -46,6 +52,8 @@ void MmioTransport::forget_driver() {
     queue = {};
     queue.layout.size = device_.max_queue_size();
   }
+  std::fill(queue_pages_.begin(), queue_pages_.end(), 0);
+  std::fill(queue_alignments_.begin(), queue_alignments_.end(), 0);
 }
 
 void MmioTransport::complain(const char* what, uint64_t value) {
@@ -77,7 +85,7 @@ uint32_t MmioTransport::read_register(uint64_t offset) {
     case VIRTIO_MMIO_MAGIC_VALUE:
       return kMagic;
     case VIRTIO_MMIO_VERSION:
-      return 2;
+      return legacy_ ? 1 : 2;
     case VIRTIO_MMIO_DEVICE_ID:
       return device_.device_id();
     case VIRTIO_MMIO_VENDOR_ID:
@@ -85,7 +93,7 @@ uint32_t MmioTransport::read_register(uint64_t offset) {
     case VIRTIO_MMIO_INTERRUPT_STATUS:
       return signals_.interrupt_status();
     case VIRTIO_MMIO_STATUS:
-      return signals_.status();
+      return signals_.status() & (legacy_ ? ~uint32_t{VIRTIO_CONFIG_S_FEATURES_OK} : ~0U);
     case VIRTIO_MMIO_CONFIG_GENERATION:
       return signals_.generation();
     case VIRTIO_MMIO_SHM_LEN_LOW:
@@ -104,13 +112,14 @@ uint32_t MmioTransport::read_selected(uint64_t offset) {
   switch (offset) {
     case VIRTIO_MMIO_DEVICE_FEATURES:
       if (device_features_select_ > 1) return 0;
-      return static_cast<uint32_t>(device_.features() >> (32 * device_features_select_));
+      return static_cast<uint32_t>(offered_features() >> (32 * device_features_select_));
     case VIRTIO_MMIO_QUEUE_NUM_MAX:
       return queue != nullptr ? device_.max_queue_size() : 0;
     case VIRTIO_MMIO_QUEUE_READY:
-      return queue != nullptr && queue->ready ? 1 : 0;
+      return !legacy_ && queue != nullptr && queue->ready ? 1 : 0;
     default:
-      return 0;  // write-only, reserved, or kQueueReset
+      // Else write-only, reserved, or kQueueReset.
+      return legacy_ ? read_legacy(offset, queue) : 0;
   }
 }
 
@@ -119,7 +128,8 @@ uint32_t MmioTransport::read_selected(uint64_t offset) {
 void MmioTransport::write(uint64_t offset, std::span<const std::byte> data) {
   if (offset >= VIRTIO_MMIO_CONFIG) {
     // The device knows its fields only once the features are settled.
-    if (data.size() <= 8 && has(VIRTIO_CONFIG_S_FEATURES_OK)) {
+    if (data.size() <= 8 &&
+        has(legacy_ ? VIRTIO_CONFIG_S_DRIVER_OK : VIRTIO_CONFIG_S_FEATURES_OK)) {
       device_.write_config(offset - VIRTIO_MMIO_CONFIG, data);
     }
     return;
@@ -167,10 +177,14 @@ void MmioTransport::write_selected(uint64_t offset, uint32_t value) {
       queue_select_ = value;
       return;
     case VIRTIO_MMIO_QUEUE_READY:
-      write_queue_ready(lock, value);
+      if (!legacy_) write_queue_ready(lock, value);
       return;
     default:
       break;
+  }
+  if (legacy_) {
+    write_legacy(lock, offset, value);
+    return;
   }
   Device::QueueSetup* const queue = selected_queue();
   if (queue == nullptr) return;
@@ -249,8 +263,12 @@ void MmioTransport::write_queue_ready(std::unique_lock<std::mutex>& lock, uint32
     complain("wrote QueueReady at the wrong time", value);
     return;
   }
-  // A driver that takes back one queue of a running device. It cannot be started again without a
-  // reset.
+  take_queue_back(lock);
+}
+
+// A driver that takes back one queue of a running device. It cannot be started again without a
+// reset.
+void MmioTransport::take_queue_back(std::unique_lock<std::mutex>& lock) {
   const auto index = static_cast<uint16_t>(queue_select_);
   changing_ = true;
   lock.unlock();
@@ -267,7 +285,10 @@ void MmioTransport::write_status(uint32_t value) {
   std::unique_lock lock(mutex_);
   changed_.wait(lock, [this] { return !changing_; });
   const uint32_t now = signals_.status() & kDriverBits;
-  const uint32_t wanted = value & kDriverBits;
+  // Before virtio 1.0 there was no FEATURES_OK; it is ours here.
+  const uint32_t wanted = legacy_ ? (value & ~uint32_t{VIRTIO_CONFIG_S_FEATURES_OK} & kDriverBits) |
+                                        (now & VIRTIO_CONFIG_S_FEATURES_OK)
+                                  : value & kDriverBits;
   if (value == 0) {
     reset_device(lock);
   } else if ((now & ~wanted) != 0) {
@@ -294,6 +315,7 @@ void MmioTransport::add_driver_status(std::unique_lock<std::mutex>& lock, uint32
     }
   }
   if ((added & VIRTIO_CONFIG_S_DRIVER_OK) == 0) return;
+  if (legacy_ && !accept_legacy_features()) return;
   if (has(VIRTIO_CONFIG_S_FEATURES_OK)) {
     start_device(lock);
   } else {
@@ -302,8 +324,8 @@ void MmioTransport::add_driver_status(std::unique_lock<std::mutex>& lock, uint32
 }
 
 bool MmioTransport::features_acceptable() const {
-  return !unknown_features_ && (driver_features_ & ~device_.features()) == 0 &&
-         (driver_features_ >> VIRTIO_F_VERSION_1 & 1) != 0;
+  return !unknown_features_ && (driver_features_ & ~offered_features()) == 0 &&
+         (legacy_ || (driver_features_ >> VIRTIO_F_VERSION_1 & 1) != 0);
 }
 
 void MmioTransport::start_device(std::unique_lock<std::mutex>& lock) {
@@ -357,10 +379,11 @@ std::string MmioTransport::describe() const {
   add(VIRTIO_CONFIG_S_NEEDS_RESET, "NEEDS_RESET");
   add(VIRTIO_CONFIG_S_FAILED, "FAILED");
   return fmt::format(
-      "{}: virtio-mmio, status {}, features {:#x} of {:#x}, interrupt status {:#x}, "
+      "{}: virtio-mmio{}, status {}, features {:#x} of {:#x}, interrupt status {:#x}, "
       "{} interrupts{}",
-      name_, words.empty() ? "0 (no driver)" : words, driver_features_, device_.features(),
-      signals_.interrupt_status(), signals_.interrupts(), changing_ ? ", changing state" : "");
+      name_, legacy_ ? " (legacy)" : "", words.empty() ? "0 (no driver)" : words, driver_features_,
+      offered_features(), signals_.interrupt_status(), signals_.interrupts(),
+      changing_ ? ", changing state" : "");
 }
 
 }  // namespace minivmm::virtio

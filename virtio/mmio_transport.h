@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The register window of a virtio device: virtio-mmio version 2 (virtio 1.2, section 4.2.2). Knows
-// nothing of what the device does.
+// The register window of a virtio device: virtio-mmio version 2 (virtio 1.2, section 4.2.2), or on
+// request version 1 for drivers from before virtio 1.0 (section 4.2.4). Knows nothing of what the
+// device does.
 //
 // read() and write() on plain threads (vCPUs), several at once. What a driver polls or does per
 // request (InterruptStatus, InterruptACK, QueueNotify) takes no lock. A change of state that the
@@ -27,7 +28,7 @@ namespace minivmm::virtio {
 class MmioTransport {
  public:
   // Both outlive the transport. `name` stands in messages.
-  MmioTransport(Device& device, Signals& signals, std::string name);
+  MmioTransport(Device& device, Signals& signals, std::string name, bool legacy = false);
   MmioTransport(const MmioTransport&) = delete;
   MmioTransport& operator=(const MmioTransport&) = delete;
 
@@ -42,10 +43,16 @@ class MmioTransport {
  private:
   uint32_t read_register(uint64_t offset);
   uint32_t read_selected(uint64_t offset);
+  uint64_t offered_features() const noexcept;
+  uint32_t read_legacy(uint64_t offset, const Device::QueueSetup* queue) const;
+  void write_legacy(std::unique_lock<std::mutex>& lock, uint64_t offset, uint32_t value);
+  void place_legacy_queue(std::unique_lock<std::mutex>& lock, uint32_t page);
+  bool accept_legacy_features();
   void write_register(uint64_t offset, uint32_t value);
   void write_selected(uint64_t offset, uint32_t value);
   void write_driver_features(uint32_t value);
   void write_queue_ready(std::unique_lock<std::mutex>& lock, uint32_t value);
+  void take_queue_back(std::unique_lock<std::mutex>& lock);
   void write_status(uint32_t value);
   void add_driver_status(std::unique_lock<std::mutex>& lock, uint32_t added);
   bool features_acceptable() const;
@@ -60,6 +67,7 @@ class MmioTransport {
   Device& device_;
   Signals& signals_;
   const std::string name_;
+  const bool legacy_;
   base::RateLimit complaints_;
 
   mutable std::mutex mutex_;  // guards all below
@@ -71,6 +79,10 @@ class MmioTransport {
   bool unknown_features_ = false;  // the driver set bits beyond the first 64
   uint32_t queue_select_ = 0;
   std::vector<Device::QueueSetup> queues_;
+  // Version 1 only: a queue is given by the number of its first page.
+  uint32_t guest_page_size_ = 0;  // outlives resets: Linux says it once, before its first one
+  std::vector<uint32_t> queue_pages_;
+  std::vector<uint32_t> queue_alignments_;
 };
 
 }  // namespace minivmm::virtio

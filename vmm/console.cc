@@ -15,6 +15,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "vmm/kick.h"
+#include "vmm/thread_filter.h"
 
 namespace minivmm::vmm {
 namespace {
@@ -30,8 +31,8 @@ constexpr std::byte kEscape{0x01};  // Ctrl-A
 
 }  // namespace
 
-Console::Console(const SerialConfig& config, std::function<void()> quit)
-    : config_(config), quit_(std::move(quit)), ring_(kRingBytes) {
+Console::Console(const SerialConfig& config, std::function<void()> quit, bool confine)
+    : config_(config), confine_(confine), quit_(std::move(quit)), ring_(kRingBytes) {
   input_wake_.reset(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
   if (!input_wake_) throw base::errno_error(errno, "serial: cannot make an eventfd");
 }
@@ -113,6 +114,8 @@ void Console::type(std::string_view text) {
 
 void Console::output_loop() {
   ::pthread_setname_np(::pthread_self(), "serial-out");
+  // A callback may do anything.
+  if (confine_ && !config_.on_output) confine_thread(ThreadKind::kSerial, "serial-out");
   std::array<std::byte, kWriteChunk> chunk;
   std::unique_lock lock(mutex_);
   while (true) {
@@ -171,6 +174,7 @@ bool Console::write_out(std::span<const std::byte> bytes) {
 
 void Console::input_loop() {
   ::pthread_setname_np(::pthread_self(), "serial-in");
+  if (confine_) confine_thread(ThreadKind::kSerial, "serial-in");
   std::vector<std::byte> pending;
   bool open = config_.in_fd >= 0;
   while (!stopping_.load()) {

@@ -35,7 +35,8 @@ class Console final : public SerialOutput {
 
   // `quit` is called (on the input thread) for Ctrl-A x on a terminal (or with
   // SerialConfig::escape).
-  Console(const SerialConfig& config, std::function<void()> quit);
+  // `confine`: its threads get a filter of system calls.
+  Console(const SerialConfig& config, std::function<void()> quit, bool confine = false);
   ~Console() override;
   Console(const Console&) = delete;
   Console& operator=(const Console&) = delete;
@@ -69,6 +70,7 @@ class Console final : public SerialOutput {
   void wake_input() noexcept;
 
   const SerialConfig config_;
+  const bool confine_;
   const std::function<void()> quit_;
   Serial* serial_ = nullptr;
   base::UniqueFd input_wake_;

@@ -97,7 +97,8 @@ std::string_view linux_arguments_without_hardware() noexcept {
   // Extended state is not emulated at all. The others are completed one by one (vmm/emulate), or
   // are promised to the guest by a CPUID that KVM does not let us change.
   return "noxsave clearcpuid=smap,smep,xsave,cx16,umip,fsgsbase,popcnt,movbe,rdrand,rdseed,invpcid,"
-         "pcid,pge,rdtscp,rdpid,clflushopt,clwb";
+         "pcid,pge,rdtscp,rdpid,clflushopt,clwb,ssse3,sse4_1,sse4_2,avx,avx2,aes,pclmulqdq,sha_ni,"
+         "erms,fsrm mitigations=off nowatchdog";
 }
 
 std::string_view to_string(KvmKind kind) noexcept {

@@ -82,6 +82,9 @@ class Machine::Impl final : public VcpuHost {
   const Bus& ports() const override { return ports_; }
   const Bus& mmio() const override { return mmio_; }
   bool ending() const noexcept override { return ended_.load(std::memory_order_acquire); }
+  bool confine_threads() const noexcept override { return config_.confine_threads; }
+  bool paused() const noexcept override { return paused_.load(std::memory_order_acquire); }
+  void wait_while_paused() noexcept override;
   void vcpu_ended(ExitReason reason) noexcept override { end(std::move(reason)); }
   bool triple_fault_is_reset() const noexcept override { return config_.triple_fault_is_reset; }
   const virtio::GuestMemory* completion_memory() const noexcept override {
@@ -95,6 +98,7 @@ class Machine::Impl final : public VcpuHost {
   void ioeventfd(const kvm_ioeventfd& description);
   void start();
   void end(ExitReason reason) noexcept;
+  void set_paused(bool on) noexcept;
   const ExitReason& wait();
   bool wait_for(std::chrono::milliseconds timeout);
   Counters counters() const noexcept;
@@ -130,6 +134,7 @@ class Machine::Impl final : public VcpuHost {
   bool start_called_ = false;  // building thread only
 
   std::atomic<bool> ended_{false};
+  std::atomic<bool> paused_{false};
   // Held while a reason is recorded and the vCPUs are kicked, so that whoever sees the reason under
   // it may join them.
   std::mutex mutex_;
@@ -147,10 +152,12 @@ Machine::Impl::Impl(MachineConfig config)
                .huge_page_bytes = config_.huge_page_bytes,
                .prealloc = config_.prealloc}),
       ended_fd_(make_eventfd("machine")),
-      console_(config_.serial,
-               [this] {
-                 end({ExitKind::kStopped, 0, "ended from the keyboard (Ctrl-A x)"});
-               }),
+      console_(
+          config_.serial,
+          [this] {
+            end({ExitKind::kStopped, 0, "ended from the keyboard (Ctrl-A x)"});
+          },
+          config_.confine_threads),
       serial_irq_(make_eventfd("serial")),
       serial_(console_, [this] { signal_eventfd(serial_irq_.get()); }),
       i8042_([this](ExitReason reason) { end(std::move(reason)); }),
@@ -333,7 +340,9 @@ void Machine::Impl::run_vcpus() {
   if (ended_.load()) return;
   const ServiceThreadSignals signals;
   for (size_t i = 0; i < vcpus_.size(); ++i) {
-    vcpus_[i]->start(fmt::format("vcpu{}", i));
+    vcpus_[i]->start(fmt::format("vcpu{}", i), i < config_.vcpu_processors.size()
+                                                   ? config_.vcpu_processors[i]
+                                                   : std::vector<unsigned>{});
   }
 }
 
@@ -347,6 +356,20 @@ void Machine::Impl::end(ExitReason reason) noexcept {
   }
   signal_eventfd(ended_fd_.get());
   changed_.notify_all();
+}
+
+void Machine::Impl::set_paused(bool on) noexcept {
+  std::lock_guard lock(mutex_);
+  paused_.store(on, std::memory_order_release);
+  for (const auto& vcpu : vcpus_) {
+    if (on && vcpu->started()) vcpu->kick();
+  }
+  changed_.notify_all();
+}
+
+void Machine::Impl::wait_while_paused() noexcept {
+  std::unique_lock lock(mutex_);
+  changed_.wait(lock, [this] { return !paused_.load() || ended_.load(); });
 }
 
 const ExitReason& Machine::Impl::wait() {
@@ -405,6 +428,9 @@ void Machine::disconnect_ioeventfd(int eventfd, uint64_t address, uint32_t lengt
 void Machine::start() { impl_->start(); }
 void Machine::stop() noexcept { impl_->end({ExitKind::kStopped, 0, "stopped by the host"}); }
 void Machine::end(ExitReason reason) noexcept { impl_->end(std::move(reason)); }
+void Machine::pause() noexcept { impl_->set_paused(true); }
+void Machine::resume() noexcept { impl_->set_paused(false); }
+bool Machine::paused() const noexcept { return impl_->paused(); }
 const ExitReason& Machine::wait() { return impl_->wait(); }
 bool Machine::wait_for(std::chrono::milliseconds timeout) { return impl_->wait_for(timeout); }
 int Machine::ended_fd() const noexcept { return impl_->ended_fd_.get(); }

@@ -17,6 +17,7 @@
 #include <memory>
 #include <optional>
 #include <span>
+#include <vector>
 
 #include "virtio/guest_memory.h"
 #include "vmm/bus.h"
@@ -49,6 +50,8 @@ struct MachineConfig {
   uint64_t huge_page_bytes = 0;  // as MemoryConfig's
   bool prealloc = false;
   unsigned vcpus = 1;
+  // The host's processors that vCPU i may run on; none or empty: all that the process may use.
+  std::vector<std::vector<unsigned>> vcpu_processors{};
   KernelSource kernel;
   BootProtocol protocol = BootProtocol::kAuto;
   std::string initrd_path;  // optional; Linux and PVH kernels
@@ -57,6 +60,7 @@ struct MachineConfig {
   // Does instructions that KVM's emulator lacks. For hosts without hardware virtualization.
   bool complete_instructions = false;
   bool triple_fault_is_reset = false;  // for a guest that reboots that way; else it is a crash
+  bool confine_threads = true;         // a filter of system calls for each (vmm/thread_filter.h)
   SerialConfig serial;
 };
 
@@ -109,6 +113,12 @@ class Machine {
   void stop() noexcept;
   // Same, with a reason of the caller's.
   void end(ExitReason reason) noexcept;
+
+  // Keeps the vCPUs from running until resume(), as soon as each has left the guest; does not wait
+  // for that. Devices go on. Any thread, any time; again: no effect.
+  void pause() noexcept;
+  void resume() noexcept;
+  bool paused() const noexcept;
 
   // Waits until the machine has ended and all its threads are gone. Any one thread except the
   // machine's own. Before start() it waits for stop().

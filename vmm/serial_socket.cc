@@ -15,6 +15,7 @@
 
 #include "base/error.h"
 #include "vmm/kick.h"
+#include "vmm/thread_filter.h"
 
 namespace minivmm::vmm {
 namespace {
@@ -28,8 +29,10 @@ bool would_block() noexcept { return errno == EAGAIN || errno == EINTR; }
 
 }  // namespace
 
-SerialSocket::SerialSocket(base::UniqueFd listening)
-    : listening_(std::move(listening)), wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
+SerialSocket::SerialSocket(base::UniqueFd listening, bool confine)
+    : listening_(std::move(listening)),
+      confine_(confine),
+      wake_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {
   int ends[2];
   if (!wake_ || ::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0, ends) != 0) {
     throw base::errno_error(errno, "serial socket: no descriptors");
@@ -53,6 +56,7 @@ SerialSocket::~SerialSocket() {
 
 void SerialSocket::loop() {
   ::pthread_setname_np(::pthread_self(), "serial-socket");
+  if (confine_) confine_thread(ThreadKind::kSerial, "serial-socket");
   Clock::time_point give_up = Clock::time_point::max();
   while (Clock::now() < give_up) {
     const bool stopping = stopping_.load();

@@ -22,7 +22,7 @@ class SerialSocket {
 
   // `listening` is a socket that listens, non-blocking. Throws base::Error where a descriptor or
   // the thread cannot be made.
-  explicit SerialSocket(base::UniqueFd listening);
+  SerialSocket(base::UniqueFd listening, bool confine);
   // Hands the client what is left, for at most a second.
   ~SerialSocket();
   SerialSocket(const SerialSocket&) = delete;
@@ -41,6 +41,7 @@ class SerialSocket {
   void drop_client() noexcept;
 
   const base::UniqueFd listening_;
+  const bool confine_;
   base::UniqueFd machine_end_;
   base::UniqueFd our_end_;
   base::UniqueFd wake_;

@@ -17,6 +17,8 @@
 #include "base/log.h"
 #include "vmm/completion.h"
 #include "vmm/kick.h"
+#include "vmm/processors.h"
+#include "vmm/thread_filter.h"
 
 namespace minivmm::vmm {
 namespace {
@@ -91,10 +93,12 @@ void Vcpu::set_boot_state(const BootState& boot) {
   kvm_ioctl_checked(fd_.get(), KVM_SET_REGS, &regs, "KVM_SET_REGS");
 }
 
-void Vcpu::start(const std::string& thread_name) {
-  thread_ = std::thread([this, thread_name] {
+void Vcpu::start(const std::string& thread_name, std::vector<unsigned> processors) {
+  thread_ = std::thread([this, thread_name, processors = std::move(processors)] {
     // 15 characters is what the kernel keeps.
     ::pthread_setname_np(::pthread_self(), thread_name.substr(0, 15).c_str());
+    run_on_processors(processors, thread_name);
+    if (host_.confine_threads()) confine_thread(ThreadKind::kVcpu, thread_name);
     loop();
   });
 }
@@ -110,11 +114,17 @@ void Vcpu::join() {
 }
 
 void Vcpu::loop() {
-  while (!host_.ending()) {
+  bool kicked = false;
+  for (;;) {
+    if (kicked || host_.paused()) take_kick();
+    kicked = false;
+    if (host_.ending()) return;
+    if (host_.paused()) continue;
     const int result = ::ioctl(fd_.get(), KVM_RUN, 0);
     counters_.exits.fetch_add(1, std::memory_order_relaxed);
     if (result < 0) {
-      if (errno == EINTR || errno == EAGAIN) continue;
+      kicked = errno == EINTR;
+      if (kicked || errno == EAGAIN) continue;
       const int err = errno;
       end(ExitKind::kInternalError,
           fmt::format("vCPU {}: KVM_RUN: {}\n{}", index_, base::errno_text(err), registers()));
@@ -122,6 +132,17 @@ void Vcpu::loop() {
     }
     if (!handle_exit()) return;
   }
+}
+
+// After a kick, whose cause may be gone again.
+void Vcpu::take_kick() {
+  const bool was_paused = host_.paused();
+  if (was_paused) host_.wait_while_paused();
+  // Before the causes are looked at again: a kick from now on stops the next KVM_RUN.
+  __atomic_store_n(&run_->immediate_exit, uint8_t{0}, __ATOMIC_SEQ_CST);
+  // The guest's watchdogs must not count the time that it was not there. A guest without kvmclock
+  // has none to be told.
+  if (was_paused) (void)kvm_ioctl(fd_.get(), KVM_KVMCLOCK_CTRL, nullptr);
 }
 
 // False where the vCPU cannot go on; the reason has been told.

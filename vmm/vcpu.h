@@ -10,6 +10,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <thread>
+#include <vector>
 
 #include "base/unique_fd.h"
 #include "virtio/guest_memory.h"
@@ -27,6 +28,10 @@ class VcpuHost {
   virtual const Bus& ports() const = 0;
   virtual const Bus& mmio() const = 0;
   virtual bool ending() const noexcept = 0;
+  virtual bool confine_threads() const noexcept = 0;
+  virtual bool paused() const noexcept = 0;
+  // Returns when the machine runs again, or ends.
+  virtual void wait_while_paused() noexcept = 0;
   virtual void vcpu_ended(ExitReason reason) noexcept = 0;
   virtual bool triple_fault_is_reset() const noexcept = 0;
   // RAM, where instructions are to be done that KVM's emulator lacks; else null.
@@ -52,10 +57,12 @@ class Vcpu {
 
   // Only for the first vCPU; KVM keeps the others waiting for the guest's start-up IPI.
   void set_boot_state(const BootState& boot);
-  // Throws std::system_error where no thread can be made.
-  void start(const std::string& thread_name);
+  // `processors` of the host to run on; empty: any. Throws std::system_error where no thread can be
+  // made.
+  void start(const std::string& thread_name, std::vector<unsigned> processors);
   bool started() const noexcept { return thread_.joinable(); }
-  // Makes the thread leave the guest and look at VcpuHost::ending(). After start(), before join().
+  // Makes the thread leave the guest and look at VcpuHost::ending() and paused(). After start(),
+  // before join().
   void kick() noexcept;
   void join();
 
@@ -64,6 +71,7 @@ class Vcpu {
  private:
   void configure(const Kvm& kvm, unsigned index, unsigned count);
   void loop();
+  void take_kick();
   bool handle_exit();
   void handle_io();
   void handle_mmio();

@@ -2,7 +2,8 @@
 # Completion of `minivmm` for bash.
 
 _minivmm_disk_keys="id= format= ro readonly cache= backing= backing_fmt= offset= size= serial=
-  logical_block_size= physical_block_size= num-queues= queue-size= cache-size= l2-cache-size=
+  logical_block_size= physical_block_size= num-queues= queue-size= media= snapshot= legacy rerror= werror=
+  cache-size= l2-cache-size=
   refcount-cache-size= l2-cache-entry-size= locking="
 _minivmm_export_keys="name= description= writable nbd fuse"
 _minivmm_fuse_keys="mode= uid= gid= allow_other"
@@ -10,7 +11,7 @@ _minivmm_fuse_keys="mode= uid= gid= allow_other"
 _minivmm_disks="--disk --blockdev --object --backing-root"
 _minivmm_front_ends="--nbd --nbd-allow-remote --fuse --export"
 _minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
-_minivmm_guest="--kernel --probe --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --serial"
+_minivmm_guest="--kernel --probe --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --no-seccomp --pin --serial"
 
 # --- image commands: written by docs/update-image-commands ---
 _minivmm_image_commands="amend bench bitmap check commit compare convert create dd info map measure rebase resize"

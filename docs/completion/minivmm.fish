@@ -48,9 +48,11 @@ complete -c minivmm -n "__minivmm_in boot" -l prealloc -d "Take all guest RAM at
 complete -c minivmm -n "__minivmm_in boot" -l devices -x -a "auto acpi command-line" -d "How the kernel is told of its devices"
 complete -c minivmm -n "__minivmm_in boot" -l probe -d "Run the probe guest, whatever is on the disk"
 complete -c minivmm -n "__minivmm_in boot" -l no-rng -d "No virtio entropy device"
+complete -c minivmm -n "__minivmm_in boot" -l no-seccomp -d "No filters of system calls"
+complete -c minivmm -n "__minivmm_in boot" -l pin -x -d "Host processors for a thread"
 complete -c minivmm -n "__minivmm_in boot" -l serial -x -a "stdio none pty file: unix:" -d "Serial port of the guest"
 
-complete -c minivmm -n "__minivmm_in boot serve" -l disk -x -a "(__minivmm_keys id= format=qcow2 format=raw ro readonly cache=writeback cache=none cache=writethrough cache=directsync cache=unsafe backing= backing_fmt=qcow2 backing_fmt=raw offset= size= serial= logical_block_size= physical_block_size= num-queues= queue-size= cache-size= l2-cache-size= refcount-cache-size= l2-cache-entry-size= locking=auto locking=on locking=off)" -d "Disk image"
+complete -c minivmm -n "__minivmm_in boot serve" -l disk -x -a "(__minivmm_keys id= format=qcow2 format=raw ro readonly cache=writeback cache=none cache=writethrough cache=directsync cache=unsafe backing= backing_fmt=qcow2 backing_fmt=raw offset= size= serial= logical_block_size= physical_block_size= num-queues= queue-size= media=disk media=cdrom snapshot=on legacy rerror=report rerror=ignore rerror=stop werror=report werror=ignore werror=stop werror=enospc cache-size= l2-cache-size= refcount-cache-size= l2-cache-entry-size= locking=auto locking=on locking=off)" -d "Disk image"
 complete -c minivmm -n "__minivmm_in boot serve" -l blockdev -x -d "Node by QEMU's options"
 complete -c minivmm -n "__minivmm_in boot serve" -l object -x -a "secret,id=" -d "Password or key by an id"
 complete -c minivmm -n "__minivmm_in boot serve" -l backing-root -x -a "(__fish_complete_directories)" -d "Where backing files may lie"

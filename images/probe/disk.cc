@@ -269,6 +269,8 @@ bool Disk::add(Request& request) {
   return true;
 }
 
+void Disk::notify(unsigned index) { reg(kQueueNotify) = index; }
+
 void Disk::kick() {
   for (unsigned i = 0; i < queue_count_; ++i) queue_[i].kick();
 }

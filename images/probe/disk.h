@@ -68,6 +68,10 @@ class Disk {
   uint64_t request_max() const;
   unsigned queues() const { return queue_count_; }
   unsigned slot() const { return slot_; }
+  // For what no driver does: the registers, a queue's memory, and telling the device of it.
+  uint64_t window() const { return base_; }
+  Queue& queue(unsigned index) { return queue_[index]; }
+  void notify(unsigned index);
   void describe(Line& line) const;
   void set_write_cache(bool on);
 

@@ -71,6 +71,7 @@ void job_survey(Disks& disks, Options& options, Result& result);
 void job_wce(Disks& disks, Options& options, Result& result);
 void job_reset(Disks& disks, Options& options, Result& result);
 void job_errors(Disks& disks, Options& options, Result& result);
+void job_hostile(Disks& disks, Options& options, Result& result);
 void job_idle(Disks& disks, Options& options, Result& result);
 void job_stress(Disks& disks, Options& options, Result& result);
 void job_bench(Disks& disks, Options& options, Result& result);

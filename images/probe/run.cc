@@ -15,7 +15,7 @@ constexpr JobEntry kJobs[] = {
     {"verify", job_verify}, {"flush", job_flush},   {"discard", job_discard},
     {"zero", job_zero},     {"survey", job_survey}, {"wce", job_wce},
     {"reset", job_reset},   {"errors", job_errors}, {"idle", job_idle},
-    {"stress", job_stress}, {"bench", job_bench},
+    {"stress", job_stress}, {"bench", job_bench},   {"hostile", job_hostile},
 };
 
 constexpr StringView kShellSeparators = " \t:";

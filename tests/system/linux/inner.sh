@@ -1,7 +1,8 @@
 #!/bin/sh
 # SPDX-License-Identifier: Apache-2.0
 # The first program of the guest under test. Its disks: vda the root (overlay), vdb data (raw,
-# several queues), vdc a disk of 4096-byte blocks, vdd one that is read-only. stage= on the kernel's
+# several queues), vdc a disk of 4096-byte blocks, vdd one that is read-only; in its second life also
+# vde, in the register window of virtio-mmio version 1, and small ones up to vdq. stage= on the kernel's
 # command line says which of its lives this is. "INNER" lines are what the tests look at.
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
 mount -t proc proc /proc
@@ -84,6 +85,13 @@ second() {
   check "kept across the reboot" grep -q "first life" /root/kept
   check mount mount -t ext4 /dev/vdb /mnt
   check "data after the reboot" sh -c 'cd /mnt && sha256sum -c /root/sums'
+  say "disks $(ls -d /sys/block/vd* | wc -l)"
+  for disk in vde vdq; do
+    check "$disk works" sh -c "dd if=/dev/urandom of=/tmp/some bs=4096 count=16 &&
+      dd if=/tmp/some of=/dev/$disk bs=4096 oflag=direct conv=fsync &&
+      dd if=/dev/$disk bs=4096 count=16 iflag=direct | cmp - /tmp/some"
+  done
+  say "vde driver features $(cat /sys/block/vde/device/features)"
   # All processors and queues at once.
   for i in 1 2 3 4; do
     dd if=/dev/urandom of=/mnt/parallel$i bs=256k count=4 conv=fsync 2> /dev/null &
@@ -104,8 +112,8 @@ second() {
 case $stage in
   1) first ;;
   2) second ;;
+  triple) reboot -f ;;
   panic) echo c > /proc/sysrq-trigger ;;
-  hang) say hanging && sleep 1000 ;;
 esac
 say "still here"
 sleep 1000

@@ -5,6 +5,7 @@
 cd "$1" || exit 1
 say() { echo "OUTER $*"; }
 M=./minivmm
+export TMPDIR="$PWD"
 common="console=ttyS0 reboot=k panic=-1 root=/dev/vda rw quiet"
 
 start() { # STAGE COMMAND-LINE OPTIONS...: starts a guest; its output is in log
@@ -86,7 +87,14 @@ if [ -x /usr/bin/nbdcopy ]; then
 fi
 echo go > typed
 finish
-start 2 "" $disks
+more="--disk driver=memory,size=1M,node-name=old,legacy=on"
+for i in 1 2 3 4 5 6 7 8 9 10 11 12; do more="$more --disk driver=memory,size=1M,node-name=more$i"; done
+start 2 "" $disks $more
+finish
+# Ends that are not asked for nicely. The disks are thrown away with what was written.
+start triple reboot=t --disk root.qcow2,snapshot=on
+finish
+start panic "" --disk root.qcow2,snapshot=on
 finish
 for image in root.qcow2 blocks.qcow2; do
   if $M image check $image > check.log 2>&1; then say "check $image ok"; else
