@@ -3,6 +3,8 @@
 // again, and an error leaves a header that the next change makes right.
 #include <cerrno>
 
+#include <fmt/core.h>
+
 #include "block/formats/qcow2/header_update.h"
 #include "graph_fixture.h"
 #include "qcow2_test_file.h"
@@ -77,6 +79,56 @@ TEST_F(Qcow2HeaderUpdate, ARewriteKeepsWhatItDoesNotKnow) {
     EXPECT_EQ(h.size, uint64_t{3 << 19}) << "an earlier change of a number was undone";
     EXPECT_EQ(h.backing_file, "b");
     EXPECT_EQ(h.backing_format, "raw");
+  });
+}
+
+// With the extensions that QEMU writes a header is longer than a sector, and what follows moves
+// when bitmaps come and go.
+TEST_F(Qcow2HeaderUpdate, APowerCutInARewriteLeavesTheOldOrTheNewOne) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  std::mt19937_64 random(seed);
+  on_fiber([&] {
+    for (const size_t features : {0, 3, 7, 8, 9}) {
+      SCOPED_TRACE(features);
+      file_ = make_test_image({.size = 1 << 20,
+                               .cluster_bits = 16,
+                               .backing_file = std::string(200, 'b'),
+                               .backing_format = "qcow2"});
+      Edge edge(file_, "test", Permissions::format_file(true));
+      Header first = qcow2::read_header(edge);
+      first.feature_names.assign(features, {.type = 0, .bit = 1, .name = "a feature"});
+      edge.write(0, base::SingleBuffer(std::span<const std::byte>(qcow2::serialise_header(first))));
+      HeaderUpdate update(edge, qcow2::read_header(edge));
+      file_->start_log();
+      for (int turn = 0; turn < 3; ++turn) {
+        update.rewrite([&](Header& h) {
+          h.bitmaps = qcow2::BitmapsExtension{1, 64, uint64_t{65536} * 4};
+          h.autoclear |= qcow2::kAutoclearBitmaps;
+        });
+        update.rewrite([&](Header& h) { h.bitmaps->directory_size = 128; });
+        update.rewrite([&](Header& h) {
+          h.bitmaps.reset();
+          h.autoclear = 0;
+        });
+      }
+      const uint64_t end = file_->now();
+      for (int i = 0; i < 200; ++i) {
+        const uint64_t cut = random() % (end + 1);
+        auto bytes = file_->after_power_cut(cut, random);
+        bytes.resize(std::max<size_t>(bytes.size(), 65536 * 5));
+        Header h;
+        ASSERT_NO_THROW(h = qcow2::parse_header(std::span(bytes).first(65536), bytes.size()));
+        ASSERT_EQ(h.backing_file, std::string(200, 'b'));
+        ASSERT_EQ(h.backing_format, "qcow2");
+        ASSERT_TRUE(h.unknown_extensions.size() <= 1);
+        if (h.bitmaps) {
+          ASSERT_EQ(h.bitmaps->count, 1U);
+          ASSERT_EQ(h.bitmaps->directory_offset, 65536U * 4);
+          ASSERT_TRUE(h.bitmaps->directory_size == 64 || h.bitmaps->directory_size == 128);
+        }
+      }
+    }
   });
 }
 
