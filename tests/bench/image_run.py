@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Measures `minivmm image` beside qemu-img and cp on the same files, interleaved: convert, compare,
+check. Says which goals are met.
+
+Each round runs every program once on every case, and begins with another one. Sources are in the
+page cache; targets are written to it (nobody flushes: qemu-img's default for convert is
+cache=unsafe, cp does not either)."""
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+
+
+def parse_arguments():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    p.add_argument("--minivmm", default="build/release/cli/minivmm", metavar="PATH")
+    p.add_argument("--rounds", type=int, default=9)
+    p.add_argument("--size", type=int, default=1024, metavar="MIB", help="of the source disk")
+    p.add_argument("--virtual", default="8T", metavar="SIZE", help="of the image that is checked")
+    p.add_argument("--only", default="", metavar="TEXT", help="cases whose name has this in it")
+    p.add_argument("--work", default="/var/tmp", metavar="DIR", help="where the images go")
+    p.add_argument("--seconds", type=float, default=0, help="no further round after that long")
+    p.add_argument("--out", metavar="FILE", help="results as JSON")
+    return p.parse_args()
+
+
+class Case:
+    """`programs`: name -> command; `goals`: (our name, their names, least ratio of speed to the best
+    of them)."""
+
+    def __init__(self, name, programs, goals, made=()):
+        self.name = name
+        self.programs = programs
+        self.goals = goals
+        self.made = made  # what a run makes, and the next is to make anew
+        self.times = {program: [] for program in programs}
+        self.peaks = {program: 0 for program in programs}
+
+
+def fill(path, size):
+    """Half of it data that does not compress, an eighth stored zeroes, the rest holes."""
+    rng = random.Random(1)
+    piece = 1 << 20
+    with open(path, "wb") as file:
+        file.truncate(size)
+        for at in range(0, size, piece):
+            kind = rng.randrange(8)
+            file.seek(at)
+            if kind < 4:
+                file.write(rng.randbytes(piece))
+            elif kind == 4:
+                file.write(bytes(piece))
+
+
+def run(command, work):
+    """(seconds, peak memory in KiB)"""
+    began = time.monotonic()
+    child = subprocess.Popen(command, cwd=work, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    error = child.stderr.read()
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    seconds = time.monotonic() - began
+    if child.returncode != 0:
+        raise SystemExit(f"{' '.join(command)}: {error.decode(errors='replace')}")
+    return seconds, usage.ru_maxrss
+
+
+def cases(ours, work, arguments):
+    fill(os.path.join(work, "raw"), arguments.size << 20)
+    for command in (["qemu-img", "convert", "-O", "qcow2", "raw", "qcow2"],
+                    ["qemu-img", "create", "-q", "-f", "raw", "empty", "100G"]):
+        run(command, work)
+    image = [ours, "image"]
+    best = {"qemu-img": [], "qemu-img -W": ["-W"], "qemu-img -W -m 16": ["-W", "-m", "16"]}
+
+    def convert(name, target, words, goals, copy=False):
+        programs = {"minivmm": image + ["convert", "-O", target, *words, "out"]}
+        for label, more in best.items():
+            programs[label] = ["qemu-img", "convert", *more, "-O", target, *words, "out"]
+        if copy:
+            programs["cp --sparse"] = ["cp", "--sparse=always", words[-1], "out"]
+        return Case(name, programs, goals, ("out",))
+    qemu = ("minivmm", tuple(best), 1.0)
+    yield convert("convert raw to raw", "raw", ["-f", "raw", "raw"],
+                  [qemu, ("minivmm", ("cp --sparse",), 0.9)], True)
+    yield convert("convert raw to qcow2", "qcow2", ["-f", "raw", "raw"],
+                  [qemu, ("minivmm", ("cp --sparse",), 0.9)], True)
+    yield convert("convert qcow2 to raw", "raw", ["-f", "qcow2", "qcow2"],
+                  [qemu, ("minivmm", ("cp --sparse",), 0.9)], True)
+    yield convert("convert 100 GiB of nothing", "qcow2", ["-f", "raw", "empty"], [qemu])
+    words = ["compare", "-f", "raw", "-F", "qcow2", "raw", "qcow2"]
+    yield Case("compare raw with qcow2", {"minivmm": image + words, "qemu-img": ["qemu-img", *words]},
+               [("minivmm", ("qemu-img",), 1.0)])
+    if arguments.only in "check":
+        run(["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=metadata", "large",
+             arguments.virtual], work)
+    words = ["check", "-f", "qcow2", "large"]
+    yield Case(f"check of {arguments.virtual}",
+               {"minivmm": image + words, "qemu-img": ["qemu-img", *words]},
+               [("minivmm", ("qemu-img",), 2.0)])
+
+
+def measure(plan, work, arguments):
+    end = time.monotonic() + arguments.seconds if arguments.seconds else float("inf")
+    for number in range(arguments.rounds):
+        if time.monotonic() > end:
+            break
+        for case in plan:
+            names = list(case.programs)
+            for name in names[number % len(names):] + names[:number % len(names)]:
+                for made in case.made:
+                    if os.path.exists(os.path.join(work, made)):
+                        os.unlink(os.path.join(work, made))
+                seconds, peak = run(case.programs[name], work)
+                case.times[name].append(seconds)
+                case.peaks[name] = max(case.peaks[name], peak)
+        print(f"round {number + 1} of {arguments.rounds}, load {os.getloadavg()[0]:.1f}",
+              file=sys.stderr)
+
+
+def report(plan):
+    out = {}
+    for case in plan:
+        medians = {name: statistics.median(times) for name, times in case.times.items()}
+        print(f"\n{case.name}")
+        for name, seconds in medians.items():
+            print(f"  {name:20} {seconds:8.3f} s   from {min(case.times[name]):.3f} to "
+                  f"{max(case.times[name]):.3f}   {case.peaks[name] / 1024:6.0f} MiB")
+        for ours, theirs, least in case.goals:
+            other = min(theirs, key=lambda name: medians[name])
+            ratio = medians[other] / medians[ours]
+            verdict = "pass" if ratio >= least else "MISS"
+            print(f"  {verdict}: {ratio:.2f} of the speed of {other} (goal: {least})")
+        out[case.name] = {"times": case.times, "peak-kib": case.peaks}
+    return out
+
+
+def main():
+    arguments = parse_arguments()
+    ours = os.path.abspath(arguments.minivmm)
+    work = os.path.join(arguments.work, f"minivmm-image-bench-{os.getpid()}")
+    os.mkdir(work)
+    try:
+        plan = [c for c in cases(ours, work, arguments) if arguments.only in c.name]
+        measure(plan, work, arguments)
+        results = report(plan)
+    finally:
+        shutil.rmtree(work)
+    if arguments.out:
+        with open(arguments.out, "w", encoding="utf-8") as file:
+            json.dump(results, file, indent=1)
+
+
+if __name__ == "__main__":
+    main()
