@@ -13,6 +13,7 @@
 #include "block/graph/driver.h"
 #include "block/protocols/file.h"
 #include "block/protocols/memory.h"
+#include "block/protocols/nbd/nbd_node.h"
 #include "block/protocols/null.h"
 
 namespace minivmm::block {
@@ -22,11 +23,17 @@ namespace {
 using enum DriverKind;
 
 constexpr Driver kDrivers[] = {
-    {"file", kProtocol, &open_file}, {"host_device", kProtocol, &open_file},
-    {"raw", kFormat, &open_raw},     {"qcow2", kFormat, &open_qcow2},
-    {"luks", kFormat, &open_luks},   {"memory", kProtocol, &open_memory},
-    {"null", kProtocol, &open_null}, {"null-co", kProtocol, &open_null},
-    {"fault", kFilter, &open_fault}, {"log-writes", kFilter, &open_log_writes},
+    {"file", kProtocol, &open_file},
+    {"host_device", kProtocol, &open_file},
+    {"raw", kFormat, &open_raw},
+    {"qcow2", kFormat, &open_qcow2},
+    {"luks", kFormat, &open_luks},
+    {"memory", kProtocol, &open_memory},
+    {"null", kProtocol, &open_null},
+    {"null-co", kProtocol, &open_null},
+    {"nbd", kProtocol, &open_nbd},
+    {"fault", kFilter, &open_fault},
+    {"log-writes", kFilter, &open_log_writes},
 };
 
 }  // namespace

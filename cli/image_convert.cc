@@ -9,6 +9,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "base/nbd_uri.h"
 #include "block/jobs/chain_status.h"
 #include "block/jobs/copy_job.h"
 #include "cli/command.h"
@@ -80,7 +81,9 @@ void open_sources(ImageGraph& graph, const ConvertRequest& request, Sources& out
 
 std::unique_ptr<TargetImage> open_target(ImageGraph& graph, const ConvertRequest& request,
                                          uint64_t size) {
-  if (request.skip_create) {
+  // An NBD disk cannot be made: it is there, and large enough or not.
+  const bool is_there = !request.target_is_options && base::is_nbd_uri(host_path(request.target));
+  if (request.skip_create || is_there) {
     const ImageName name{request.target, request.target_is_options ? "" : request.target_format,
                          request.target_is_options};
     auto target = std::make_unique<TargetImage>(graph, name, request.target_cache);

@@ -41,12 +41,12 @@ std::string image_format(block::Edge& file, const std::string& path, const std::
 
 namespace {
 
-uint64_t actual_size(const block::Node& file) {
+std::optional<uint64_t> actual_size(const block::Node& file) {
   for (const auto& [name, value] : file.facts()) {
     const auto* number = std::get_if<uint64_t>(&value);
     if (name == "actual-size" && number != nullptr) return *number;
   }
-  return 0;
+  return std::nullopt;
 }
 
 // Fiber.

@@ -21,7 +21,8 @@ struct ImageFacts {
   std::string path;
   std::string format;
   uint64_t virtual_size = 0;
-  uint64_t actual_size = 0;  // what the file takes of its file system
+  // What the file takes of its file system; not known of a server's disk.
+  std::optional<uint64_t> actual_size;
   std::optional<block::qcow2::Header> qcow2;
   std::optional<block::crypto::Luks1Header> luks;  // of a luks image
   std::vector<block::qcow2::SnapshotEntry> snapshots;

@@ -8,6 +8,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
+#include "base/nbd_uri.h"
 
 namespace minivmm::cli {
 
@@ -22,11 +23,11 @@ ImageGraph::~ImageGraph() = default;
 ImageGraph::OpenFile::OpenFile(block::Graph& graph, const std::string& path, FileAccess access)
     : graph_(graph) {
   block::Options options;
-  options.set("driver", "file");
-  options.set("filename", path);
   options.set("read-only", access.writable ? "off" : "on");
-  options.set("locking", access.locked ? "auto" : "off");
-  options.set("cache.direct", access.direct ? "on" : "off");
+  if (set_protocol(options, "", path)) {
+    options.set("locking", access.locked ? "auto" : "off");
+    options.set("cache.direct", access.direct ? "on" : "off");
+  }
   std::shared_ptr<block::Node> node = graph.add(std::move(options));
   node_name_ = node->name();
   const uint8_t uses = access.writable ? Permissions::kWrite | Permissions::kResize : 0;
@@ -56,15 +57,44 @@ size_t protocol_length(const std::string& name) {
   return colon != std::string::npos && colon < name.find('/') ? colon : std::string::npos;
 }
 
+// "nbd:HOST:PORT", "nbd:unix:PATH", each with ":exportname=NAME" behind it or not.
+std::string uri_of_old_form(const std::string& name) {
+  constexpr std::string_view kExport = ":exportname=";
+  std::string_view rest = std::string_view(name).substr(4);
+  base::NbdUri uri;
+  if (const size_t at = rest.find(kExport); at != rest.npos) {
+    uri.export_name = rest.substr(at + kExport.size());
+    rest = rest.substr(0, at);
+  }
+  constexpr std::string_view kUnix = "unix:";
+  if (rest.starts_with(kUnix)) {
+    uri.socket_path = rest.substr(kUnix.size());
+    return uri.text();
+  }
+  const base::NbdUri address = base::parse_nbd_uri("nbd://" + std::string(rest));
+  uri.host = address.host;
+  uri.port = address.port;
+  return uri.text();
+}
+
 }  // namespace
 
+bool set_protocol(block::Options& options, const std::string& prefix, const std::string& path) {
+  const bool is_file = !base::is_nbd_uri(path);
+  options.set(prefix + "driver", is_file ? "file" : "nbd");
+  options.set(prefix + (is_file ? "filename" : "uri"), path);
+  return is_file;
+}
+
 std::string host_path(const std::string& file_name) {
+  if (base::is_nbd_uri(file_name)) return base::parse_nbd_uri(file_name).text();
+  if (file_name.starts_with("nbd:")) return uri_of_old_form(file_name);
   if (file_name.empty()) throw base::Error(EINVAL, "an image file's name is empty");
   const size_t protocol = protocol_length(file_name);
   if (protocol == std::string::npos) return file_name;
   if (file_name.substr(0, protocol) == "file") return host_path(file_name.substr(protocol + 1));
-  throw base::Error(EINVAL, fmt::format("{0}: Unknown protocol '{1}' (only files of this host are "
-                                        "supported; ./{0} is the file of that name)",
+  throw base::Error(EINVAL, fmt::format("{0}: Unknown protocol '{1}' (only files of this host and "
+                                        "NBD URIs are supported; ./{0} is the file of that name)",
                                         file_name, file_name.substr(0, protocol)));
 }
 

@@ -93,9 +93,14 @@ auto ImageGraph::use_file(const std::string& path, FileAccess access, Body&& bod
   }
 }
 
-// The path behind a file name as qemu-img reads it: "file:" in front is dropped. Throws EINVAL for
-// other protocols ("nbd:...") and for an empty name.
+// The path behind a file name as qemu-img reads it: "file:" in front is dropped. NBD URIs stay what
+// they are, and QEMU's older form ("nbd:HOST:PORT:exportname=NAME") becomes one. Throws EINVAL for
+// other protocols and for an empty name.
 std::string host_path(const std::string& file_name);
+
+// Sets what opens a name that host_path() has given, a file or an NBD disk, under `prefix`
+// ("file." or nothing). True for a file of this host.
+bool set_protocol(block::Options& options, const std::string& prefix, const std::string& path);
 
 // Where a name recorded in `image` leads: relative names start from the image's own directory.
 std::string path_from_image(const std::string& image, const std::string& reference);

@@ -119,7 +119,7 @@ Json to_json(const ImageFacts& facts) {
   out["filename"] = facts.path;
   if (facts.qcow2) out["cluster-size"] = facts.qcow2->geometry().cluster_size();
   out["format"] = facts.format;
-  out["actual-size"] = facts.actual_size;
+  if (facts.actual_size) out["actual-size"] = *facts.actual_size;
   if (facts.qcow2) {
     out["format-specific"] = Json{{"type", "qcow2"}, {"data", format_specific(facts)}};
   }
@@ -212,10 +212,10 @@ std::string size_text(uint64_t bytes) {
 }
 
 std::string info_text(const ImageFacts& facts) {
-  std::string out =
-      fmt::format("image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n",
-                  printable(facts.path), facts.format, size_text(facts.virtual_size),
-                  facts.virtual_size, size_text(facts.actual_size));
+  std::string out = fmt::format(
+      "image: {}\nfile format: {}\nvirtual size: {} ({} bytes)\ndisk size: {}\n",
+      printable(facts.path), facts.format, size_text(facts.virtual_size), facts.virtual_size,
+      facts.actual_size ? size_text(*facts.actual_size) : "unavailable");
   if (is_encrypted(facts)) out += "encrypted: yes\n";
   if (facts.qcow2) {
     out += fmt::format("cluster_size: {}\n", facts.qcow2->geometry().cluster_size());

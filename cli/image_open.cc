@@ -15,6 +15,7 @@
 #include "base/checked.h"
 #include "base/error.h"
 #include "base/log.h"
+#include "base/nbd_uri.h"
 #include "base/unique_fd.h"
 #include "block/graph/open_policy.h"
 #include "cli/image_arguments.h"
@@ -74,6 +75,7 @@ std::string real_path(const std::string& path) {
 
 // What the kernel says of opening the file, in qemu-img's words.
 void try_to_open(const std::string& path, bool writable) {
+  if (base::is_nbd_uri(path)) return;  // its own error says it better
   const int flags = (writable ? O_RDWR : O_RDONLY) | O_CLOEXEC | O_NONBLOCK | O_NOCTTY;
   const base::UniqueFd fd(::open(path.c_str(), flags));
   if (!fd) throw base::errno_error(errno, fmt::format("Could not open '{}'", path));
@@ -168,8 +170,7 @@ Options layer_options(const std::string& path, const std::string& format, const 
   out.set("driver", format);
   out.set("read-only", mode.writable ? "off" : "on");
   out.set("cache.writeback", mode.cache.write_through ? "off" : "on");
-  out.set("file.driver", "file");
-  out.set("file.filename", path);
+  if (!set_protocol(out, "file.", path)) return out;
   out.set("file.locking", mode.force_share ? "off" : "auto");
   out.set("file.cache.direct", mode.cache.direct ? "on" : "off");
   out.set("file.cache.no-flush", mode.cache.no_flush ? "on" : "off");

@@ -15,6 +15,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "base/nbd_uri.h"
 #include "base/unique_fd.h"
 #include "cli/image_arguments.h"
 #include "cli/image_personality.h"
@@ -158,7 +159,8 @@ Strings Sandbox::files_to_allow() {
     // Named by options: the file names are among the values.
     if (image.is_options) {
       block::Options options = block::Options::from_text(image.text);
-      for (const char* key : {"file.filename", "filename", "backing.file.filename"}) {
+      for (const char* key :
+           {"file.filename", "filename", "backing.file.filename", "uri", "file.uri"}) {
         if (const auto path = options.take_string(key)) out.push_back(*path);
       }
       continue;
@@ -191,8 +193,16 @@ void Sandbox::run(const std::function<void(ImageGraph& graph)>& body) {
     throw;
   }
   apply(true, [&] { limit_resources(limits_); });
-  apply(must_hold_, [&] { limit_files(files); });
-  apply(must_hold_, [] { limit_system_calls(); });
+  // A server is reached through sockets, and by a library with files of its own.
+  const bool remote = std::any_of(files.begin(), files.end(),
+                                  [](const std::string& name) { return base::is_nbd_uri(name); });
+  if (remote && must_hold_) {
+    throw Error(EINVAL, "--untrusted is for files: a server's disk needs the network");
+  }
+  if (!remote) {
+    apply(must_hold_, [&] { limit_files(files); });
+    apply(must_hold_, [] { limit_system_calls(); });
+  }
   try {
     ImageGraph graph(policy_, 1, base::BackendChoice::kEpoll);
     graph.run([&] { body(graph); });

@@ -11,6 +11,7 @@
 #include <limits.h>
 
 #include "base/error.h"
+#include "base/nbd_uri.h"
 #include "base/unique_fd.h"
 #include "block/formats/probe.h"
 
@@ -109,7 +110,9 @@ Media take_media(Options& given) {
 // Options of the path form that belong to the node.
 void apply_node_options(Options& node, Options& given, const std::string& format) {
   apply_cache_mode(node, given);
-  if (auto locking = given.take_string("locking")) node.set("file.locking", *locking);
+  for (const char* key : {"locking", "reconnect-delay", "open-timeout", "connections"}) {
+    if (auto value = given.take_string(key)) node.set(std::string("file.") + key, *value);
+  }
   for (const char* key : {"offset", "size"}) {
     auto value = given.take_string(key);
     if (!value) continue;
@@ -174,15 +177,17 @@ std::string probe_file(const std::string& path) {
 
 Options image_options(const std::string& path, const std::string& format, bool read_only,
                       bool* guessed) {
+  const bool is_nbd = base::is_nbd_uri(path);
   std::string driver = format;
   *guessed = format.empty();
-  if (driver.empty()) driver = probe_file(path);
+  // What a server has is not looked at before it is opened.
+  if (driver.empty()) driver = is_nbd ? "raw" : probe_file(path);
   Options node;
   node.set("driver", driver);
   if (read_only) node.set("read-only", "on");
   if (*guessed && driver == "raw" && !read_only) node.set("probed", "on");
-  node.set("file.driver", "file");
-  node.set("file.filename", path);
+  node.set("file.driver", is_nbd ? "nbd" : "file");
+  node.set(is_nbd ? "file.uri" : "file.filename", path);
   return node;
 }
 

@@ -179,6 +179,11 @@ TEST(Uris, AreReadAndPrinted) {
       {"nbd+unix://?socket=m.sock", "nbd+unix:///?socket=m.sock"},
       {"nbd+unix:///disk0?socket=/run/a%26b.sock", ""},
       {"nbd+unix:///x/y?socket=/run/m.sock", ""},
+      {"nbds://host/d", ""},
+      {"nbds://alice@host:5/d?tls-psk-file=/etc/psk", ""},
+      {"nbds+unix://alice@/d?socket=/run/m.sock&tls-certificates=/etc/pki", ""},
+      {"nbd+vsock://2:9999/d", ""},
+      {"nbds+vsock://3:10809", "nbds+vsock://3"},
   };
   for (const auto& [given, printed] : cases) {
     EXPECT_EQ(parse_uri(given).text(), printed.empty() ? given : printed);
@@ -193,7 +198,6 @@ TEST(Uris, WrongOnesAreRejectedWithTheirText) {
   for (const std::string text : {"",
                                  "nbd",
                                  "http://x",
-                                 "nbds://x",
                                  "nbd:unix:/x",
                                  "nbd://h:99999",
                                  "nbd://h:",
@@ -203,6 +207,12 @@ TEST(Uris, WrongOnesAreRejectedWithTheirText) {
                                  "nbd://[::1",
                                  "nbd://[::1]x",
                                  "nbd://u@h",
+                                 "nbd+vsock://",
+                                 "nbd+vsock://x",
+                                 "nbd+vsock://1:",
+                                 "nbd+vsock://4294967296",
+                                 "nbd://h?tls-psk-file=x",
+                                 "nbds://h?socket=x",
                                  "nbd://h?tls=1",
                                  "nbd://h#f",
                                  "nbd+unix://",
