@@ -96,13 +96,16 @@ std::vector<std::byte> serialise_header(const Header& h, uint64_t name_at) {
   Bytes out = serialise_fields(h);
   put_text_extension(out, kExtBackingFormat, h.backing_format);
   put_text_extension(out, kExtDataFile, h.data_file);
-  if (h.bitmaps) put_extension(out, kExtBitmaps, bitmaps_data(*h.bitmaps));
-  for (const HeaderExtension& e : h.unknown_extensions) put_extension(out, e.type, e.data);
-  const size_t tail = 8 + h.backing_file.size();  // the end marker and the name
+  // In QEMU's order: bitmaps, which come and go, move nothing but the name.
+  Bytes rest;
+  if (h.bitmaps) put_extension(rest, kExtBitmaps, bitmaps_data(*h.bitmaps));
+  for (const HeaderExtension& e : h.unknown_extensions) put_extension(rest, e.type, e.data);
+  const size_t tail = rest.size() + 8 + h.backing_file.size();  // the end marker and the name
   if (h.version >= 3 && !h.feature_names.empty() &&
       out.size() + 8 + h.feature_names.size() * kFeatureNameBytes + tail <= cluster) {
     put_extension(out, kExtFeatureNames, feature_table(h));
   }
+  out.insert(out.end(), rest.begin(), rest.end());
   put(out, uint64_t{0});
   if (h.has_backing) {
     if (name_at > out.size()) out.resize(name_at);

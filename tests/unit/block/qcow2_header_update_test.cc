@@ -103,7 +103,7 @@ TEST_F(Qcow2HeaderUpdate, APowerCutInARewriteLeavesTheOldOrTheNewOne) {
       file_->start_log();
       for (int turn = 0; turn < 3; ++turn) {
         update.rewrite([&](Header& h) {
-          h.bitmaps = qcow2::BitmapsExtension{1, 64, uint64_t{65536} * 4};
+          h.bitmaps = qcow2::BitmapsExtension{1, 64, uint64_t{65536} * 2};
           h.autoclear |= qcow2::kAutoclearBitmaps;
         });
         update.rewrite([&](Header& h) { h.bitmaps->directory_size = 128; });
@@ -124,7 +124,7 @@ TEST_F(Qcow2HeaderUpdate, APowerCutInARewriteLeavesTheOldOrTheNewOne) {
         ASSERT_TRUE(h.unknown_extensions.size() <= 1);
         if (h.bitmaps) {
           ASSERT_EQ(h.bitmaps->count, 1U);
-          ASSERT_EQ(h.bitmaps->directory_offset, 65536U * 4);
+          ASSERT_EQ(h.bitmaps->directory_offset, 65536U * 2);
           ASSERT_TRUE(h.bitmaps->directory_size == 64 || h.bitmaps->directory_size == 128);
         }
       }
