@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "block/formats/luks/luks_node.h"
+#include "block/formats/qcow2/qcow2_node.h"
 #include "cli/command.h"
 #include "cli/image_arguments.h"
 #include "cli/image_commands.h"
@@ -58,11 +59,21 @@ bool asks_for_help(const AmendRequest& request) {
   return false;
 }
 
-void amend_luks(block::LuksNode& node, const CreateOptionList& list, bool force) {
+block::crypto::Luks1AmendOptions key_slots(block::Options& options, bool force) {
+  auto out = block::crypto::take_luks1_amend_options(options);
+  out.force = force;
+  return out;
+}
+
+void amend_node(block::Node& node, const CreateOptionList& list, bool force) {
   block::Options options = list.for_driver();
-  auto wanted = block::crypto::take_luks1_amend_options(options);
-  wanted.force = force;
-  node.amend(wanted);
+  if (auto* luks = dynamic_cast<block::LuksNode*>(&node)) {
+    return luks->amend(key_slots(options, force));
+  }
+  auto& qcow2 = dynamic_cast<block::Qcow2Node&>(node);
+  if (const auto encrypt = options.take_child("encrypt")) {
+    qcow2.amend_encryption(key_slots(*encrypt->options, force));
+  }
 }
 
 // Fiber.
@@ -76,7 +87,7 @@ void amend(ImageGraph& graph, const AmendRequest& request) {
     return;
   }
   for (const std::string& text : request.options) list.parse(text);
-  amend_luks(dynamic_cast<block::LuksNode&>(image.edge().node()), list, request.force);
+  amend_node(image.edge().node(), list, request.force);
   image.close();
 }
 

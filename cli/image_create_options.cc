@@ -20,14 +20,14 @@ namespace {
 // In the order in which qemu-img prints them.
 constexpr CreateOption kQcow2Options[] = {
     {"encryption", Kind::kBool, "", ""},
-    {"encrypt.format", Kind::kText, "", ""},
-    {"encrypt.key-secret", Kind::kText, "", ""},
-    {"encrypt.cipher-alg", Kind::kText, "", ""},
-    {"encrypt.cipher-mode", Kind::kText, "", ""},
-    {"encrypt.ivgen-alg", Kind::kText, "", ""},
-    {"encrypt.ivgen-hash-alg", Kind::kText, "", ""},
-    {"encrypt.hash-alg", Kind::kText, "", ""},
-    {"encrypt.iter-time", Kind::kNumber, "", ""},
+    {"encrypt.format", Kind::kText, "", "Encrypt the image, format choices: 'luks'"},
+    {"encrypt.key-secret", Kind::kText, "", "ID of secret providing LUKS passphrase"},
+    {"encrypt.cipher-alg", Kind::kText, "", "Name of encryption cipher algorithm"},
+    {"encrypt.cipher-mode", Kind::kText, "", "Name of encryption cipher mode"},
+    {"encrypt.ivgen-alg", Kind::kText, "", "Name of IV generator algorithm"},
+    {"encrypt.ivgen-hash-alg", Kind::kText, "", "Name of IV generator hash algorithm"},
+    {"encrypt.hash-alg", Kind::kText, "", "Name of encryption hash algorithm"},
+    {"encrypt.iter-time", Kind::kNumber, "", "Time to spend in PBKDF in milliseconds"},
     {"cluster_size", Kind::kSize, "65536", "qcow2 cluster size"},
     {"extended_l2", Kind::kBool, "off", "Extended L2 tables"},
     {"preallocation", Kind::kText, "", "Preallocation mode (allowed values: off, metadata)"},
@@ -75,6 +75,15 @@ constexpr CreateOption kLuksAmendOptions[] = {
     {"iter-time", Kind::kNumber, "", "Time to spend in PBKDF in milliseconds"},
 };
 
+constexpr CreateOption kQcow2AmendOptions[] = {
+    {"encrypt.state", Kind::kText, "", "Select new state of affected keyslots (active/inactive)"},
+    {"encrypt.keyslot", Kind::kNumber, "", "Select a single keyslot to modify explicitly"},
+    {"encrypt.old-secret", Kind::kText, "", "Select all keyslots that match this password"},
+    {"encrypt.new-secret", Kind::kText, "",
+     "New secret to set in the matching keyslots. Empty string to erase"},
+    {"encrypt.iter-time", Kind::kNumber, "", "Time to spend in PBKDF in milliseconds"},
+};
+
 struct Format {
   std::string_view name;
   std::span<const CreateOption> options;
@@ -82,7 +91,7 @@ struct Format {
 
 constexpr Format kFormats[] = {
     {"qcow2", kQcow2Options}, {"raw", kRawOptions}, {"luks", kLuksOptions}};
-constexpr Format kAmendable[] = {{"luks", kLuksAmendOptions}};
+constexpr Format kAmendable[] = {{"luks", kLuksAmendOptions}, {"qcow2", kQcow2AmendOptions}};
 
 std::string_view kind_text(Kind kind) {
   switch (kind) {

@@ -11,11 +11,13 @@
 #include "base/error.h"
 #include "block/formats/luks/luks_node.h"
 #include "block/formats/probe.h"
+#include "block/formats/qcow2/encryption.h"
 #include "block/formats/qcow2/image_file.h"
 #include "block/formats/qcow2/listing.h"
 
 namespace minivmm::cli {
 
+namespace crypto = block::crypto;
 using base::Error;
 
 bool is_format(std::string_view name) noexcept {
@@ -66,6 +68,10 @@ ImageFacts inspect(block::Edge& file, const std::string& path, const std::string
       return out;
     }
     out.qcow2 = block::qcow2::read_header(file);
+    if (out.qcow2->luks) {
+      crypto::LuksArea area = block::qcow2::luks_area(file, *out.qcow2);
+      out.luks = crypto::read_luks1(area, false);
+    }
     out.snapshots = block::qcow2::read_snapshots(file, *out.qcow2);
     out.bitmaps = block::qcow2::read_bitmaps(file, *out.qcow2);
   } catch (Error& e) {

@@ -24,7 +24,7 @@ struct ImageFacts {
   // What the file takes of its file system; not known of a server's disk.
   std::optional<uint64_t> actual_size;
   std::optional<block::qcow2::Header> qcow2;
-  std::optional<block::crypto::Luks1Header> luks;  // of a luks image
+  std::optional<block::crypto::Luks1Header> luks;  // of an encrypted image
   std::vector<block::qcow2::SnapshotEntry> snapshots;
   std::vector<block::qcow2::BitmapEntry> bitmaps;
 

@@ -88,7 +88,7 @@ Json format_specific(const ImageFacts& facts) {
   if (!facts.bitmaps.empty()) data["bitmaps"] = bitmap_list(facts.bitmaps);
   data["refcount-bits"] = uint64_t{1} << h.refcount_order;
   if (h.crypt_method != 0) {
-    data["encrypt"] = Json{{"format", h.crypt_method == 1 ? "aes" : "luks"}};
+    data["encrypt"] = facts.luks ? luks_data(*facts.luks, true) : Json{{"format", "aes"}};
   }
   if ((h.incompatible & qcow2::kIncompatDataFile) != 0) {
     if (!h.data_file.empty()) data["data-file"] = h.data_file;
@@ -123,7 +123,7 @@ Json to_json(const ImageFacts& facts) {
   if (facts.qcow2) {
     out["format-specific"] = Json{{"type", "qcow2"}, {"data", format_specific(facts)}};
   }
-  if (facts.luks) {
+  if (facts.format == "luks") {
     out["format-specific"] = Json{{"type", "luks"}, {"data", luks_data(*facts.luks, false)}};
   }
   if (facts.has_backing()) {
@@ -227,7 +227,7 @@ std::string info_text(const ImageFacts& facts) {
     out += "Format specific information:\n";
     print_tree(out, format_specific(facts), 1);
   }
-  if (facts.luks) {
+  if (facts.format == "luks") {
     out += "Format specific information:\n";
     print_tree(out, luks_data(*facts.luks, false), 1);
   }

@@ -97,7 +97,9 @@ Qcow2Shape shape_of(const CreateOptionList& options) {
   out.extended_l2 = options.get("extended_l2") == "on";
   // Throws for what cannot be created.
   block::Options wanted = options.for_driver();
-  block::qcow2::check_create_options(block::qcow2::take_create_options(wanted));
+  const auto created = block::qcow2::take_create_options(wanted);
+  block::qcow2::check_create_options(created);
+  if (created.luks) out.luks_bytes = block::crypto::luks1_header_bytes(*created.luks);
   return out;
 }
 

@@ -34,7 +34,9 @@ uint64_t full_qcow2_size(uint64_t size, const Qcow2Shape& shape) {
   const uint64_t l2_bytes = align_up(data / cluster, cluster / l2_entry) * l2_entry;
   const uint64_t l1_bytes = align_up(l2_bytes / cluster, cluster / 8) * 8;
   const uint64_t before = cluster + l2_bytes + l1_bytes + data;
-  return before + refcount_clusters(before / cluster, shape) * cluster;
+  // As qemu-img: the LUKS header's own refcounts fit into what the others leave.
+  return before + refcount_clusters(before / cluster, shape) * cluster +
+         align_up(shape.luks_bytes, cluster);
 }
 
 }  // namespace minivmm::cli

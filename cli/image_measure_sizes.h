@@ -10,9 +10,10 @@ struct Qcow2Shape {
   uint64_t cluster_size = 65536;
   unsigned refcount_bits = 16;
   bool extended_l2 = false;
+  uint64_t luks_bytes = 0;  // of the LUKS header; 0: not encrypted
 };
 
-// The file of a qcow2 image of `size` bytes in which every cluster is allocated: header, tables,
+// The file of a qcow2 image of `size` bytes in which every cluster is allocated: headers, tables,
 // refcounts and data.
 uint64_t full_qcow2_size(uint64_t size, const Qcow2Shape& shape);
 

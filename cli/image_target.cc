@@ -49,7 +49,9 @@ TargetImage::TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache) : 
     throw;
   }
   touched_ = true;
-  is_zero_ = image.format == "qcow2" ? !image.options.has("backing_file")
+  // What is preallocated in an encrypted image reads as noise.
+  const bool noise = image.options.has("encrypt.format") && image.options.has("preallocation");
+  is_zero_ = image.format == "qcow2" ? !image.options.has("backing_file") && !noise
                                      : image.format == "raw" && !is_device(path_);
   try {
     image_ = std::make_unique<OpenImage>(

@@ -51,16 +51,13 @@ Facts luks_facts(const crypto::Luks1Header& header) {
   return out;
 }
 
-LuksNode::LuksNode(const NodeConfig& config, std::shared_ptr<Node> file, crypto::Luks1Header header,
-                   crypto::Luks1Key key, std::unique_ptr<crypto::SectorCipher> cipher,
-                   bool discards)
+LuksNode::LuksNode(const NodeConfig& config, std::shared_ptr<Node> file,
+                   std::unique_ptr<crypto::UnlockedLuks> unlocked, bool discards)
     : Node(config.node_name, "luks", config.read_only),
       file_(std::move(file), fmt::format("luks node '{}'", config.node_name),
             Permissions::format_file(!config.read_only)),
-      payload_(header.payload_offset()),
-      master_key_(std::move(key.master)),
-      cipher_(std::move(cipher)),
-      header_(std::move(header)) {
+      payload_(unlocked->header().payload_offset()),
+      unlocked_(std::move(unlocked)) {
   const Limits& below = file_.node().limits();
   set_limits({.request_alignment = kSectorSize,
               .max_transfer = kMaxTransfer,
@@ -70,46 +67,27 @@ LuksNode::LuksNode(const NodeConfig& config, std::shared_ptr<Node> file, crypto:
   set_size(payload_size(file_.size(), payload_));
 }
 
-Facts LuksNode::facts() const {
-  const std::lock_guard lock(mutex_);
-  return luks_facts(header_);
-}
+Facts LuksNode::facts() const { return luks_facts(unlocked_->header()); }
 
 void LuksNode::amend(const crypto::Luks1AmendOptions& options) {
   if (read_only()) {
     throw Error(EROFS, fmt::format("{}: amend: the node is read-only", describe()));
   }
-  const std::lock_guard one_at_a_time(amending_);
-  crypto::Luks1Header header;
-  {
-    const std::lock_guard lock(mutex_);
-    header = header_;
-  }
-  const auto keep = [&] {
-    const std::lock_guard lock(mutex_);
-    header_ = header;
-  };
   crypto::LuksArea area(file_, 0, payload_);
-  try {
-    crypto::amend_luks1(area, header, master_key_.span(), options);
-  } catch (...) {
-    keep();  // of several slots some may be erased
-    throw;
-  }
-  keep();
+  unlocked_->amend(area, options);
 }
 
 void LuksNode::driver_read(uint64_t offset, IoSpan to) {
   base::Buffer buffer(to.bytes());
   file_.read(payload_ + offset, buffer.io());
-  cipher_->crypt_on_fiber(Direction::kDecrypt, offset / kSectorSize, buffer.span());
+  unlocked_->cipher().crypt_on_fiber(Direction::kDecrypt, offset / kSectorSize, buffer.span());
   base::copy_to(to, 0, buffer.span());
 }
 
 void LuksNode::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {
   base::Buffer buffer(from.bytes());
   base::copy_from(from, 0, buffer.span());
-  cipher_->crypt_on_fiber(Direction::kEncrypt, offset / kSectorSize, buffer.span());
+  unlocked_->cipher().crypt_on_fiber(Direction::kEncrypt, offset / kSectorSize, buffer.span());
   file_.write(payload_ + offset, buffer.io(), flags);
   grow_size(offset + from.bytes());
 }

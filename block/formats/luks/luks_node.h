@@ -14,16 +14,10 @@
 
 #include <string>
 
-#include <chrono>
 #include <memory>
-#include <mutex>
 #include <vector>
 
-#include "base/sync.h"
-#include "block/crypto/luks1_amend.h"
-#include "block/crypto/luks1_header.h"
-#include "block/crypto/luks1_unlock.h"
-#include "block/crypto/sector_cipher.h"
+#include "block/crypto/unlocked_luks.h"
 #include "block/graph/driver.h"
 #include "block/graph/edge.h"
 #include "block/graph/node.h"
@@ -38,9 +32,8 @@ crypto::Luks1Header read_luks_header(Edge& file);
 
 class LuksNode final : public Node {
  public:
-  // `cipher` has the key.
-  LuksNode(const NodeConfig& config, std::shared_ptr<Node> file, crypto::Luks1Header header,
-           crypto::Luks1Key key, std::unique_ptr<crypto::SectorCipher> cipher, bool discards);
+  LuksNode(const NodeConfig& config, std::shared_ptr<Node> file,
+           std::unique_ptr<crypto::UnlockedLuks> unlocked, bool discards);
 
   std::string filename() const override { return file_.node().filename(); }
   Facts facts() const override;
@@ -61,11 +54,7 @@ class LuksNode final : public Node {
 
   Edge file_;
   const uint64_t payload_;  // bytes
-  const crypto::SecureBytes master_key_;
-  const std::unique_ptr<crypto::SectorCipher> cipher_;
-  base::FiberMutex amending_;
-  mutable std::mutex mutex_;
-  crypto::Luks1Header header_;  // guarded by mutex_; changed under amending_
+  const std::unique_ptr<crypto::UnlockedLuks> unlocked_;
 };
 
 std::shared_ptr<Node> open_luks(Graph& graph, const NodeConfig& config, Options& options);

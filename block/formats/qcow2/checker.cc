@@ -33,6 +33,7 @@ Checker::Checker(Edge& file, const Header& header, const CheckReport& report)
 void Checker::count_references() {
   result_.total_clusters = geometry_.clusters(header_.size);
   count_range(0, geometry_.cluster_size());
+  if (header_.luks) count_range(header_.luks->offset, header_.luks->length);
   count_l1(header_.l1_offset, header_.l1_size, Active::kYes);
   count_snapshots();
   count_l2_tables();

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A new image, in this order: header, refcount table, refcount blocks, L1 table; with preallocated
-// metadata also all L2 tables and room for all data. Every cluster has refcount 1. The header is
-// written last.
+// A new image, in this order: header, refcount table, refcount blocks, L1 table, LUKS header; with
+// preallocated metadata also all L2 tables and room for all data. Every cluster has refcount 1. The
+// header is written last.
 #include "block/formats/qcow2/create.h"
 
 #include <algorithm>
@@ -31,6 +31,7 @@ struct Layout {
   uint64_t blocks = 1;
   uint64_t l1_entries = 1;
   uint64_t l1_clusters = 1;
+  uint64_t luks_clusters = 0;
   uint64_t l2_tables = 0;
   uint64_t mapped = 0;  // guest clusters that have an entry
   uint64_t data = 0;    // and those that lie in the image
@@ -38,7 +39,8 @@ struct Layout {
   uint64_t table() const noexcept { return 1; }
   uint64_t first_block() const noexcept { return table() + table_clusters; }
   uint64_t l1() const noexcept { return first_block() + blocks; }
-  uint64_t first_l2() const noexcept { return l1() + l1_clusters; }
+  uint64_t luks() const noexcept { return l1() + l1_clusters; }
+  uint64_t first_l2() const noexcept { return luks() + luks_clusters; }
   uint64_t first_data() const noexcept { return first_l2() + l2_tables; }
   uint64_t total() const noexcept { return first_data() + data; }
 };
@@ -51,6 +53,7 @@ Layout lay_out(const CreateOptions& options) {
   const uint64_t clusters = g.clusters(options.size);
   out.l1_entries = std::max<uint64_t>(1, base::div_ceil(clusters, g.l2_entries()));
   out.l1_clusters = g.clusters(out.l1_entries * 8);
+  if (options.luks) out.luks_clusters = g.clusters(crypto::luks1_header_bytes(*options.luks));
   // A raw data file holds everything from the beginning.
   if (options.preallocation == Preallocation::kMetadata || options.data_file_raw) {
     out.l2_tables = base::div_ceil(clusters, g.l2_entries());
@@ -80,6 +83,10 @@ Header make_header(const CreateOptions& options, const Layout& layout) {
   h.has_backing = !options.backing_file.empty();
   h.backing_file = options.backing_file;
   h.backing_format = options.backing_format;
+  if (options.luks) {
+    h.crypt_method = kCryptLuks;
+    h.luks = LuksExtension{layout.luks() << bits, crypto::luks1_header_bytes(*options.luks)};
+  }
   if (options.version < 3) {
     h.header_length = 72;
     return h;
@@ -161,6 +168,16 @@ void reserve_data(Edge& file, const Layout& layout) {
   if (file.size() < end) file.truncate(end);
 }
 
+void write_luks_header(Edge& file, const Layout& layout, const crypto::Luks1CreateOptions& luks) {
+  const unsigned bits = layout.geometry.cluster_bits;
+  base::Buffer zeroes = base::Buffer::zeroed(layout.geometry.cluster_size());
+  for (uint64_t i = 0; i < layout.luks_clusters; ++i) {
+    write_at(file, (layout.luks() + i) << bits, zeroes);
+  }
+  crypto::LuksArea area(file, layout.luks() << bits, crypto::luks1_header_bytes(luks));
+  (void)crypto::create_luks1(area, luks);
+}
+
 // The external data file: empty, and of the disk's size. A device has to be large enough.
 void prepare_data_file(Edge& data, uint64_t size) {
   try {
@@ -209,6 +226,14 @@ CreateOptions take_create_options(Options& options) {
   out.data_file_raw = options.take_bool("data_file_raw", false);
   out.backing_file = options.take_string("backing_file").value_or("");
   out.backing_format = options.take_string("backing_fmt").value_or("");
+  if (auto encrypt = options.take_child("encrypt"); encrypt && encrypt->options) {
+    if (!encrypt->options->has("format")) {
+      throw Error(EINVAL, "Parameter 'encrypt.format' is missing");
+    }
+    (void)encrypt->options->take_choice("format", {"luks"}, 0);
+    out.luks = crypto::take_luks1_create_options(*encrypt->options);
+    encrypt->options->finish("encrypt");
+  }
   check_create_options(out);
   return out;
 }
@@ -216,6 +241,9 @@ CreateOptions take_create_options(Options& options) {
 namespace {
 
 void check_data_file(const CreateOptions& o) {
+  if (o.data_file_raw && o.luks) {
+    throw Error(EINVAL, "A raw external data file cannot be encrypted");
+  }
   if (o.data_file_raw && o.data_file.empty()) {
     throw Error(EINVAL, "data-file-raw requires data-file");
   }
@@ -298,10 +326,13 @@ void create_image(Edge& file, const CreateOptions& options, Edge* data) {
                 "size, or smaller refcount_bits)");
   }
   const std::vector<std::byte> header = serialise_header(make_header(o, layout));
+  // Before anything is lost: there is a password.
+  if (o.luks) (void)crypto::new_slot_password(o.luks->key_secret);
   empty_file(file);
   if (data != nullptr) prepare_data_file(*data, o.size);
   write_refcounts(file, layout);
   write_tables(file, layout);
+  if (o.luks) write_luks_header(file, layout, *o.luks);
   reserve_data(file, layout);
   file.flush();
   base::Buffer first = base::Buffer::zeroed(o.cluster_size());

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <optional>
 
+#include "block/crypto/luks1_create.h"
 #include "block/formats/qcow2/layout.h"
 #include "block/graph/edge.h"
 #include "block/graph/options.h"
@@ -28,6 +29,7 @@ struct CreateOptions {
   bool data_file_raw = false;     // it is a raw image by itself
   std::string backing_file = {};  // as it is to be recorded; empty: none
   std::string backing_format = {};
+  std::optional<crypto::Luks1CreateOptions> luks = {};  // encrypted
 
   uint64_t cluster_size() const noexcept { return 1ULL << cluster_bits; }
   Geometry geometry() const noexcept {
@@ -37,8 +39,8 @@ struct CreateOptions {
 
 // Takes qemu-img's -o options: size, compat, cluster_size, refcount_bits, extended_l2,
 // data_file, data_file_raw, compression_type, lazy_refcounts, preallocation, backing_file,
-// backing_fmt. Throws EINVAL. `size` stays 0 where it
-// is not given (the caller may know the backing file's).
+// backing_fmt, encrypt.format and the other options under "encrypt". Throws EINVAL. `size` stays 0
+// where it is not given (the caller may know the backing file's).
 CreateOptions take_create_options(Options& options);
 
 // Throws EINVAL, in qemu-img's words where it has some.

@@ -112,6 +112,23 @@ void parse_bitmaps(std::span<const std::byte> data, Header& h, uint64_t file_siz
   h.bitmaps = e;
 }
 
+void parse_luks(std::span<const std::byte> data, Header& h, uint64_t file_size) {
+  if (h.luks) bad("the encryption extension appears twice");
+  if (h.crypt_method != kCryptLuks) {
+    bad("there is an encryption extension, and crypt_method is {}", h.crypt_method);
+  }
+  if (data.size() != 16) bad("the encryption extension has {} bytes, not 16", data.size());
+  LuksExtension e;
+  e.offset = load_be<uint64_t>(data.data());
+  e.length = load_be<uint64_t>(data.data() + 8);
+  if (h.geometry().offset_in_cluster(e.offset) != 0 || e.offset == 0 || e.length == 0 ||
+      !base::range_fits(e.offset, e.length, file_size)) {
+    bad("the LUKS header at {:#x} ({} bytes) is misaligned, empty or past the end of the file",
+        e.offset, e.length);
+  }
+  h.luks = e;
+}
+
 void take_extension(uint32_t type, std::span<const std::byte> data, Header& h, uint64_t file_size) {
   switch (type) {
     case kExtBackingFormat:
@@ -123,6 +140,9 @@ void take_extension(uint32_t type, std::span<const std::byte> data, Header& h, u
     case kExtBitmaps:
       if (h.bitmaps) bad("the bitmaps extension appears twice");
       parse_bitmaps(data, h, file_size);
+      break;
+    case kExtLuks:
+      parse_luks(data, h, file_size);
       break;
     case kExtDataFile:
       h.data_file = text_of(data);
@@ -263,6 +283,10 @@ Header parse_header(std::span<const std::byte> b, uint64_t file_size) {
   if ((h.autoclear & kAutoclearBitmaps) != 0 && !h.bitmaps) {
     bad("the bitmaps bit is set and the bitmaps extension is missing");
   }
+  if (h.crypt_method == kCryptLuks) {
+    if (!h.luks) bad("crypt_method is 2 (LUKS) and the encryption extension is missing");
+    if (h.size % 512 != 0) bad("the disk size {} of an encrypted image is odd", h.size);
+  }
   check_tables(h, file_size);
   if (h.geometry().external_data) check_external_data(h);
   return h;
@@ -275,13 +299,10 @@ void require_supported(const Header& h) {
                                      "program does not know",
                                      feature_name(h, bit)));
   }
-  const char* feature = nullptr;
-  if (h.crypt_method == 1) feature = "AES encryption";
-  if (h.crypt_method == 2) feature = "LUKS encryption";
-  if (feature != nullptr) {
-    throw Error(ENOTSUP, fmt::format("the image uses {}, which is not supported; convert it with "
-                                     "`qemu-img convert -O qcow2`",
-                                     feature));
+  if (h.crypt_method == kCryptAes) {
+    throw Error(ENOTSUP,
+                "the image uses AES encryption, which is not supported; convert it with "
+                "`qemu-img convert -O qcow2`");
   }
 }
 

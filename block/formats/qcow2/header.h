@@ -30,6 +30,7 @@ inline constexpr uint32_t kExtEnd = 0;
 inline constexpr uint32_t kExtBackingFormat = 0xe2792aca;
 inline constexpr uint32_t kExtFeatureNames = 0x6803f857;
 inline constexpr uint32_t kExtBitmaps = 0x23852875;
+inline constexpr uint32_t kExtLuks = 0x0537be77;
 inline constexpr uint32_t kExtDataFile = 0x44415441;
 inline constexpr size_t kFeatureNameBytes = 48;
 
@@ -43,6 +44,17 @@ struct BitmapsExtension {
   uint64_t directory_size = 0;
   uint64_t directory_offset = 0;
 };
+
+// Where the LUKS header of an encrypted image lies, with its key material.
+struct LuksExtension {
+  uint64_t offset = 0;
+  uint64_t length = 0;
+};
+
+// Values of crypt_method.
+inline constexpr uint32_t kCryptNone = 0;
+inline constexpr uint32_t kCryptAes = 1;
+inline constexpr uint32_t kCryptLuks = 2;
 
 struct FeatureName {
   uint8_t type = 0;  // 0 incompatible, 1 compatible, 2 autoclear
@@ -73,6 +85,7 @@ struct Header {
   std::string backing_file;
   std::string backing_format;
   std::string data_file;
+  std::optional<LuksExtension> luks;        // with crypt_method 2, always
   std::optional<BitmapsExtension> bitmaps;  // only where the autoclear bit vouches for it
   std::vector<FeatureName> feature_names;
   std::vector<HeaderExtension> unknown_extensions;

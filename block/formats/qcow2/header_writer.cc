@@ -62,6 +62,13 @@ Bytes bitmaps_data(const BitmapsExtension& e) {
   return out;
 }
 
+Bytes luks_data(const LuksExtension& e) {
+  Bytes out;
+  put(out, e.offset);
+  put(out, e.length);
+  return out;
+}
+
 }  // namespace
 
 std::vector<std::byte> serialise_fields(const Header& h) {
@@ -96,6 +103,7 @@ std::vector<std::byte> serialise_header(const Header& h, uint64_t name_at) {
   Bytes out = serialise_fields(h);
   put_text_extension(out, kExtBackingFormat, h.backing_format);
   put_text_extension(out, kExtDataFile, h.data_file);
+  if (h.luks) put_extension(out, kExtLuks, luks_data(*h.luks));
   // In QEMU's order: bitmaps, which come and go, move nothing but the name.
   Bytes rest;
   if (h.bitmaps) put_extension(rest, kExtBitmaps, bitmaps_data(*h.bitmaps));

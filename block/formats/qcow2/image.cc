@@ -62,10 +62,12 @@ CacheSizes choose_cache_sizes(const Header& h, std::optional<uint64_t> total,
   return out;
 }
 
-Image::Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data, Header header, bool writable,
-             std::string name, const CacheSizes& sizes)
+Image::Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data,
+             std::unique_ptr<Encryption> encryption, Header header, bool writable, std::string name,
+             const CacheSizes& sizes)
     : file_(std::move(file), std::move(header), writable, std::move(name)),
       data_(std::move(data)),
+      encryption_(std::move(encryption)),
       metadata_(file_.header()),
       l2_(file_, "the L2 table", sizes.l2_entry, sizes.l2),
       blocks_(file_, "the refcount block",
@@ -97,6 +99,22 @@ void Image::prepare_first_write() {
   bitmaps_.before_first_write();
   file_.clear_autoclear(bitmaps_.maintained() ? kAutoclearBitmaps : 0);
   ready_to_write_.store(true, std::memory_order_release);
+}
+
+void Image::read_data(uint64_t host_offset, IoSpan to) {
+  if (encryption_) {
+    encryption_->read(data(), host_offset, to);
+  } else {
+    data().read(host_offset, to);
+  }
+}
+
+void Image::write_data(uint64_t host_offset, IoSpan from) {
+  if (encryption_) {
+    encryption_->write(data(), host_offset, from);
+  } else {
+    data().write(host_offset, from);
+  }
 }
 
 Allocator::Run Image::allocate_data(uint64_t guest_cluster, uint64_t max) {

@@ -17,6 +17,7 @@
 #include "block/formats/qcow2/allocator.h"
 #include "block/formats/qcow2/bitmaps/bitmaps.h"
 #include "block/formats/qcow2/commit.h"
+#include "block/formats/qcow2/encryption.h"
 #include "block/formats/qcow2/guest_map.h"
 #include "block/formats/qcow2/image_file.h"
 #include "block/formats/qcow2/l1_table.h"
@@ -44,8 +45,9 @@ class Image {
  public:
   // Reads the L1 table. `name` begins every message. `data` is the external data file, where the
   // image has one.
-  Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data, Header header, bool writable,
-        std::string name, const CacheSizes& sizes);
+  Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data,
+        std::unique_ptr<Encryption> encryption, Header header, bool writable, std::string name,
+        const CacheSizes& sizes);
 
   ImageFile& file() noexcept { return file_; }
   const ImageFile& file() const noexcept { return file_; }
@@ -69,6 +71,11 @@ class Image {
   }
   // --- Where the guest's data lies: clusters of the image, or the external data file ---
   Edge& data() noexcept { return data_ ? *data_ : file_.file(); }
+  // The guest's bytes there. All of its data passes here, encrypted on the disk where the image is.
+  void read_data(uint64_t host_offset, IoSpan to);
+  void write_data(uint64_t host_offset, IoSpan from);
+  // nullptr: the image is not encrypted.
+  Encryption* encryption() const noexcept { return encryption_.get(); }
   // nullptr: in the image.
   Edge* data_file() const noexcept { return data_.get(); }
   // Room for 1 to `max` clusters of the guest's, from this one on. See Allocator.
@@ -105,6 +112,7 @@ class Image {
 
   ImageFile file_;
   const std::unique_ptr<Edge> data_;
+  const std::unique_ptr<Encryption> encryption_;
   MetadataMap metadata_;
   MetadataCache l2_;
   MetadataCache blocks_;

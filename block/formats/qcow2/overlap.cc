@@ -27,6 +27,7 @@ MetadataMap::MetadataMap(const Header& h)
   fixed_[0] = {0, 1, "header"};
   // The size of the snapshot table is only known by reading it: this much at least.
   fixed_[1] = range(h.snapshots_offset, uint64_t{h.snapshots} * 40, "snapshot table");
+  if (h.luks) fixed_[2] = range(h.luks->offset, h.luks->length, "LUKS header");
   const Range l1 = range(h.l1_offset, uint64_t{h.l1_size} * 8, "");
   move_l1_table(l1.first, l1.end - l1.first);
   const Range table = range(h.refcount_table_offset, h.refcount_table_bytes(), "");

@@ -52,7 +52,7 @@ class MetadataMap {
     return ((filter_[bit / 64].load(std::memory_order_relaxed) >> (bit % 64)) & 1) != 0;
   }
 
-  std::array<Range, 2> fixed_;  // header, snapshot table
+  std::array<Range, 3> fixed_;  // header, LUKS header, snapshot table
   // Where the L1 table is, in one word: it moves while writers ask, and a mixture of two places
   // would take guest data for metadata. 47 bits of cluster number, 17 of clusters.
   static constexpr unsigned kL1CountBits = 17;

@@ -22,8 +22,8 @@ Qcow2Node::Qcow2Node(const NodeConfig& config, Children children, qcow2::Header 
                      const qcow2::CacheSizes& sizes)
     : Node(config.node_name, "qcow2", config.read_only),
       image_(file_edge(config, children.file, ""),
-             file_edge(config, std::move(children.data), " (data file)"), std::move(header),
-             !config.read_only,
+             file_edge(config, std::move(children.data), " (data file)"),
+             std::move(children.encryption), std::move(header), !config.read_only,
              children.file->filename().empty() ? "'" + config.node_name + "'"
                                                : children.file->filename(),
              sizes),
@@ -40,7 +40,17 @@ Qcow2Node::Qcow2Node(const NodeConfig& config, Children children, qcow2::Header 
   limits.discard_granularity = static_cast<uint32_t>(cluster);
   limits.can_discard = can_zero_by_entry();
   limits.can_write_zeroes = can_zero_by_entry();
+  if (image_.encryption() != nullptr) limits.request_alignment = crypto::kSectorSize;
   set_limits(limits);
+}
+
+void Qcow2Node::amend_encryption(const crypto::Luks1AmendOptions& options) {
+  if (image_.encryption() == nullptr) {
+    throw base::Error(EINVAL, describe() + ": the image is not encrypted");
+  }
+  if (read_only()) throw base::Error(EROFS, describe() + ": amend: the node is read-only");
+  image_.prepare_write();
+  image_.encryption()->amend(file(), header(), options);
 }
 
 Qcow2Node::~Qcow2Node() = default;
@@ -61,6 +71,7 @@ Facts Qcow2Node::facts() const {
     out.emplace_back("data-file", h.data_file);
     out.emplace_back("data-file-raw", h.raw_data());
   }
+  if (image_.encryption() != nullptr) out.emplace_back("encrypt.format", std::string("luks"));
   if (h.version >= 3) {
     out.emplace_back("corrupt", (image_.file().incompatible() & qcow2::kIncompatCorrupt) != 0);
     out.emplace_back("extended-l2", (h.incompatible & qcow2::kIncompatExtendedL2) != 0);

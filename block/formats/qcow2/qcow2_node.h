@@ -37,8 +37,9 @@ class Qcow2Node final : public Node {
  public:
   struct Children {
     std::shared_ptr<Node> file;
-    std::shared_ptr<Node> data;     // only with an external data file
-    std::shared_ptr<Node> backing;  // may be empty
+    std::shared_ptr<Node> data;                               // only with an external data file
+    std::shared_ptr<Node> backing;                            // may be empty
+    std::unique_ptr<qcow2::Encryption> encryption = nullptr;  // only where the image has one
   };
   // See open_qcow2 for the checks that come before.
   Qcow2Node(const NodeConfig& config, Children children, qcow2::Header header,
@@ -52,6 +53,10 @@ class Qcow2Node final : public Node {
   void close() override;
   DirtyBitmaps* dirty_bitmaps() noexcept override { return &image_.bitmaps(); }
   Snapshots* snapshots() noexcept override;
+
+  // Adds or erases passwords of an encrypted image, while it is in use. Fiber. Throws EINVAL where
+  // it is not encrypted, EROFS, and as crypto::amend_luks1.
+  void amend_encryption(const crypto::Luks1AmendOptions& options);
 
   const qcow2::Header& header() const noexcept { return image_.file().header(); }
   // For tests and state dumps.
@@ -155,7 +160,8 @@ class Qcow2Node final : public Node {
 
 // Fiber. Takes: file, data-file, backing, cache-size, l2-cache-size, refcount-cache-size,
 // l2-cache-entry-size; snapshot, snapshot-id, snapshot-name (one of the snapshots instead of the
-// disk; read-only).
+// disk; read-only); of an encrypted image encrypt.key-secret, encrypt.unlock-time (as the driver
+// `luks`).
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

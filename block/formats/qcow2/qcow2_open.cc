@@ -115,6 +115,32 @@ std::shared_ptr<Node> open_data_file(Graph& graph, const NodeConfig& config, Opt
   return graph.open_inline(std::move(found), "data-file");
 }
 
+std::unique_ptr<qcow2::Encryption> unlock(const NodeConfig& config, Options& options,
+                                          const Header& header, const std::shared_ptr<Node>& file) {
+  std::optional<Options::Child> given = options.take_child("encrypt");
+  if (given && !given->options) {
+    throw Error(EINVAL, "'encrypt' has options of its own: encrypt.key-secret=ID");
+  }
+  if (header.crypt_method == qcow2::kCryptNone) {
+    if (!given) return nullptr;
+    throw Error(EINVAL,
+                name_of(config, *file) + ": No encryption in image header, but options specify it");
+  }
+  Options none;
+  Options& encrypt = given ? *given->options : none;
+  (void)encrypt.take_choice("format", {"luks"}, 0);
+  const crypto::UnlockOptions wanted = crypto::take_unlock_options(encrypt);
+  encrypt.finish("encrypt");
+  Edge edge(file, fmt::format("opening qcow2 node '{}'", config.node_name),
+            {.uses = 0, .shares = Permissions::kWrite | Permissions::kResize});
+  try {
+    return std::make_unique<qcow2::Encryption>(edge, header, wanted);
+  } catch (Error& e) {
+    e.prepend(name_of(config, *file));
+    throw;
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options) {
@@ -130,6 +156,7 @@ std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options
   Qcow2Node::Children children;
   children.data = open_data_file(graph, config, options, header, *file);
   children.backing = open_backing(graph, config, options, header, *file);
+  children.encryption = unlock(config, options, header, file);
   children.file = std::move(file);
   return std::make_shared<Qcow2Node>(config, std::move(children), header, sizes);
 }

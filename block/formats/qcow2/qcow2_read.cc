@@ -28,7 +28,7 @@ void Qcow2Node::driver_read(uint64_t offset, IoSpan to) {
 void Qcow2Node::read_extent(const Extent& extent, uint64_t offset, IoSpan to) {
   switch (extent.kind) {
     case ClusterKind::kData:
-      image_.data().read(extent.host_offset, to);
+      image_.read_data(extent.host_offset, to);
       return;
     case ClusterKind::kUnallocated:
       read_backing(offset, to);
@@ -84,7 +84,8 @@ BlockStatus Qcow2Node::driver_block_status(uint64_t offset, uint64_t length) {
       return out;
     case ClusterKind::kData:
       out.data = true;
-      out.host_offset = extent.host_offset;
+      // What lies there is not what the guest sees.
+      if (image_.encryption() == nullptr) out.host_offset = extent.host_offset;
       break;
     case ClusterKind::kCompressed:
       out.data = true;

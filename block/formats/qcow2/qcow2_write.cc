@@ -92,7 +92,7 @@ void Qcow2Node::write_range(uint64_t offset, IoSpan from) {
     base::IoList list;
     if (extent.kind == ClusterKind::kData && extent.copied) {
       image_.require_data(extent.host_offset, extent.length);
-      image_.data().write(extent.host_offset, base::slice(from, done, extent.length, list));
+      image_.write_data(extent.host_offset, base::slice(from, done, extent.length, list));
       done += extent.length;
     } else {
       done += write_new(offset + done, base::slice(from, done, extent.length, list));
@@ -120,7 +120,8 @@ uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
     plan.length = (run.clusters << g.cluster_bits) - g.offset_in_cluster(offset);
   }
   plan.host = run.offset;
-  plan.fresh = run.fresh;
+  // A hole decrypts to noise.
+  plan.fresh = run.fresh && image_.encryption() == nullptr;
   std::exception_ptr error;
   try {
     carry_out(plan, from);
@@ -260,7 +261,7 @@ void Qcow2Node::write_clusters(const Plan& plan, IoSpan from) {
   list.add(from);
   if (!skip_tail) add_piece(list, around.after, plan.end - plan.stop());
   const uint64_t begin = skip_head ? plan.offset : plan.begin;
-  image_.data().write(plan.host + geometry().offset_in_cluster(begin), list);
+  image_.write_data(plan.host + geometry().offset_in_cluster(begin), list);
 }
 
 // Whether the guest sees only zeroes in a range inside one cluster, by that cluster's entry.

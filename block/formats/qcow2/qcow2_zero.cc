@@ -105,7 +105,8 @@ void Qcow2Node::zero_part(Range range, ZeroFlags flags) {
 }
 
 void Qcow2Node::zero_data(const Extent& extent, uint64_t offset, ZeroFlags flags) {
-  if (extent.kind == ClusterKind::kData && extent.copied) {
+  // Encrypted, zeroes are written as any other data.
+  if (extent.kind == ClusterKind::kData && extent.copied && image_.encryption() == nullptr) {
     image_.require_data(extent.host_offset, extent.length);
     // What lies past the end of the file is zero already.
     const uint64_t file_size = image_.data().size();

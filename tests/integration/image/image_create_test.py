@@ -145,7 +145,7 @@ class Create(ImageCase):
         # An image that silently lacks what was asked for is worse than none.
         keep = self.path("a", "keep")
         for option in ["encryption=on",
-                       "encrypt.format=luks", "preallocation=falloc", "preallocation=full",
+                       "preallocation=falloc", "preallocation=full",
                        "nocow=on", "extent_size_hint=1M"]:
             with self.subTest(option=option):
                 with open(keep, "wb") as file:

@@ -20,7 +20,7 @@ class Qcow2Refcounts : public GraphTest, public testing::WithParamInterface<unsi
       qcow2::Header header = qcow2::read_header(*edge);
       const auto sizes =
           qcow2::choose_cache_sizes(header, std::nullopt, std::nullopt, std::nullopt, std::nullopt);
-      qcow2::Image image(std::move(edge), nullptr, std::move(header), true, "test", sizes);
+      qcow2::Image image(std::move(edge), nullptr, nullptr, std::move(header), true, "test", sizes);
       image.prepare_write();
       const uint64_t first = image.allocator().allocate_together(300) >> 12;
       work(image, image.refcounts(), first);
