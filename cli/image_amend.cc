@@ -7,6 +7,7 @@
 
 #include "base/error.h"
 #include "block/formats/luks/luks_node.h"
+#include "block/formats/qcow2/amend.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "cli/command.h"
 #include "cli/image_arguments.h"
@@ -18,15 +19,18 @@
 namespace minivmm::cli {
 
 namespace po = boost::program_options;
+namespace qcow2 = block::qcow2;
 using base::Error;
 
 ImageSyntax image_amend_syntax() {
   return image_syntax(
       "Usage: minivmm image amend [options] -o NAME=VALUE,... FILE\n\n"
-      "Changes how an image is stored, without changing what its disk holds. Of an encrypted "
-      "image\n"
-      "the passwords: one that is there opens it, another is added or erased.\n\n"
+      "Changes how an image is stored, without changing what its disk holds. Of qcow2: the "
+      "version,\n"
+      "features, and the names that it records. Of an encrypted image the passwords: one that is\n"
+      "there opens it, another is added or erased.\n\n"
       "Examples:\n"
+      "  minivmm image amend -o compat=1.1,lazy_refcounts=on disk.qcow2\n"
       "  minivmm image amend -f luks -o help          # every option\n"
       "  minivmm image amend --object secret,id=old,file=old.txt --object "
       "secret,id=new,file=new.txt \\\n"
@@ -65,15 +69,30 @@ block::crypto::Luks1AmendOptions key_slots(block::Options& options, bool force) 
   return out;
 }
 
-void amend_node(block::Node& node, const CreateOptionList& list, bool force) {
-  block::Options options = list.for_driver();
+// What can be done while it is open; the rest of the options is left.
+void amend_open(OpenImage& image, block::Options& options, bool force) {
+  block::Node& node = image.edge().node();
   if (auto* luks = dynamic_cast<block::LuksNode*>(&node)) {
     return luks->amend(key_slots(options, force));
   }
-  auto& qcow2 = dynamic_cast<block::Qcow2Node&>(node);
   if (const auto encrypt = options.take_child("encrypt")) {
-    qcow2.amend_encryption(key_slots(*encrypt->options, force));
+    dynamic_cast<block::Qcow2Node&>(node).amend_encryption(key_slots(*encrypt->options, force));
   }
+}
+
+void amend_qcow2(ImageGraph& graph, OpenImage& image, block::Options& options) {
+  const std::optional<uint64_t> size = options.take_size("size");
+  const qcow2::AmendOptions wanted = qcow2::take_amend_options(options);
+  const qcow2::Header header = dynamic_cast<block::Qcow2Node&>(image.edge().node()).header();
+  qcow2::check_amend_options(wanted, header);
+  const std::string file = image.edge().node().filename();
+  if (size) image.edge().truncate(*size);
+  if (wanted.version.value_or(header.version) < header.version) {
+    qcow2::expand_zero_clusters(image.edge(), header.has_backing);
+  }
+  image.close();
+  graph.use_file(file, {.writable = true},
+                 [&](block::Edge& edge) { qcow2::amend_image(edge, wanted); });
 }
 
 // Fiber.
@@ -87,8 +106,13 @@ void amend(ImageGraph& graph, const AmendRequest& request) {
     return;
   }
   for (const std::string& text : request.options) list.parse(text);
-  amend_node(image.edge().node(), list, request.force);
-  image.close();
+  block::Options options = list.for_driver();
+  amend_open(image, options, request.force);
+  if (image.format() == "qcow2") {
+    amend_qcow2(graph, image, options);
+  } else {
+    image.close();
+  }
 }
 
 }  // namespace

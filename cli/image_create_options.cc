@@ -76,6 +76,14 @@ constexpr CreateOption kLuksAmendOptions[] = {
 };
 
 constexpr CreateOption kQcow2AmendOptions[] = {
+    {"size", Kind::kSize, "", "Virtual disk size"},
+    {"compat", Kind::kText, "", "Compatibility level (v2 [0.10] or v3 [1.1])"},
+    {"backing_file", Kind::kText, "", "File name of a base image"},
+    {"backing_fmt", Kind::kText, "", "Image format of the base image"},
+    {"data_file", Kind::kText, "", "File name of an external data file"},
+    {"data_file_raw", Kind::kBool, "", "The external data file must stay valid as a raw image"},
+    {"lazy_refcounts", Kind::kBool, "", "Postpone refcount updates"},
+    {"refcount_bits", Kind::kNumber, "", "Width of a reference count entry in bits"},
     {"encrypt.state", Kind::kText, "", "Select new state of affected keyslots (active/inactive)"},
     {"encrypt.keyslot", Kind::kNumber, "", "Select a single keyslot to modify explicitly"},
     {"encrypt.old-secret", Kind::kText, "", "Select all keyslots that match this password"},

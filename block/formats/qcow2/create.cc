@@ -98,10 +98,7 @@ Header make_header(const CreateOptions& options, const Layout& layout) {
   h.data_file = options.data_file;
   if (options.extended_l2) h.incompatible |= kIncompatExtendedL2;
   if (options.lazy_refcounts) h.compatible |= kCompatLazyRefcounts;
-  h.feature_names = {
-      {0, 0, "dirty bit"},        {0, 1, "corrupt bit"},         {0, 2, "external data file"},
-      {0, 3, "compression type"}, {0, 4, "extended L2 entries"}, {1, 0, "lazy refcounts"},
-      {2, 0, "bitmaps"},          {2, 1, "raw external data"}};
+  h.feature_names = known_features();
   return h;
 }
 
@@ -205,6 +202,12 @@ constexpr const char* kRefcountText =
     "Refcount width must be a power of two and may not exceed 64 bits";
 
 }  // namespace
+
+std::vector<FeatureName> known_features() {
+  return {{0, 0, "dirty bit"},        {0, 1, "corrupt bit"},         {0, 2, "external data file"},
+          {0, 3, "compression type"}, {0, 4, "extended L2 entries"}, {1, 0, "lazy refcounts"},
+          {2, 0, "bitmaps"},          {2, 1, "raw external data"}};
+}
 
 CreateOptions take_create_options(Options& options) {
   CreateOptions out;

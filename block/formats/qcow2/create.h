@@ -6,8 +6,10 @@
 
 #include <cstdint>
 #include <optional>
+#include <vector>
 
 #include "block/crypto/luks1_create.h"
+#include "block/formats/qcow2/header.h"
 #include "block/formats/qcow2/layout.h"
 #include "block/graph/edge.h"
 #include "block/graph/options.h"
@@ -42,6 +44,9 @@ struct CreateOptions {
 // backing_fmt, encrypt.format and the other options under "encrypt". Throws EINVAL. `size` stays 0
 // where it is not given (the caller may know the backing file's).
 CreateOptions take_create_options(Options& options);
+
+// The feature name table of new images of version 3.
+std::vector<FeatureName> known_features();
 
 // Throws EINVAL, in qemu-img's words where it has some.
 void check_create_options(const CreateOptions& options);

@@ -24,6 +24,7 @@ inline constexpr uint64_t kNumbersEndV3 = 96;
 inline constexpr uint64_t kRefcountTableField = 48;  // 8 bytes, then 4 of clusters
 inline constexpr uint64_t kIncompatibleField = 72;
 inline constexpr uint64_t kAutoclearField = 88;
+inline constexpr uint64_t kRefcountOrderField = 96;
 
 // Types of header extensions.
 inline constexpr uint32_t kExtEnd = 0;

@@ -70,7 +70,7 @@ bool Repairer::mend_all(const Checker& found) {
   mended.run();
   rebuilt_ = mended.needs_rebuild();
   if (rebuilt_) {
-    rebuild_refcounts();
+    rebuild_refcounts(geometry_.refcount_order);
     changed = true;
   } else if (set_refcounts(mended, Direction::kUp)) {
     file_.flush();

@@ -35,4 +35,9 @@ struct RepairResult {
 // throws, EFBIG if the refcounts do not fit a table, and errors of writing. Fiber.
 RepairResult repair_image(Edge& file, Repair what, const CheckReport& report);
 
+// Gives a (version 3) image refcounts of another width, 2^order bits: a new structure behind
+// everything else, then the header that names it. Throws EINVAL where the image is corrupt, or a
+// count does not fit. Durable on return; cut short, the image is as it was, with leaks. Fiber.
+void change_refcount_width(Edge& file, unsigned order);
+
 }  // namespace minivmm::block::qcow2

@@ -87,12 +87,42 @@ bool Repairer::set_block(const ClusterCounts& counts, uint64_t index, uint64_t o
   return true;
 }
 
-void Repairer::rebuild_refcounts() {
+void change_refcount_width(Edge& file, unsigned order) {
+  Header header = read_header(file);
+  require_supported(header);
+  Repairer(file, std::move(header), [](const std::string&) {}).change_width(order);
+}
+
+void Repairer::change_width(unsigned order) {
+  Checker found(file_, header_, silent_);
+  const CheckResult result = found.run();
+  if (result.corruptions != 0 || result.check_errors != 0) {
+    throw base::Error(EINVAL,
+                      "the image is corrupt: repair it before its refcounts are rewritten (`check "
+                      "-r all`)");
+  }
+  const uint64_t most = Geometry{.refcount_order = order}.refcount_max();
+  for (const uint64_t chunk : found.counts().chunks()) {
+    for (uint64_t cluster = chunk; cluster < chunk + ClusterCounts::kChunk; ++cluster) {
+      if (found.counts().get(cluster) <= most) continue;
+      throw base::Error(
+          EINVAL, fmt::format("Cannot decrease refcount entry width to {} bits: Cluster at offset "
+                              "{:#x} has a refcount of {}",
+                              uint64_t{1} << order, cluster << geometry_.cluster_bits,
+                              found.counts().get(cluster)));
+    }
+  }
+  clear_autoclear();
+  rebuild_refcounts(order);
+}
+
+void Repairer::rebuild_refcounts(unsigned order) {
   say("Rebuilding refcount structure");
   Checker now(file_, header_, silent_);
   now.count_references();
   const ClusterCounts& counts = now.counts();
-  const Geometry& g = geometry_;
+  Geometry g = geometry_;
+  g.refcount_order = order;
   const Structure plan = plan_structure(counts, g, file_.size());
   if (plan.table_clusters << g.cluster_bits > kMaxRefcountTableBytes ||
       plan.end() >= kMaxHostOffset >> g.cluster_bits) {
@@ -115,14 +145,15 @@ void Repairer::rebuild_refcounts() {
   const uint64_t table_offset = plan.table() << g.cluster_bits;
   file_.write(table_offset, table.io());
   file_.flush();
-  // Both fields lie in one sector: a crash leaves the old table or the new one.
-  std::array<std::byte, 12> field;
-  base::store_be(field.data(), table_offset);
-  base::store_be(field.data() + 8, static_cast<uint32_t>(plan.table_clusters));
-  file_.write(kRefcountTableField, base::SingleBuffer(std::span<const std::byte>(field)));
-  file_.flush();
   header_.refcount_table_offset = table_offset;
   header_.refcount_table_clusters = static_cast<uint32_t>(plan.table_clusters);
+  header_.refcount_order = order;
+  // The fields lie in one sector: a crash leaves the old table or the new one.
+  const std::vector<std::byte> fields = serialise_fields(header_);
+  const uint64_t end = header_.version >= 3 ? kRefcountOrderField + 4 : kRefcountTableField + 12;
+  file_.write(kRefcountTableField, base::SingleBuffer(std::span(fields).subspan(
+                                       kRefcountTableField, end - kRefcountTableField)));
+  file_.flush();
 }
 
 }  // namespace minivmm::block::qcow2

@@ -21,6 +21,8 @@ class Repairer {
  public:
   Repairer(Edge& file, Header header, const CheckReport& report);
   RepairResult run(Repair what);
+  // See change_refcount_width.
+  void change_width(unsigned order);
 
  private:
   using Table = Checker::Table;
@@ -55,7 +57,8 @@ class Repairer {
   enum class Direction { kUp, kDown };
   bool set_refcounts(const Checker& found, Direction direction);
   bool set_block(const ClusterCounts& counts, uint64_t index, uint64_t offset, Direction direction);
-  void rebuild_refcounts();
+  // In entries of that width; the header says so in the same write.
+  void rebuild_refcounts(unsigned order);
 
   Table read_table(uint64_t offset, uint64_t entries);
   base::Buffer& read_cluster(uint64_t offset);
