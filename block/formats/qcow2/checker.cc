@@ -160,24 +160,19 @@ void Checker::count_l2_tables() {
   for (const L2Use& use : l2_uses_) count_l2(use);
 }
 
-std::vector<RawL2> Checker::read_l2_table(uint64_t offset) {
-  const Table words = read_table(offset, geometry_.cluster_size() / 8, "L2 table");
-  const size_t step = geometry_.l2_entry_bytes() / 8;
-  std::vector<RawL2> out(words.size() / step);
-  for (size_t i = 0; i < out.size(); ++i) {
-    out[i].entry = words[i * step];
-    if (step == 2) out[i].bitmap = words[i * step + 1];
-  }
-  return out;
-}
-
 void Checker::count_l2(const L2Use& use) {
   next_fragment_ = 0;  // each table by itself, as in qemu-img's numbers
   uint64_t guest_offset = use.l1_index << geometry_.l1_shift();
-  for (const RawL2& raw : read_l2_table(use.offset)) {
-    if (raw != RawL2{}) count_entry(raw, guest_offset, use);
+  each_l2_entry(use.offset, [&](RawL2 raw) {
+    if (is_plain(raw)) {
+      const uint64_t host_offset = raw.entry & kOffsetMask;
+      counts_.add(host_offset >> geometry_.cluster_bits, use.times);
+      if (use.active) follow_fragments(host_offset);
+    } else if (raw != RawL2{}) {
+      count_entry(raw, guest_offset, use);
+    }
     guest_offset += geometry_.cluster_size();
-  }
+  });
 }
 
 void Checker::follow_fragments(uint64_t offset) {

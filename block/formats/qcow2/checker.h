@@ -76,6 +76,7 @@ class Checker {
   void compare_cluster(uint64_t cluster, uint64_t refcount);
   void check_copied();
   void check_copied_l2(uint64_t l1_index, uint64_t l1_entry);
+  void check_copied_entry(RawL2 raw, uint64_t guest_offset);
   uint64_t refcount_on_disk(uint64_t cluster) const;
   uint64_t compared_clusters() const;
 
@@ -84,7 +85,22 @@ class Checker {
   bool count_range(uint64_t offset, uint64_t bytes, uint64_t times = 1, bool* shared = nullptr);
   // A table of big-endian numbers; empty (and a check error) if it cannot be read.
   Table read_table(uint64_t offset, uint64_t entries, const char* what);
-  std::vector<RawL2> read_l2_table(uint64_t offset);
+  // Calls use(RawL2) for each entry of the L2 table there; for none if it cannot be read.
+  template <typename Use>
+  void each_l2_entry(uint64_t offset, Use&& use) {
+    if (l2_table_.size() == 0) l2_table_ = base::Buffer(geometry_.cluster_size());
+    if (!read(offset, l2_table_, "L2 table")) return;
+    const std::byte* at = l2_table_.data();
+    const std::byte* const end = at + l2_table_.size();
+    for (; at < end; at += geometry_.l2_entry_bytes()) use(load_l2(at, geometry_));
+  }
+  // An entry that only names a cluster of the image, as nearly all do; those are not decoded.
+  bool is_plain(RawL2 raw) const noexcept {
+    const uint64_t offset = raw.entry & ~kFlagCopied;
+    return !geometry_.extended_l2 && !geometry_.external_data && offset != 0 &&
+           (offset & ~kOffsetMask) == 0 && geometry_.offset_in_cluster(offset) == 0 &&
+           offset + geometry_.cluster_size() <= file_size_;
+  }
   bool read(uint64_t offset, base::Buffer& to, const char* what);
 
   template <typename... Args>
@@ -106,6 +122,7 @@ class Checker {
   Table l1_;
   Table refcount_table_;
   base::Buffer block_;
+  base::Buffer l2_table_;
   std::unordered_map<uint64_t, uint64_t> wrong_;  // refcounts of used clusters that are wrong
   uint64_t next_fragment_ = 0;
   uint64_t lines_ = 0;

@@ -66,6 +66,7 @@ void Checker::compare_cluster(uint64_t cluster, uint64_t refcount) {
 
 // Of a cluster that is used. The blocks were read once; most refcounts are what was counted.
 uint64_t Checker::refcount_on_disk(uint64_t cluster) const {
+  if (wrong_.empty()) return counts_.get(cluster);
   const auto it = wrong_.find(cluster);
   return it != wrong_.end() ? it->second : counts_.get(cluster);
 }
@@ -85,16 +86,27 @@ void Checker::check_copied_l2(uint64_t l1_index, uint64_t l1_entry) {
                table_refcount);
   }
   uint64_t guest_offset = l1_index << geometry_.l1_shift();
-  for (const RawL2& raw : read_l2_table(table)) {
-    const L2Entry entry = decode_l2(raw, geometry_, guest_offset);
+  each_l2_entry(table, [&](RawL2 raw) {
+    check_copied_entry(raw, guest_offset);
     guest_offset += geometry_.cluster_size();
-    if (entry.problem != nullptr || !entry.has_host) continue;
-    // Clusters of an external data file count as used once.
-    const uint64_t refcount =
-        geometry_.external_data ? 1 : refcount_on_disk(entry.host_offset >> geometry_.cluster_bits);
-    if ((refcount == 1) != entry.copied) {
-      corruption("OFLAG_COPIED data cluster: l2_entry={:x} refcount={}", raw.entry, refcount);
-    }
+  });
+}
+
+void Checker::check_copied_entry(RawL2 raw, uint64_t guest_offset) {
+  L2Entry entry;
+  if (is_plain(raw)) {
+    entry.has_host = true;
+    entry.copied = (raw.entry & kFlagCopied) != 0;
+    entry.host_offset = raw.entry & kOffsetMask;
+  } else {
+    entry = decode_l2(raw, geometry_, guest_offset);
+  }
+  if (entry.problem != nullptr || !entry.has_host) return;
+  // Clusters of an external data file count as used once.
+  const uint64_t refcount =
+      geometry_.external_data ? 1 : refcount_on_disk(entry.host_offset >> geometry_.cluster_bits);
+  if ((refcount == 1) != entry.copied) {
+    corruption("OFLAG_COPIED data cluster: l2_entry={:x} refcount={}", raw.entry, refcount);
   }
 }
 

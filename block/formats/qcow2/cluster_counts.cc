@@ -15,7 +15,7 @@ uint8_t* ClusterCounts::chunk(uint64_t number) {
   return last_;
 }
 
-uint64_t ClusterCounts::add(uint64_t cluster, uint64_t times) {
+uint64_t ClusterCounts::add_slowly(uint64_t cluster, uint64_t times) {
   uint8_t& count = chunk(cluster / kChunk)[cluster % kChunk];
   if (count == kElsewhere) return std::exchange(large_[cluster], large_[cluster] + times);
   const uint64_t before = count;
@@ -28,9 +28,11 @@ uint64_t ClusterCounts::add(uint64_t cluster, uint64_t times) {
   return before;
 }
 
-uint64_t ClusterCounts::get(uint64_t cluster) const {
+uint64_t ClusterCounts::get_slowly(uint64_t cluster) const {
   const auto it = chunks_.find(cluster / kChunk);
   if (it == chunks_.end()) return 0;
+  last_number_ = cluster / kChunk;
+  last_ = it->second.get();
   const uint8_t count = it->second[cluster % kChunk];
   return count == kElsewhere ? large_.at(cluster) : count;
 }
