@@ -1,61 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 // Fuzz target: the input is a qcow2 image. It is checked, read, and then written to; whatever it
 // says, that ends in an error or in success, within the bounds of this driver.
-#include <cstddef>
-#include <cstdint>
-#include <memory>
-#include <optional>
-#include <span>
 #include <vector>
 
-#include "base/error.h"
 #include "base/log.h"
 #include "base/loop_group.h"
 #include "block/formats/qcow2/check.h"
-#include "block/formats/qcow2/qcow2_node.h"
-#include "block/protocols/memory.h"
+#include "tests/fuzz/qcow2_input.h"
 
 namespace minivmm::block {
 namespace {
 
-constexpr uint64_t kRoomToGrow = 256 << 10;
 constexpr size_t kBuffer = 8192;
-
-// The image in memory, with some room to grow.
-std::shared_ptr<Node> make_file(std::span<const std::byte> image) {
-  auto file = std::make_shared<MemoryNode>(NodeConfig{"file", false}, image.size() + kRoomToGrow);
-  Edge edge(file, "fuzz", Permissions::format_file(true));
-  edge.truncate(image.size());
-  edge.write(0, base::SingleBuffer(image));
-  return file;
-}
-
-template <typename Body>
-void ignore_errors(Body&& body) {
-  try {
-    body();
-  } catch (const base::Error&) {
-  }
-}
-
-std::shared_ptr<Qcow2Node> open_image(std::shared_ptr<Node> file, bool read_only) {
-  qcow2::Header header;
-  {
-    Edge edge(file, "open", {0, Permissions::kWrite | Permissions::kResize});
-    header = qcow2::read_header(edge);
-    qcow2::require_supported(header);
-  }
-  const auto sizes =
-      qcow2::choose_cache_sizes(header, std::nullopt, 64 << 10, std::nullopt, std::nullopt);
-  // Where the image asks for a data file it gets one.
-  std::shared_ptr<Node> data;
-  if (header.geometry().external_data) {
-    data = std::make_shared<MemoryNode>(NodeConfig{"data", false}, kRoomToGrow);
-  }
-  Qcow2Node::Children children{std::move(file), std::move(data), nullptr};
-  return std::make_shared<Qcow2Node>(NodeConfig{"disk", read_only}, std::move(children),
-                                     std::move(header), sizes);
-}
 
 void read_some(Edge& disk) {
   std::vector<std::byte> buffer(kBuffer);
@@ -105,6 +61,10 @@ void use_image(std::span<const std::byte> image) {
 
 }  // namespace
 }  // namespace minivmm::block
+
+extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed) {
+  return minivmm::block::mutate_qcow2(data, size, most, seed);
+}
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
   minivmm::base::set_log_level(minivmm::base::LogLevel::kOff);
