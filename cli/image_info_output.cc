@@ -58,10 +58,10 @@ Json luks_data(const crypto::Luks1Header& h, bool in_qcow2) {
   out["hash-alg"] = hash_name(h.hash);
   out["cipher-alg"] = cipher_algorithm_name(h.cipher.algorithm);
   out["uuid"] = h.uuid;
-  if (in_qcow2) out["format"] = "luks";
   if (h.cipher.iv == crypto::IvGenerator::kEssiv) {
     out["ivgen-hash-alg"] = hash_name(h.cipher.iv_hash);
   }
+  if (in_qcow2) out["format"] = "luks";
   out["cipher-mode"] = cipher_mode_name(h.cipher.mode);
   Json slots = Json::array();
   for (const crypto::Luks1Slot& slot : h.slots) {

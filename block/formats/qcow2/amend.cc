@@ -82,12 +82,6 @@ void change_header(Header& h, const AmendOptions& o) {
   if (o.lazy_refcounts) set_bit(h.compatible, kCompatLazyRefcounts, *o.lazy_refcounts);
   if (o.data_file_raw) set_bit(h.autoclear, kAutoclearRawData, *o.data_file_raw);
   if (o.data_file) h.data_file = *o.data_file;
-  if (o.backing_file) {
-    h.has_backing = !o.backing_file->empty();
-    h.backing_file = *o.backing_file;
-  }
-  if (o.backing_format) h.backing_format = *o.backing_format;
-  if (!h.has_backing) h.backing_format.clear();
 }
 
 }  // namespace
@@ -118,11 +112,10 @@ void check_amend_options(const AmendOptions& o, const Header& h) {
           "data-file can only be set for images that use an external data file");
   require(!o.data_file_raw.value_or(false) || h.raw_data(),
           "data-file-raw cannot be set on existing images");
-  const bool backing = o.backing_file ? !o.backing_file->empty() : h.has_backing;
-  require(!backing || !h.raw_data() || !o.data_file_raw.value_or(true),
-          "Cannot set a backing file while data-file-raw is set");
-  require(!o.backing_format || o.backing_format->empty() || backing,
-          "Backing format cannot be used without backing file");
+  const bool same_backing = o.backing_file.value_or("") == h.backing_file &&
+                            o.backing_format.value_or("") == h.backing_format;
+  require(same_backing || (!o.backing_file && !o.backing_format),
+          "Cannot amend the backing file\nYou can use 'qemu-img rebase' instead.");
 }
 
 void expand_zero_clusters(Edge& disk, bool has_backing) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Changes of how an image is stored, while nobody has it open: version, features, recorded names,
-// the width of refcounts.
+// Changes of how an image is stored, while nobody has it open: version, features, the data file's
+// name, the width of refcounts.
 //
 // Each is one write of the header's first sector, or of its first cluster where names change, after
 // everything that it refers to is durable: cut short, the image is as before or as wanted, and at
@@ -22,7 +22,8 @@ struct AmendOptions {
   std::optional<unsigned> version;
   std::optional<unsigned> refcount_order;
   std::optional<bool> lazy_refcounts;
-  std::optional<std::string> backing_file;  // "": none
+  // Only as they are: `rebase` changes them.
+  std::optional<std::string> backing_file;
   std::optional<std::string> backing_format;
   std::optional<std::string> data_file;
   std::optional<bool> data_file_raw;

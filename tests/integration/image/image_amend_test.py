@@ -81,11 +81,13 @@ class AmendTest(ImageCase):
         self.amended("size=5M")
         self.amended("size=8M,compat=1.1")
 
-    def test_backing_names(self):
+    def test_backing_file_is_for_rebase_to_change(self):
         self.make("-f", "qcow2", "-b", "disk", "-F", "raw", "x")
         self.qemu_io("x", "write -P 7 100k 5k")
         shutil.copy(self.path("disk"), self.path("moved"))
-        self.amended("backing_file=moved,backing_fmt=raw")
+        done = self.amended("backing_file=moved,backing_fmt=raw", 1)
+        self.assertIn("Cannot amend the backing file", done.err)
+        self.amended("backing_file=disk,backing_fmt=raw,compat=1.1")
 
     def test_data_file(self):
         self.make("-f", "qcow2", "-o", "data_file=d", "x", "1M")
@@ -108,7 +110,7 @@ class AmendTest(ImageCase):
         refused("two", "refcount_bits=3", "must be a power of two")
         refused("two", "data_file=q", "data-file can only be set")
         refused("two", "cluster_size=128k", "Invalid parameter 'cluster_size'")
-        refused("two", "backing_fmt=raw", "without backing file")
+        refused("two", "backing_fmt=raw", "Cannot amend the backing file")
         refused("ext", "compat=0.10", "incompatible features")
         refused("ext", "data_file_raw=on", "data-file-raw cannot be set")
         refused("eight", "compat=0.10", "requires refcount_bits=16")

@@ -129,8 +129,8 @@ class Qcow2Test(LuksCase):
                             "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10" + options,
                             name, "3M"))
 
-    def sound(self, name):
-        self.must(self.theirs("check", name))
+    def sound(self, name, secret="s"):
+        self.must(self.theirs("check", *SECRETS, "--image-opts", qcow2(name, secret)))
         self.must(self.ours("check", name))
 
     def write_randomly(self, rng, options, backend, content, times=40):
@@ -220,7 +220,7 @@ class Qcow2Test(LuksCase):
         self.must(amend("t", "encrypt.state=inactive,encrypt.old-secret=s"))
         self.assertFalse(self.opens(qcow2("x", "s")))
         self.same_as_disk(qcow2("x", "t"))
-        self.sound("x")
+        self.sound("x", "t")
 
     def test_resized(self):
         self.make_ours("x")
