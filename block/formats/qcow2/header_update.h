@@ -33,8 +33,8 @@ class HeaderUpdate {
 
   // `change` sets the numbers from `size` to `autoclear`; what else it sets is not written.
   void change_numbers(const Change& change);
-  // `change` sets anything but the cluster size and the version. Extensions of unknown types and
-  // fields behind the known ones stay. Throws EINVAL, with nothing written, if the header would no
+  // `change` sets anything but the cluster size. Extensions of unknown types and fields behind the
+  // known ones stay. Throws EINVAL, with nothing written, if the header would no
   // longer fit its cluster.
   void rewrite(const Change& change);
 
