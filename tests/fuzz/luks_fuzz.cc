@@ -18,6 +18,7 @@
 #include "block/crypto/luks1_amend.h"
 #include "block/crypto/luks1_unlock.h"
 #include "block/crypto/secret.h"
+#include "block/crypto/unlocked_luks.h"
 #include "block/formats/luks/luks_node.h"
 #include "block/protocols/memory.h"
 
@@ -54,10 +55,9 @@ void check_round_trip(const crypto::Luks1Header& header) {
   if (crypto::encode_luks1(again) != bytes) __builtin_trap();
 }
 
-void use_disk(const std::shared_ptr<Node>& file, crypto::Luks1Header header, crypto::Luks1Key key) {
-  auto cipher = std::make_unique<crypto::SectorCipher>(header.cipher, key.master.span());
-  const auto node = std::make_shared<LuksNode>(NodeConfig{"disk", false}, file, std::move(header),
-                                               std::move(key), std::move(cipher), true);
+void use_disk(const std::shared_ptr<Node>& file, std::unique_ptr<crypto::UnlockedLuks> luks) {
+  const auto node =
+      std::make_shared<LuksNode>(NodeConfig{"disk", false}, file, std::move(luks), true);
   {
     Edge disk(node, "guest", Permissions::front_end(true));
     std::vector<std::byte> buffer(std::min<uint64_t>(disk.size(), 4096));
@@ -84,11 +84,11 @@ void use_image(std::span<const std::byte> image) {
     Edge edge(file, "fuzz", {0, Permissions::kWrite | Permissions::kResize});
     crypto::LuksArea area(edge, 0, edge.size());
     ignore_errors([&] { crypto::read_luks1(area, false); });  // as within qcow2
-    crypto::Luks1Header header = crypto::read_luks1(area, true);
+    const crypto::Luks1Header header = crypto::read_luks1(area, true);
     check_round_trip(header);
     (void)luks_facts(header);
-    crypto::Luks1Key key = crypto::unlock_luks1(area, header, password(), kLimit);
-    use_disk(file, std::move(header), std::move(key));
+    const crypto::UnlockOptions options{.key_secret = "fuzz", .limit = kLimit};
+    use_disk(file, std::make_unique<crypto::UnlockedLuks>(area, true, options, ""));
   });
 }
 
