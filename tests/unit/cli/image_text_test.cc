@@ -27,12 +27,14 @@ TEST(Printable, LeavesTextAloneAndShowsControlCharacters) {
   EXPECT_EQ(printable(std::string("a\0b", 3)), "a\\x00b");
 }
 
-TEST(HostPath, DropsTheFileProtocolAndRefusesOthers) {
+TEST(HostPath, DropsTheFileProtocolKeepsNbdAndRefusesOthers) {
   EXPECT_EQ(host_path("disk"), "disk");
   EXPECT_EQ(host_path("file:disk"), "disk");
   EXPECT_EQ(host_path("./a:b"), "./a:b");
   EXPECT_EQ(host_path("/dir/a:b"), "/dir/a:b");
-  EXPECT_THROW(host_path("nbd://host"), base::Error);
+  EXPECT_TRUE(host_path("nbd://host").starts_with("nbd://host"));
+  EXPECT_EQ(host_path("nbd+unix:///a?socket=s"), "nbd+unix:///a?socket=s");
+  EXPECT_THROW(host_path("http://host"), base::Error);
   EXPECT_THROW(host_path("json:{}"), base::Error);
   EXPECT_THROW(host_path(""), base::Error);
   EXPECT_THROW(host_path("file:"), base::Error);
