@@ -222,7 +222,9 @@ void Image::release_one(uint64_t cluster, ClusterRun& free) {
 
 // `free` is empty afterwards, also after an error: part of it may have been freed.
 void Image::release_free(ClusterRun& free) {
-  const auto [first, count] = std::exchange(free, {});
+  const uint64_t first = free.first;
+  const uint64_t count = free.count;
+  free = {};
   if (count == 0) return;
   const unsigned bits = file_.geometry().cluster_bits;
   // The hole is punched before the clusters can be given out again: a punch that comes late would
