@@ -87,14 +87,14 @@ inline size_t mutate_qcow2(uint8_t* data, size_t size, size_t most, unsigned see
     return pick(4) == 0 ? odd[pick(std::size(odd))] : place | flags[pick(std::size(flags))];
   };
   const auto put = [&](uint64_t at, uint64_t what) {
-    if (at + 8 <= size) base::store_be(bytes + at, what);
+    if (at <= size - 8) base::store_be(bytes + at, what);
   };
   const auto entry_of = [&](uint64_t table) { return table + pick(16) * 8; };
   const uint64_t l1 = base::load_be<uint64_t>(bytes + 40);
   const uint64_t refcounts = base::load_be<uint64_t>(bytes + 48);
   const auto behind = [&](uint64_t table) -> uint64_t {
     const uint64_t at = entry_of(table);
-    return at + 8 <= size ? base::load_be<uint64_t>(bytes + at) & 0x00fffffffffffe00 : 0;
+    return at <= size - 8 ? base::load_be<uint64_t>(bytes + at) & 0x00fffffffffffe00 : 0;
   };
   switch (pick(8)) {
     case 0:
