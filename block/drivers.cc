@@ -5,6 +5,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/filters/compress.h"
 #include "block/filters/fault.h"
 #include "block/filters/log_writes.h"
 #include "block/formats/luks/luks_node.h"
@@ -34,6 +35,7 @@ constexpr Driver kDrivers[] = {
     {"nbd", kProtocol, &open_nbd},
     {"fault", kFilter, &open_fault},
     {"log-writes", kFilter, &open_log_writes},
+    {"compress", kFilter, &open_compress},
 };
 
 }  // namespace

@@ -127,8 +127,8 @@ CopyOptions copy_options(const ConvertRequest& request, Sources& sources, Target
   out.target_is_zero = target.is_zero() || request.target_is_zero;
   out.rate = request.rate;
   if (request.compress) {
-    const uint32_t cluster = target.edge().node().limits().optimal_io;
-    if (target.image().format() != "qcow2" || cluster == 0) {
+    const uint32_t cluster = target.edge().node().limits().compress_unit;
+    if (cluster == 0) {
       throw Error(ENOTSUP, "Compression not supported for this file format");
     }
     out.compressed_cluster = cluster;

@@ -184,12 +184,6 @@ void write_luks(block::Edge& file, const NewImage& request) {
 }
 
 qcow2::CreateOptions qcow2_options(const CreateOptionList& options) {
-  const std::string preallocation = options.get("preallocation");
-  if (preallocation == "falloc" || preallocation == "full") {
-    throw Error(ENOTSUP, fmt::format("option 'preallocation={}' is not supported for qcow2 (off "
-                                     "and metadata are)",
-                                     preallocation));
-  }
   block::Options given = options.for_driver();
   const qcow2::CreateOptions out = qcow2::take_create_options(given);
   given.finish("-o");

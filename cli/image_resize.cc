@@ -7,7 +7,6 @@
 
 #include <fmt/core.h>
 
-#include "base/buffer.h"
 #include "base/error.h"
 #include "cli/command.h"
 #include "cli/image_arguments.h"
@@ -23,7 +22,7 @@ using Strings = std::vector<std::string>;
 
 namespace {
 
-enum class Preallocation { kOff, kMetadata, kFalloc, kFull };
+using block::Preallocation;
 
 }  // namespace
 
@@ -108,21 +107,6 @@ void check(const ResizeRequest& request, uint64_t old, uint64_t size) {
               "Before performing such an operation, make sure there is no important data there.");
 }
 
-// Gives the new space blocks. Written out where it must be data; otherwise zeroed without a hole,
-// which reserves it.
-void preallocate(block::Edge& disk, uint64_t from, uint64_t to, Preallocation how) {
-  if (how == Preallocation::kFalloc) {
-    disk.write_zeroes(from, to - from, {.may_unmap = false});
-    return;
-  }
-  base::Buffer zeroes = base::Buffer::zeroed(1 << 20);
-  for (uint64_t at = from; at < to;) {
-    const uint64_t now = std::min<uint64_t>(zeroes.size(), to - at);
-    disk.write(at, base::SingleBuffer(zeroes.data(), now));
-    at += now;
-  }
-}
-
 // Fiber.
 void resize(ImageGraph& graph, const ResizeRequest& request) {
   OpenImage image(graph, request.image, {.writable = true, .trusted = true});
@@ -137,16 +121,11 @@ void resize(ImageGraph& graph, const ResizeRequest& request) {
   if (request.preallocation == Preallocation::kMetadata && raw) {
     throw Error(ENOTSUP, "Unsupported preallocation mode 'metadata'");
   }
-  if (request.preallocation != Preallocation::kOff && !raw) {
-    throw Error(ENOTSUP, fmt::format("{}: preallocation of what a {} image grows by is not "
-                                     "supported",
-                                     request.image.text, image.format()));
-  }
   block::Edge& disk = image.edge();
   if (size != disk.size()) disk.truncate(size);
   if (request.preallocation != Preallocation::kOff) {
     try {
-      preallocate(disk, old, size, request.preallocation);
+      disk.preallocate(old, size - old, request.preallocation);
     } catch (...) {
       disk.truncate(old);
       throw;

@@ -8,6 +8,7 @@
 #include <cerrno>
 #include <charconv>
 #include <functional>
+#include <mutex>
 
 #include <fmt/core.h>
 
@@ -33,12 +34,33 @@ base::UniqueFd make_eventfd() {
 
 }  // namespace
 
+// Tells a disk's device that the disk was resized, as long as there is one.
+class Guest::SizeWatcher final : public block::Node::ContentWatcher {
+ public:
+  void set_device(virtio::MmioBlock* device) noexcept {
+    const std::lock_guard lock(mutex_);
+    device_ = device;
+  }
+  void content_changed(uint64_t, uint64_t) noexcept override {}
+  bool wants_content() const noexcept override { return false; }
+  void size_changed(uint64_t, uint64_t) noexcept override {
+    const std::lock_guard lock(mutex_);
+    if (device_ != nullptr) device_->resize();
+  }
+
+ private:
+  std::mutex mutex_;
+  virtio::MmioBlock* device_ = nullptr;  // guarded by mutex_
+};
+
 // A disk's device, glued to the machine's bus and event descriptors.
 class Guest::Slot final : public vmm::BusDevice {
  public:
+  // `watcher` watches the handle's disk already.
   Slot(vmm::Machine& machine, block::Handle handle, const Disk& disk,
-       std::vector<base::EventLoop*> loops, std::function<void(const std::string&)> on_stop)
-      : irqfd_(make_eventfd()) {
+       std::vector<base::EventLoop*> loops, std::function<void(const std::string&)> on_stop,
+       std::shared_ptr<SizeWatcher> watcher)
+      : irqfd_(make_eventfd()), watcher_(std::move(watcher)) {
     virtio::BlockOptions options;
     options.name = disk.node_name;
     options.serial = disk.device.serial.empty() ? disk.node_name.substr(0, 20) : disk.device.serial;
@@ -60,7 +82,10 @@ class Guest::Slot final : public vmm::BusDevice {
       machine.connect_ioeventfd(device_->notify_fd(q), slot.base + virtio::MmioBlock::kNotifyOffset,
                                 4, q);
     }
+    watcher_->set_device(device_.get());
+    device_->resize();  // what happened before that
   }
+  ~Slot() override { watcher_->set_device(nullptr); }
 
   void read(uint64_t offset, std::span<std::byte> data) override { device_->read(offset, data); }
   void write(uint64_t offset, std::span<const std::byte> data) override {
@@ -70,6 +95,7 @@ class Guest::Slot final : public vmm::BusDevice {
 
  private:
   base::UniqueFd irqfd_;
+  const std::shared_ptr<SizeWatcher> watcher_;
   std::unique_ptr<virtio::MmioBlock> device_;
 };
 
@@ -205,9 +231,13 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
   machine_ = std::make_unique<vmm::Machine>(std::move(config));
   size_t first_loop = 0;
   for (const Disk& disk : disks) {
+    auto watcher = std::make_shared<SizeWatcher>();
     block::Handle handle = loops.loop(0).call("attach disk", [&] {
-      return graph.attach(disk.node_name, fmt::format("guest disk '{}'", disk.node_name),
-                          block::Permissions::front_end(!disk.read_only));
+      block::Handle out =
+          graph.attach(disk.node_name, fmt::format("guest disk '{}'", disk.node_name),
+                       block::Permissions::front_end(!disk.read_only));
+      out.watch(watcher);
+      return out;
     });
     // Queues of all disks go around the loops.
     std::vector<base::EventLoop*> queue_loops;
@@ -215,9 +245,9 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
       queue_loops.push_back(&loops.loop((first_loop + i) % loops.size()));
     }
     first_loop += disk.device.num_queues;
-    slots_.push_back(std::make_unique<Slot>(*machine_, std::move(handle), disk,
-                                            std::move(queue_loops),
-                                            [this](const std::string& why) { pause(why); }));
+    slots_.push_back(std::make_unique<Slot>(
+        *machine_, std::move(handle), disk, std::move(queue_loops),
+        [this](const std::string& why) { pause(why); }, std::move(watcher)));
   }
   // Behind the disks, so that their windows are where they were without it. A machine that is full
   // of disks does without, as the probe guest does.

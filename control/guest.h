@@ -43,6 +43,7 @@ class Guest {
 
  private:
   void pause(const std::string& why);
+  class SizeWatcher;
   class Slot;  // one disk in its window
   class Rng;
   bool use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const Disk& disk,

@@ -10,7 +10,9 @@ FilterNode::FilterNode(const NodeConfig& config, const char* driver, std::shared
       file_(std::move(file), fmt::format("{} filter '{}'", driver, config.node_name),
             Permissions::format_file(!config.read_only)) {
   set_size(file_.size());
-  set_limits(file_.node().limits());
+  Limits limits = file_.node().limits();
+  limits.compress_unit = 0;  // not every filter knows that kind of write
+  set_limits(limits);
 }
 
 void FilterNode::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {

@@ -30,6 +30,9 @@ class FilterNode : public Node {
     return file_.block_status(offset, length);
   }
   void driver_truncate(uint64_t new_size) override;
+  void driver_preallocate(uint64_t offset, uint64_t length, Preallocation how) override {
+    file_.preallocate(offset, length, how);
+  }
   void driver_prefetch(uint64_t offset, uint64_t length) override {
     file_.prefetch(offset, length);
   }

@@ -69,7 +69,7 @@ Edge::Edge(std::shared_ptr<Node> node, std::string user, Permissions permissions
 }
 
 Edge::~Edge() {
-  if (node_->watched()) (void)node_->remove_watcher(*this);
+  (void)node_->remove_watcher(*this);
   node_->detach(*this);
 }
 
@@ -354,6 +354,21 @@ void Edge::truncate(uint64_t new_size) {
                                    node_->describe(), new_size, kMaxDiskSize));
   }
   run_counted(*node_, [&] { node_->driver_truncate(new_size); });
+}
+
+void Edge::preallocate(uint64_t offset, uint64_t length, Preallocation how) {
+  if (length == 0 || how == Preallocation::kOff) return;
+  check(offset, length, Access::kChange, "preallocate");
+  if (how == Preallocation::kFull) {
+    zero_by_writing(offset, length, false);
+    return;
+  }
+  try {
+    run_counted(*node_, [&] { node_->driver_preallocate(offset, length, how); });
+  } catch (const Error& e) {
+    if (e.err() != ENOTSUP || how == Preallocation::kMetadata) throw;
+    zero_by_writing(offset, length, false);
+  }
 }
 
 void Edge::copy_range(uint64_t offset, uint64_t length, Edge& from, uint64_t from_offset) {

@@ -49,6 +49,9 @@ class Edge {
   // Of a prefix of the range: at least one byte, at most `length`.
   BlockStatus block_status(uint64_t offset, uint64_t length);
   void truncate(uint64_t new_size);
+  // Takes room for a range that the node has just grown by: truncate() comes before, and nobody
+  // else uses the range yet. ENOTSUP where the node knows no such thing.
+  void preallocate(uint64_t offset, uint64_t length, Preallocation how);
   void copy_range(uint64_t offset, uint64_t length, Edge& from, uint64_t from_offset);
   void write_compressed(uint64_t offset, IoSpan from);
   void prefetch(uint64_t offset, uint64_t length);

@@ -308,6 +308,9 @@ std::vector<std::string> Graph::describe() const {
                     node.read_only() ? ", read-only" : "",
                     entry.node->counters().errors.load(std::memory_order_relaxed),
                     users.empty() ? "nobody" : fmt::format("{}", fmt::join(users, "; "))));
+    if (const std::string state = node.state(); !state.empty()) {
+      out.push_back(fmt::format("node '{}': {}", node.name(), state));
+    }
   }
   for (const Handle::Root* root : roots_) {
     out.push_back(fmt::format("user {} of '{}': {} requests in flight", root->edge.user(),

@@ -140,9 +140,14 @@ void Handle::prefetch(uint64_t offset, uint64_t length) {
 }
 
 void Handle::truncate(uint64_t new_size) {
-  const auto pin = root_->enter();
+  auto pin = root_->enter();
   mark(root_->written);
+  Node& node = root_->edge.node();
+  const uint64_t old_size = node.size();
   root_->edge.truncate(new_size);
+  const std::shared_ptr<Node> kept = node.shared_from_this();
+  pin.release();  // as above
+  if (new_size != old_size) node.size_changed(old_size, new_size);
 }
 
 uint64_t Handle::size() const noexcept { return root_->edge.size(); }

@@ -42,7 +42,13 @@ void Node::add_watcher(const Edge& edge, std::shared_ptr<ContentWatcher> watcher
   const std::lock_guard lock(watchers_mutex_);
   std::erase_if(watchers_, [&](const auto& entry) { return entry.first == &edge; });
   watchers_.emplace_back(&edge, std::move(watcher));
-  watched_.store(true, std::memory_order_seq_cst);
+  count_watchers();
+}
+
+void Node::count_watchers() noexcept {
+  const bool any = std::any_of(watchers_.begin(), watchers_.end(),
+                               [](const auto& entry) { return entry.second->wants_content(); });
+  watched_.store(any, std::memory_order_seq_cst);
 }
 
 std::shared_ptr<Node::ContentWatcher> Node::remove_watcher(const Edge& edge) noexcept {
@@ -54,7 +60,7 @@ std::shared_ptr<Node::ContentWatcher> Node::remove_watcher(const Edge& edge) noe
     watchers_.erase(it);
     break;
   }
-  watched_.store(!watchers_.empty(), std::memory_order_seq_cst);
+  count_watchers();
   return removed;
 }
 
@@ -66,6 +72,19 @@ void Node::content_changed(const Edge& by, uint64_t offset, uint64_t length) noe
   for (const auto& [edge, watcher] : watchers) {
     if (edge != &by) watcher->content_changed(offset, length);
   }
+}
+
+void Node::size_changed(uint64_t old_size, uint64_t new_size) noexcept {
+  std::unique_lock lock(watchers_mutex_);
+  const auto watchers = watchers_;
+  lock.unlock();
+  for (const auto& [edge, watcher] : watchers) watcher->size_changed(old_size, new_size);
+}
+
+// Copies of what lies behind a nearer end are not to be seen again.
+void Node::ContentWatcher::size_changed(uint64_t old_size, uint64_t new_size) noexcept {
+  const uint64_t first = std::min(old_size, new_size);
+  content_changed(first, std::max(old_size, new_size) - first);
 }
 
 void Node::attach(Edge& edge) {
@@ -118,6 +137,13 @@ BlockStatus Node::driver_block_status(uint64_t, uint64_t length) {
 
 void Node::driver_truncate(uint64_t) {
   throw Error(ENOTSUP, fmt::format("{}: cannot be resized", describe()));
+}
+
+void Node::driver_preallocate(uint64_t offset, uint64_t length, Preallocation how) {
+  if (how != Preallocation::kFalloc) {
+    throw Error(ENOTSUP, fmt::format("{}: has no metadata to preallocate", describe()));
+  }
+  driver_write_zeroes(offset, length, {.may_unmap = false});
 }
 
 void Node::driver_copy_range(uint64_t, uint64_t, Node&, uint64_t) {

@@ -65,8 +65,10 @@ class Node : public std::enable_shared_from_this<Node> {
   std::string describe() const;
   // The host file behind this node, if it is one or a format on one; empty otherwise.
   virtual std::string filename() const { return {}; }
-  // Driver-specific facts for `image info` and state dumps.
+  // Driver-specific facts for `image info`. May do I/O.
   virtual Facts facts() const { return {}; }
+  // What it holds in memory, for state dumps; empty: nothing to speak of. Any thread; no I/O.
+  virtual std::string state() const { return {}; }
   // Direct children, top first (file, then backing), for walks. Only stable under a drain.
   virtual std::vector<Edge*> children() { return {}; }
 
@@ -102,6 +104,10 @@ class Node : public std::enable_shared_from_this<Node> {
   class ContentWatcher {
    public:
     virtual void content_changed(uint64_t offset, uint64_t length) noexcept = 0;
+    // False: content_changed need not be called, which would cost each write something.
+    virtual bool wants_content() const noexcept { return true; }
+    // The disk was resized through a handle: another's, or one's own.
+    virtual void size_changed(uint64_t old_size, uint64_t new_size) noexcept;
 
    protected:
     ~ContentWatcher() = default;
@@ -110,9 +116,12 @@ class Node : public std::enable_shared_from_this<Node> {
   // requests that began before it was removed: the graph shares its ownership.
   void add_watcher(const Edge& edge, std::shared_ptr<ContentWatcher> watcher);
   std::shared_ptr<ContentWatcher> remove_watcher(const Edge& edge) noexcept;
+  // Whether one wants to hear of content.
   bool watched() const noexcept { return watched_.load(std::memory_order_seq_cst); }
   // Tells every watcher but that of `by`, through which the change was made. Fiber.
   void content_changed(const Edge& by, uint64_t offset, uint64_t length) noexcept;
+  // Tells every watcher. Fiber.
+  void size_changed(uint64_t old_size, uint64_t new_size) noexcept;
 
   // Flushes and gives up what the node holds. Fiber. Throws the first error; the node is closed
   // all the same. Called by the Graph, parents before children.
@@ -136,6 +145,10 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual BlockStatus driver_block_status(uint64_t offset, uint64_t length);
   // Default: ENOTSUP.
   virtual void driver_truncate(uint64_t new_size);
+  // Takes room for a range that the caller has just made the node grow by, and that reads as zeroes
+  // before and after. kMetadata or kFalloc. Default: the latter by zeroing without a hole, ENOTSUP
+  // for the former.
+  virtual void driver_preallocate(uint64_t offset, uint64_t length, Preallocation how);
   // Copies within or between nodes without the data passing through this process. Default:
   // ENOTSUP; the caller then reads and writes.
   virtual void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
@@ -153,6 +166,7 @@ class Node : public std::enable_shared_from_this<Node> {
 
  private:
   // Used by Edge.
+  void count_watchers() noexcept;
   void attach(Edge& edge);
   void detach(Edge& edge) noexcept;
   void run_before_write(uint64_t offset, uint64_t length, IoSpan data);

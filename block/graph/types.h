@@ -48,9 +48,14 @@ struct Limits {
   uint64_t max_transfer = 0;         // bytes a read or write, 0 = no limit
   uint32_t optimal_io = 0;           // preferred size and alignment, 0 = none
   uint32_t discard_granularity = 0;  // 0 = 1; smaller or unaligned discards may do nothing
+  uint32_t compress_unit = 0;        // whole ones can be stored compressed, 0 = nothing can
   bool can_discard = false;
   bool can_write_zeroes = false;  // efficiently, without a buffer of zeroes
 };
+
+// What becomes of new space: nothing; the format's own tables; also the host's blocks; also data in
+// them.
+enum class Preallocation : uint8_t { kOff, kMetadata, kFalloc, kFull };
 
 // Facts for people and tools (`image info`, the state dump), in order.
 using FactValue = std::variant<bool, uint64_t, std::string>;

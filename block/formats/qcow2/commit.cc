@@ -26,12 +26,17 @@
 //     counted down in memory by Image::reclaim and written by a later commit, so again a crash
 //     leaves a leak at worst.
 //
+// With lazy refcounts (the image's dirty bit is set before the first change) step 1 is left out:
+// who opens the image after a crash counts all references anew.
+//
 // Refcounts that go down never travel with the L2 change that caused them, which is what makes one
 // order do for both directions.
 #include "block/formats/qcow2/commit.h"
 
 #include <utility>
 #include <vector>
+
+#include <fmt/core.h>
 
 #include "base/iovec.h"
 
@@ -45,10 +50,12 @@ struct Committer::Changes {
   std::vector<MetadataCache::Copy> blocks;
 };
 
-Committer::Committer(ImageFile& image, Edge* data, L1Table& l1, MetadataCache& l2,
-                     MetadataCache& blocks, Refcounts& refcounts, Quarantine& quarantine)
+Committer::Committer(ImageFile& image, Edge* data, const MetadataMap& metadata, L1Table& l1,
+                     MetadataCache& l2, MetadataCache& blocks, Refcounts& refcounts,
+                     Quarantine& quarantine)
     : image_(image),
       data_(data),
+      metadata_(metadata),
       l1_(l1),
       l2_(l2),
       blocks_(blocks),
@@ -124,11 +131,33 @@ void Committer::take(Changes& changes) {
   changes.freed = quarantine_.take_waiting();
   changes.l1 = l1_.take_dirty();
   changes.l2 = l2_.take_dirty();
+  if (lazy_ && !blocks_.under_pressure()) return;
   changes.table = refcounts_.take_dirty_table();
   changes.blocks = blocks_.take_dirty();
 }
 
+// Two tables in one place would overwrite each other, and nothing has noticed so far. (That the
+// image is known to be corrupt is no reason not to write the rest: it belongs to requests that were
+// answered before.)
+void Committer::require_places(const Changes& changes) {
+  for (const auto& copy : changes.blocks) {
+    require_place(copy.offset, copy.bytes.size(), kRefcountBlock);
+  }
+  for (const auto& copy : changes.l2) require_place(copy.offset, copy.bytes.size(), kL2Table);
+  if (!changes.l1.empty()) require_place(l1_.offset(), uint64_t{l1_.size()} * 8, kL1Table);
+}
+
+void Committer::require_place(uint64_t offset, uint64_t bytes, const char* what) {
+  const unsigned bits = image_.geometry().cluster_bits;
+  const uint64_t first = offset >> bits;
+  const uint64_t count = ((offset + bytes - 1) >> bits) - first + 1;
+  if (const char* there = metadata_.find(first, count, what)) {
+    throw image_.corruption(fmt::format("the {} at {:#x} lies on the {}", what, offset, there));
+  }
+}
+
 void Committer::write(const Changes& changes) {
+  require_places(changes);
   Edge& file = image_.file();
   if (data_ != nullptr) data_->flush();
   write_slices(changes.blocks);

@@ -55,7 +55,7 @@ Layout lay_out(const CreateOptions& options) {
   out.l1_clusters = g.clusters(out.l1_entries * 8);
   if (options.luks) out.luks_clusters = g.clusters(crypto::luks1_header_bytes(*options.luks));
   // A raw data file holds everything from the beginning.
-  if (options.preallocation == Preallocation::kMetadata || options.data_file_raw) {
+  if (options.preallocation != Preallocation::kOff || options.data_file_raw) {
     out.l2_tables = base::div_ceil(clusters, g.l2_entries());
     out.mapped = clusters;
     out.data = g.external_data ? 0 : clusters;
@@ -154,7 +154,14 @@ void empty_file(Edge& file) {
   }
 }
 
-void reserve_data(Edge& file, const Layout& layout) {
+// The range of the file reads as zeroes.
+void take_blocks(Edge& file, uint64_t start, uint64_t end, Preallocation how) {
+  if (how == Preallocation::kFalloc || how == Preallocation::kFull) {
+    file.preallocate(start, end - start, how);
+  }
+}
+
+void reserve_data(Edge& file, const Layout& layout, Preallocation how) {
   if (layout.data == 0) return;
   const unsigned bits = layout.geometry.cluster_bits;
   const uint64_t start = layout.first_data() << bits;
@@ -163,6 +170,7 @@ void reserve_data(Edge& file, const Layout& layout) {
     file.write_zeroes(start, std::min(end, file.size()) - start, {.may_unmap = true});
   }
   if (file.size() < end) file.truncate(end);
+  take_blocks(file, start, end, how);
 }
 
 void write_luks_header(Edge& file, const Layout& layout, const crypto::Luks1CreateOptions& luks) {
@@ -176,7 +184,7 @@ void write_luks_header(Edge& file, const Layout& layout, const crypto::Luks1Crea
 }
 
 // The external data file: empty, and of the disk's size. A device has to be large enough.
-void prepare_data_file(Edge& data, uint64_t size) {
+void prepare_data_file(Edge& data, uint64_t size, Preallocation how) {
   try {
     data.truncate(0);
     data.truncate(size);
@@ -188,6 +196,7 @@ void prepare_data_file(Edge& data, uint64_t size) {
     }
     if (size != 0) data.write_zeroes(0, size, {.may_unmap = true});
   }
+  take_blocks(data, 0, size, how);
   data.flush();
 }
 
@@ -223,8 +232,8 @@ CreateOptions take_create_options(Options& options) {
   out.compression =
       static_cast<Compression>(options.take_choice("compression_type", {"zlib", "zstd"}, 0));
   out.lazy_refcounts = options.take_bool("lazy_refcounts", false);
-  out.preallocation =
-      static_cast<Preallocation>(options.take_choice("preallocation", {"off", "metadata"}, 0));
+  out.preallocation = static_cast<Preallocation>(
+      options.take_choice("preallocation", {"off", "metadata", "falloc", "full"}, 0));
   out.data_file = options.take_string("data_file").value_or("");
   out.data_file_raw = options.take_bool("data_file_raw", false);
   out.backing_file = options.take_string("backing_file").value_or("");
@@ -332,11 +341,11 @@ void create_image(Edge& file, const CreateOptions& options, Edge* data) {
   // Before anything is lost: there is a password.
   if (o.luks) (void)crypto::new_slot_password(o.luks->key_secret);
   empty_file(file);
-  if (data != nullptr) prepare_data_file(*data, o.size);
+  if (data != nullptr) prepare_data_file(*data, o.size, o.preallocation);
   write_refcounts(file, layout);
   write_tables(file, layout);
   if (o.luks) write_luks_header(file, layout, *o.luks);
-  reserve_data(file, layout);
+  reserve_data(file, layout, o.preallocation);
   file.flush();
   base::Buffer first = base::Buffer::zeroed(o.cluster_size());
   std::copy(header.begin(), header.end(), first.data());

@@ -16,7 +16,7 @@
 
 namespace minivmm::block::qcow2 {
 
-enum class Preallocation : uint8_t { kOff, kMetadata };
+using block::Preallocation;
 
 struct CreateOptions {
   uint64_t size = 0;  // of the disk, bytes; rounded up to 512

@@ -10,6 +10,7 @@
 #include <fmt/core.h>
 
 #include "base/log.h"
+#include "block/formats/qcow2/listing.h"
 
 namespace minivmm::block::qcow2 {
 namespace {
@@ -76,8 +77,9 @@ Image::Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data,
       l1_(file_),
       refcounts_(file_, blocks_, metadata_),
       allocator_(file_, refcounts_, metadata_),
+      bytes_(file_, allocator_, refcounts_),
       map_(file_, l1_, l2_, allocator_, metadata_, quarantine_),
-      committer_(file_, data_.get(), l1_, l2_, blocks_, refcounts_, quarantine_),
+      committer_(file_, data_.get(), metadata_, l1_, l2_, blocks_, refcounts_, quarantine_),
       bitmaps_(*this, allocator_),
       snapshots_(*this, {l1_, refcounts_, metadata_, quarantine_}) {}
 
@@ -88,6 +90,7 @@ void Image::prepare_first_write() {
   // An attempt that failed later leaves the table loaded, and its blocks are known.
   if (!refcounts_loaded_) refcounts_.load_table();
   refcounts_loaded_ = true;
+  know_snapshots();
   const Geometry& g = file_.geometry();
   for (uint32_t i = 0; i < l1_.size(); ++i) {
     const uint64_t entry = l1_.get(i);
@@ -98,6 +101,10 @@ void Image::prepare_first_write() {
   }
   bitmaps_.before_first_write();
   file_.clear_autoclear(bitmaps_.maintained() ? kAutoclearBitmaps : 0);
+  if (lazy_refcounts()) {
+    file_.set_dirty(true);
+    committer_.set_lazy_refcounts(true);
+  }
   ready_to_write_.store(true, std::memory_order_release);
 }
 
@@ -115,6 +122,25 @@ void Image::write_data(uint64_t host_offset, IoSpan from) {
   } else {
     data().write(host_offset, from);
   }
+}
+
+// How long the snapshot table is. One that makes no sense is the business of those who read it;
+// what can be known of it is kept from harm.
+void Image::know_snapshots() {
+  const Header h = file_.header_update().current();
+  if (h.snapshots == 0) return;
+  const Geometry& g = file_.geometry();
+  uint64_t bytes = 0;
+  try {
+    for (const SnapshotEntry& snapshot : read_snapshots(file_.file(), h)) {
+      bytes += snapshot.total_bytes();
+    }
+  } catch (const base::Error& e) {
+    base::log_warning("{}: {}", file_.name(), e.what());
+  }
+  const uint64_t least = uint64_t{h.snapshots} * kSnapshotFixedBytes;
+  metadata_.move_snapshot_table(h.snapshots_offset >> g.cluster_bits,
+                                g.clusters(std::max(bytes, least)));
 }
 
 Allocator::Run Image::allocate_data(uint64_t guest_cluster, uint64_t max) {
@@ -137,6 +163,23 @@ void Image::require_data(uint64_t host_offset, uint64_t length) {
                     "the {}",
                     host_offset, length, what));
   }
+}
+
+void Image::finish(base::Epoch& epoch) {
+  try {
+    if (!file_.broken()) bytes_.close();
+  } catch (const base::Error& e) {
+    base::log_warning("{}: a cluster has leaked: {}", file_.name(), e.what());
+  }
+  committer_.set_lazy_refcounts(false);
+  // A reclaim lowers refcounts, which the next commit writes: in the end nothing has leaked.
+  do {
+    commit();
+    reclaim(epoch);
+  } while (!quarantine_.empty());
+  commit();
+  const bool changed = ready_to_write_.load(std::memory_order_acquire);
+  if (lazy_refcounts() && changed && !file_.broken()) file_.set_dirty(false);
 }
 
 void Image::drop(HostClusters clusters) {

@@ -16,6 +16,7 @@
 #include "base/sync.h"
 #include "block/formats/qcow2/allocator.h"
 #include "block/formats/qcow2/bitmaps/bitmaps.h"
+#include "block/formats/qcow2/byte_allocator.h"
 #include "block/formats/qcow2/commit.h"
 #include "block/formats/qcow2/encryption.h"
 #include "block/formats/qcow2/guest_map.h"
@@ -57,6 +58,10 @@ class Image {
   const MetadataCache& refcount_blocks() const noexcept { return blocks_; }
   Allocator& allocator() noexcept { return allocator_; }
   const Allocator& allocator() const noexcept { return allocator_; }
+  // For compressed clusters. Closed before the last commit.
+  ByteAllocator& bytes() noexcept { return bytes_; }
+  // What else lies in the image is told to it: nothing is written over that.
+  MetadataMap& metadata() noexcept { return metadata_; }
   Refcounts& refcounts() noexcept { return refcounts_; }
   const Quarantine& quarantine() const noexcept { return quarantine_; }
   Bitmaps& bitmaps() noexcept { return bitmaps_; }
@@ -88,6 +93,9 @@ class Image {
 
   // See Committer. With nothing changed it is one flush of the file.
   void commit() { committer_.commit(); }
+  // After the last request: frees what is to be freed, commits, and takes the dirty bit away that
+  // lazy refcounts needed. `epoch` as for reclaim().
+  void finish(base::Epoch& epoch);
   // Makes the L1 table that large at least, while it is in use. Durable on return. One at a time;
   // the caller does not pin `epoch`. EFBIG where there can be none.
   void grow_l1(uint64_t entries, base::Epoch& epoch);
@@ -104,6 +112,10 @@ class Image {
 
  private:
   void prepare_first_write();
+  void know_snapshots();
+  bool lazy_refcounts() const noexcept {
+    return (file_.header().compatible & kCompatLazyRefcounts) != 0;
+  }
   bool is_much(uint64_t clusters) const noexcept;
   void switch_l1(uint64_t offset, uint32_t entries, L1Table::Entries& array);
   void release(const Quarantine::Runs& runs);
@@ -119,6 +131,7 @@ class Image {
   L1Table l1_;
   Refcounts refcounts_;
   Allocator allocator_;
+  ByteAllocator bytes_;
   Quarantine quarantine_;
   GuestMap map_;
   Committer committer_;

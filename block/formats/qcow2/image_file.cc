@@ -66,6 +66,12 @@ void ImageFile::clear_autoclear(uint64_t maintained) {
   header_update_.change_numbers([&](Header& h) { h.autoclear = kept; });
 }
 
+void ImageFile::set_dirty(bool dirty) {
+  header_update_.change_numbers([&](Header& h) {
+    h.incompatible = dirty ? h.incompatible | kIncompatDirty : h.incompatible & ~kIncompatDirty;
+  });
+}
+
 void ImageFile::set_refcount_table(uint64_t offset, uint32_t clusters) {
   header_update_.change_numbers([&](Header& h) {
     h.refcount_table_offset = offset;

@@ -47,6 +47,8 @@ class ImageFile {
   // which is kept true), which promise things about other parts of the image that this driver does
   // not maintain. Durable on return.
   void clear_autoclear(uint64_t maintained);
+  // The refcounts on disk may be wrong, or are true again. Durable on return.
+  void set_dirty(bool dirty);
   // Points the header at another refcount table. Durable on return.
   void set_refcount_table(uint64_t offset, uint32_t clusters);
   // HeaderUpdate::change_numbers where what follows depends on which header is on disk: after an

@@ -82,6 +82,13 @@ RawL2 encode_l2(const L2Entry& entry, const Geometry& g) noexcept {
   return out;
 }
 
+RawL2 compressed_l2(uint64_t host_offset, uint64_t bytes, const Geometry& g) noexcept {
+  const unsigned offset_bits = 62 - (g.cluster_bits - 8);
+  const uint64_t more_sectors = ((host_offset + bytes - 1) >> 9) - (host_offset >> 9);
+  const uint64_t mask = (1ULL << offset_bits) - 1;
+  return {kFlagCompressed | more_sectors << offset_bits | (host_offset & mask), 0};
+}
+
 HostClusters clusters_of(const L2Entry& entry, const Geometry& g) noexcept {
   if (g.external_data) return {};
   if (entry.has_host) return {entry.host_offset >> g.cluster_bits, 1};

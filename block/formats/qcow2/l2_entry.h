@@ -85,6 +85,10 @@ L2Entry decode_l2(RawL2 raw, const Geometry& geometry, uint64_t guest_offset) no
 // cluster is there for data or zeroes.
 RawL2 encode_l2(const L2Entry& entry, const Geometry& geometry) noexcept;
 
+// The entry of a cluster whose compressed bytes lie there. Decoding it gives another offset, or a
+// problem, where entries of this cluster size do not reach so far.
+RawL2 compressed_l2(uint64_t host_offset, uint64_t bytes, const Geometry& geometry) noexcept;
+
 // The clusters of the image that an entry holds references to: first cluster number and count (0:
 // none). Those of an external data file are not counted.
 struct HostClusters {

@@ -4,6 +4,8 @@
 #include <algorithm>
 #include <bit>
 
+#include "block/formats/qcow2/tables.h"
+
 namespace minivmm::block::qcow2 {
 
 namespace {
@@ -20,19 +22,15 @@ MetadataMap::MetadataMap(const Header& h)
     : filter_bits_(filter_bits(h)),
       filter_(std::make_unique<std::atomic<uint64_t>[]>((size_t{1} << filter_bits_) / 64)) {
   const Geometry g = h.geometry();
-  const auto range = [&](uint64_t offset, uint64_t bytes, const char* what) {
-    const uint64_t first = offset >> g.cluster_bits;
-    return Range{first, first + g.clusters(bytes), what};
+  const auto place = [&](Place& to, uint64_t offset, uint64_t bytes) {
+    to.set(offset >> g.cluster_bits, g.clusters(bytes));
   };
-  fixed_[0] = {0, 1, "header"};
   // The size of the snapshot table is only known by reading it: this much at least.
-  fixed_[1] = range(h.snapshots_offset, uint64_t{h.snapshots} * 40, "snapshot table");
-  if (h.luks) fixed_[2] = range(h.luks->offset, h.luks->length, "LUKS header");
-  const Range l1 = range(h.l1_offset, uint64_t{h.l1_size} * 8, "");
-  move_l1_table(l1.first, l1.end - l1.first);
-  const Range table = range(h.refcount_table_offset, h.refcount_table_bytes(), "");
-  table_first_ = table.first;
-  table_end_ = table.end;
+  place(snapshots_, h.snapshots_offset, uint64_t{h.snapshots} * kSnapshotFixedBytes);
+  place(l1_, h.l1_offset, uint64_t{h.l1_size} * 8);
+  table_first_ = h.refcount_table_offset >> g.cluster_bits;
+  table_end_ = table_first_ + g.clusters(h.refcount_table_bytes());
+  if (h.luks) place(luks_, h.luks->offset, h.luks->length);
 }
 
 void MetadataMap::add(uint64_t cluster, const char* what) {
@@ -56,31 +54,40 @@ void MetadataMap::move_refcount_table(uint64_t first_cluster, uint64_t clusters)
 }
 
 void MetadataMap::move_l1_table(uint64_t first_cluster, uint64_t clusters) {
-  l1_.store(first_cluster << kL1CountBits | clusters, std::memory_order_relaxed);
+  l1_.set(first_cluster, clusters);
 }
 
 void MetadataMap::move_snapshot_table(uint64_t first_cluster, uint64_t clusters) {
-  fixed_[1] = {first_cluster, first_cluster + clusters, "snapshot table"};
+  snapshots_.set(first_cluster, clusters);
 }
 
-const char* MetadataMap::find(uint64_t first, uint64_t count) const {
+void MetadataMap::Place::set(uint64_t first, uint64_t clusters) noexcept {
+  const uint64_t most = (1ULL << kCountBits) - 1;
+  word_.store(first << kCountBits | std::min(clusters, most), std::memory_order_relaxed);
+}
+
+bool MetadataMap::Place::touches(uint64_t first, uint64_t end) const noexcept {
+  const uint64_t word = word_.load(std::memory_order_relaxed);
+  const uint64_t begin = word >> kCountBits;
+  const uint64_t count = word & ((1ULL << kCountBits) - 1);
+  return count != 0 && first < begin + count && begin < end;
+}
+
+const char* MetadataMap::find(uint64_t first, uint64_t count, const char* except) const {
   const uint64_t end = first + count;
-  for (const Range& range : fixed_) {
-    if (first < range.end && range.first < end) return range.what;
-  }
-  const uint64_t l1 = l1_.load(std::memory_order_relaxed);
-  const uint64_t l1_first = l1 >> kL1CountBits;
-  const uint64_t l1_clusters = l1 & ((1ULL << kL1CountBits) - 1);
-  if (first < l1_first + l1_clusters && l1_first < end) return "L1 table";
+  if (first == 0 && except != kHeader) return kHeader;
+  if (luks_.touches(first, end)) return kLuksHeader;
+  if (snapshots_.touches(first, end) && except != kSnapshotTable) return kSnapshotTable;
+  if (l1_.touches(first, end) && except != kL1Table) return kL1Table;
   if (first < table_end_.load(std::memory_order_relaxed) &&
-      table_first_.load(std::memory_order_relaxed) < end) {
-    return "refcount table";
+      table_first_.load(std::memory_order_relaxed) < end && except != kRefcountTable) {
+    return kRefcountTable;
   }
   for (uint64_t cluster = first; cluster < end; ++cluster) {
     if (!may_contain(cluster)) continue;
     const std::lock_guard lock(mutex_);
     const auto it = clusters_.find(cluster);
-    if (it != clusters_.end()) return it->second;
+    if (it != clusters_.end() && it->second != except) return it->second;
   }
   return nullptr;
 }

@@ -1,13 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// Where the image's metadata lies, so that no data is ever written over it: the last defence
-// against a damaged or hostile image (an L2 entry that points at the L1 table, a refcount of 0 for
-// a cluster in use).
+// Where the image's metadata lies, so that no data, and no metadata of another kind, is ever
+// written over it: the last defence against a damaged or hostile image (an L2 entry that points at
+// the L1 table, a refcount of 0 for a cluster in use, two tables in one place).
 //
 // Owned by Image. Any loop. The question "may data go here?" is a few comparisons and one bit test
 // in the common case.
 #pragma once
 
-#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -18,30 +17,42 @@
 
 namespace minivmm::block::qcow2 {
 
-// What the map calls an L2 table: compared by address.
+// What the map calls things: compared by address.
+inline constexpr char kHeader[] = "header";
+inline constexpr char kLuksHeader[] = "LUKS header";
+inline constexpr char kL1Table[] = "L1 table";
 inline constexpr char kL2Table[] = "L2 table";
+inline constexpr char kRefcountTable[] = "refcount table";
+inline constexpr char kRefcountBlock[] = "refcount block";
+inline constexpr char kSnapshotTable[] = "snapshot table";
 
 class MetadataMap {
  public:
   explicit MetadataMap(const Header& header);
 
-  // `what` is a literal: "refcount block", "L2 table".
+  // `what` is one of the names above.
   void add(uint64_t cluster, const char* what);
   // Returns whether it was there.
   bool remove(uint64_t cluster);
   void move_refcount_table(uint64_t first_cluster, uint64_t clusters);
   void move_l1_table(uint64_t first_cluster, uint64_t clusters);
-  // While nobody asks.
   void move_snapshot_table(uint64_t first_cluster, uint64_t clusters);
 
-  // What metadata lies in [first, first + count), or nullptr. Clusters, not bytes.
-  const char* find(uint64_t first, uint64_t count) const;
+  // What metadata lies in [first, first + count), or nullptr. Clusters, not bytes. What is called
+  // `except` does not count.
+  const char* find(uint64_t first, uint64_t count, const char* except = nullptr) const;
 
  private:
-  struct Range {
-    uint64_t first = 0;
-    uint64_t end = 0;
-    const char* what = nullptr;
+  // A run of clusters in one word: it moves while writers ask, and a mixture of two places would
+  // take guest data for metadata. 47 bits of cluster number, 17 of clusters.
+  class Place {
+   public:
+    void set(uint64_t first, uint64_t clusters) noexcept;
+    bool touches(uint64_t first, uint64_t end) const noexcept;
+
+   private:
+    static constexpr unsigned kCountBits = 17;
+    std::atomic<uint64_t> word_{0};
   };
   // A bit of the filter, of 2^filter_bits_.
   size_t filter_bit(uint64_t cluster) const noexcept {
@@ -52,11 +63,9 @@ class MetadataMap {
     return ((filter_[bit / 64].load(std::memory_order_relaxed) >> (bit % 64)) & 1) != 0;
   }
 
-  std::array<Range, 3> fixed_;  // header, LUKS header, snapshot table
-  // Where the L1 table is, in one word: it moves while writers ask, and a mixture of two places
-  // would take guest data for metadata. 47 bits of cluster number, 17 of clusters.
-  static constexpr unsigned kL1CountBits = 17;
-  std::atomic<uint64_t> l1_;
+  Place luks_;
+  Place snapshots_;
+  Place l1_;
   std::atomic<uint64_t> table_first_;
   std::atomic<uint64_t> table_end_;
   // A Bloom filter in front of the exact set: most questions end here, without a lock. Its size

@@ -5,6 +5,8 @@
 #include <new>
 #include <utility>
 
+#include <fmt/core.h>
+
 #include "base/error.h"
 #include "base/event_loop.h"
 #include "base/log.h"
@@ -38,6 +40,8 @@ Qcow2Node::Qcow2Node(const NodeConfig& config, Children children, qcow2::Header 
   const uint64_t cluster = geometry().cluster_size();
   limits.optimal_io = static_cast<uint32_t>(cluster);
   limits.discard_granularity = static_cast<uint32_t>(cluster);
+  const bool compresses = !geometry().external_data && image_.encryption() == nullptr;
+  limits.compress_unit = compresses ? static_cast<uint32_t>(cluster) : 0;
   limits.can_discard = can_zero_by_entry();
   limits.can_write_zeroes = can_zero_by_entry();
   if (image_.encryption() != nullptr) limits.request_alignment = crypto::kSectorSize;
@@ -77,6 +81,18 @@ Facts Qcow2Node::facts() const {
     out.emplace_back("extended-l2", (h.incompatible & qcow2::kIncompatExtendedL2) != 0);
   }
   return out;
+}
+
+std::string Qcow2Node::state() const {
+  const auto cache = [](const char* name, const qcow2::MetadataCache& of) {
+    const auto stats = of.stats();
+    return fmt::format("{} cache {} of {} bytes, {} changed, {} slices read", name, stats.bytes,
+                       stats.capacity, of.dirty_bytes(), stats.loads);
+  };
+  return fmt::format("{}; {}; {} commits; {} clusters wait to be free{}", cache("L2", image_.l2()),
+                     cache("refcount", image_.refcount_blocks()), image_.commits(),
+                     image_.quarantine().waiting() + image_.quarantine().matured(),
+                     image_.file().broken() ? "; writes have stopped" : "");
 }
 
 std::vector<Edge*> Qcow2Node::children() {
@@ -137,12 +153,7 @@ void Qcow2Node::close() {
     base::log_warning("{}: its bitmaps could not be stored and are inconsistent now: {}",
                       describe(), base::text_of(error));
   }
-  // A reclaim lowers refcounts, which the next commit writes: in the end nothing has leaked.
-  do {
-    image_.commit();
-    image_.reclaim(epoch_);
-  } while (!image_.quarantine().empty());
-  image_.commit();
+  image_.finish(epoch_);
   if (error) std::rethrow_exception(error);
 }
 

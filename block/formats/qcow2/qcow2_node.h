@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The qcow2 driver: versions 2 and 3, every cluster size and refcount width, extended L2 entries,
-// external data files, backing files, compressed clusters (read), internal snapshots in the image
-// (kept, written around).
+// external data files, backing files, compressed clusters, internal snapshots in the image (kept,
+// written around). It can be resized while it is in use.
 //
 // Reads and writes of clusters that exist look up the L2 entry under a short lock and go straight
 // to the file. A write to a cluster of which nothing exists claims it, takes a host cluster,
@@ -49,6 +49,7 @@ class Qcow2Node final : public Node {
   std::string filename() const override;
   // qemu-img's format-specific information, in its order and with its names.
   Facts facts() const override;
+  std::string state() const override;
   std::vector<Edge*> children() override;
   void close() override;
   DirtyBitmaps* dirty_bitmaps() noexcept override { return &image_.bitmaps(); }
@@ -71,6 +72,10 @@ class Qcow2Node final : public Node {
   BlockStatus driver_block_status(uint64_t offset, uint64_t length) override;
   // While the disk is in use. What it grows by reads as zeroes. EINVAL unless a multiple of 512.
   void driver_truncate(uint64_t new_size) override;
+  void driver_preallocate(uint64_t offset, uint64_t length, Preallocation how) override;
+  // Whole clusters, or up to the end of the disk: else EINVAL. What cannot be made smaller is
+  // stored as it is. ENOTSUP with an external data file.
+  void driver_write_compressed(uint64_t offset, IoSpan from) override;
 
  private:
   struct Plan;
@@ -137,12 +142,22 @@ class Qcow2Node final : public Node {
   // without it: the next to open it will see that file again.
   bool unallocated_is_zero() const noexcept { return !backing_ && !header().has_backing; }
 
+  // qcow2_compress.cc
+  void compress_cluster(uint64_t offset, IoSpan from, uint64_t at, uint64_t length);
+  bool store_compressed(uint64_t offset, std::span<const std::byte> bytes);
+
   // qcow2_resize.cc
   void grow(uint64_t new_size);
   void shrink(uint64_t new_size, uint64_t old_size);
   void trim(uint64_t new_size);
   void zero_behind(Range range);
   void give_up_behind(uint64_t new_size, uint64_t old_size);
+
+  // qcow2_preallocate.cc
+  uint64_t preallocate_some(uint64_t cluster, uint64_t most, Preallocation how);
+  uint64_t clusters_without_host(const qcow2::SliceRange& entries, uint64_t cluster, uint64_t most,
+                                 bool& has_host);
+  void make_zero(const qcow2::Allocator::Run& run, Preallocation how);
 
   qcow2::Image image_;
   base::FiberMutex resizing_;

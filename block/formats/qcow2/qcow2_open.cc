@@ -6,8 +6,10 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "base/log.h"
 #include "base/pool.h"
 #include "block/formats/qcow2/qcow2_node.h"
+#include "block/formats/qcow2/repair.h"
 #include "block/formats/qcow2/snapshots/snapshot_view.h"
 #include "block/graph/graph.h"
 #include "block/graph/open_policy.h"
@@ -38,20 +40,40 @@ Header read_supported_header(const NodeConfig& config, const std::shared_ptr<Nod
 
 // Refcounts of a dirty image may be wrong, and anything of a corrupt one: new clusters could be
 // ones that are in use.
-void require_clean(const NodeConfig& config, const Header& header, const std::string& name) {
-  if (config.read_only) return;
-  const char* state = nullptr;
-  if ((header.incompatible & qcow2::kIncompatDirty) != 0) {
-    state = "was not closed properly (its dirty bit is set)";
+[[noreturn]] void refuse_writing(const std::string& name, const char* state) {
+  throw Error(EROFS, fmt::format("{}: the image {} and cannot be written to: repair it with "
+                                 "`minivmm image check -r all`, or open it with read-only=on",
+                                 name, state));
+}
+
+// An image with lazy refcounts that was not closed: they are counted anew. Where more than they is
+// wrong, nothing is done about it without being asked.
+void count_anew(const NodeConfig& config, const std::shared_ptr<Node>& file,
+                const std::string& name) {
+  base::log_info("{}: the image was not closed properly: its refcounts are set right", name);
+  Edge edge(file, fmt::format("repairing qcow2 node '{}'", config.node_name),
+            Permissions::format_file(true));
+  const qcow2::RepairResult result =
+      qcow2::repair_image(edge, qcow2::Repair::kAll,
+                          [&](const std::string& line) { base::log_debug("{}: {}", name, line); });
+  if (result.left.corruptions + result.left.check_errors != 0) {
+    refuse_writing(name, "was not closed properly, has damage that could not be mended");
   }
+}
+
+// The header of an image that can be written, if it is to be.
+Header make_clean(const NodeConfig& config, const std::shared_ptr<Node>& file, Header header,
+                  const std::string& name) {
+  if (config.read_only) return header;
   if ((header.incompatible & qcow2::kIncompatCorrupt) != 0) {
-    state = "is marked as corrupt";
+    refuse_writing(name, "is marked as corrupt");
   }
-  if (state != nullptr) {
-    throw Error(EROFS, fmt::format("{}: the image {} and cannot be written to: repair it with "
-                                   "`minivmm image check -r all`, or open it with read-only=on",
-                                   name, state));
+  if ((header.incompatible & qcow2::kIncompatDirty) == 0) return header;
+  if ((header.compatible & qcow2::kCompatLazyRefcounts) == 0) {
+    refuse_writing(name, "was not closed properly (its dirty bit is set)");
   }
+  count_anew(config, file, name);
+  return read_supported_header(config, file);
 }
 
 // The header, or that of the snapshot which is asked for instead of the disk.
@@ -145,9 +167,9 @@ std::unique_ptr<qcow2::Encryption> unlock(const NodeConfig& config, Options& opt
 
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options) {
   std::shared_ptr<Node> file = graph.open_child(options, "file", config.read_only);
-  const Header header = choose_snapshot(config, file, options, read_supported_header(config, file));
   const std::string name = name_of(config, *file);
-  require_clean(config, header, name);
+  const Header header = choose_snapshot(
+      config, file, options, make_clean(config, file, read_supported_header(config, file), name));
   const auto total = options.take_size("cache-size");
   const auto l2 = options.take_size("l2-cache-size");
   const auto refcount = options.take_size("refcount-cache-size");

@@ -39,7 +39,7 @@ void Refcounts::load_table() {
       throw image_.corruption(
           fmt::format("refcount table entry {} ({:#x}) is invalid: {}", i, table[i], problem));
     }
-    map_.add(cluster, "refcount block");
+    map_.add(cluster, kRefcountBlock);
   }
   const std::lock_guard lock(mutex_);
   table_ = std::move(table);
@@ -247,7 +247,7 @@ void Refcounts::make_block(uint64_t index, FreeRuns& out) {
   base::Buffer block = base::Buffer::zeroed(g.cluster_size());
   set_refcount(block.data(), 0, order_, 1);
   image_.file().write(offset, block.io());
-  map_.add(cluster, "refcount block");
+  map_.add(cluster, kRefcountBlock);
   {
     const std::lock_guard lock(mutex_);
     table_[index] = offset;
@@ -324,6 +324,10 @@ uint64_t Refcounts::grow_table(FreeRuns& out) {
   const Geometry& g = image_.geometry();
   const std::lock_guard io(table_io_);
   const Growth growth = plan_growth();
+  if (const char* there = map_.find(growth.first, growth.blocks + growth.table_clusters)) {
+    throw image_.corruption(
+        fmt::format("the {} lies behind what the {} describes", there, kRefcountTable));
+  }
   write_growth(growth);
   const uint64_t old_first = table_offset_ >> g.cluster_bits;
   const uint64_t old_clusters = table_clusters_;
@@ -337,7 +341,7 @@ uint64_t Refcounts::grow_table(FreeRuns& out) {
     }
     dirty_table_.clear();  // the new table on disk has every entry
   }
-  for (uint64_t i = 0; i < growth.blocks; ++i) map_.add(growth.first + i, "refcount block");
+  for (uint64_t i = 0; i < growth.blocks; ++i) map_.add(growth.first + i, kRefcountBlock);
   map_.move_refcount_table(growth.table_first(), growth.table_clusters);
   out.add(growth.table_first() + growth.table_clusters,
           growth.blocks * (g.block_entries() - 1) - growth.table_clusters);
@@ -379,7 +383,7 @@ uint64_t Refcounts::make_area(uint64_t clusters, FreeRuns& out) {
                     index, what));
   }
   write_blocks(area);
-  for (uint64_t i = 0; i < area.blocks; ++i) map_.add(area.first + i, "refcount block");
+  for (uint64_t i = 0; i < area.blocks; ++i) map_.add(area.first + i, kRefcountBlock);
   {
     const std::lock_guard lock(mutex_);
     for (uint64_t i = 0; i < area.blocks; ++i) {
@@ -401,6 +405,10 @@ Refcounts::TableChanges Refcounts::take_dirty_table() {
 
 void Refcounts::write_table(const TableChanges& changes) {
   const std::lock_guard io(table_io_);
+  const unsigned bits = image_.geometry().cluster_bits;
+  if (const char* there = map_.find(table_offset_ >> bits, table_clusters_, kRefcountTable)) {
+    throw image_.corruption(fmt::format("the {} lies on the {}", kRefcountTable, there));
+  }
   for (const auto& [index, offset] : changes) {
     std::byte entry[8];
     base::store_be(entry, offset);

@@ -32,6 +32,27 @@ class Resize(ImageCase):
                 if "prealloc" in arguments[0] and status == 0:
                     self.assertGreaterEqual(os.stat(self.path("a")).st_blocks * 512, 1 << 20)
 
+    def test_qcow2(self):
+        # Turn by turn with qemu-img, the content kept, the rest zeroes, nothing leaked.
+        rng = random.Random(SEED)
+        for options in ([], ["-o", "cluster_size=512"], ["-o", "compat=0.10,cluster_size=4k"],
+                        ["-o", "extended_l2=on,cluster_size=16k"],
+                        ["-o", "lazy_refcounts=on,refcount_bits=1"]):
+            with self.subTest(options=options, seed=SEED):
+                self.fill("old", 1 << 20, rng)
+                self.must(self.theirs("convert", "-f", "raw", "-O", "qcow2", *options, "old", "a"))
+                for arguments in (["20M"], ["--preallocation=metadata", "+3M"],
+                                  ["--preallocation=falloc", "+1536k"], ["--shrink", "1M"],
+                                  ["--preallocation=full", "+2M"], ["+40M"]):
+                    self.must(self.ours("resize", "-q", "-f", "qcow2", *arguments[:-1], "a",
+                                        arguments[-1]))
+                    self.must(self.theirs("check", "-f", "qcow2", "a"))
+                    self.must(self.theirs("resize", "-q", "-f", "qcow2", "a", "+512k"))
+                    self.must(self.theirs("check", "-f", "qcow2", "a"))
+                    # What is longer must be zeroes.
+                    self.must(self.theirs("compare", "-f", "raw", "-F", "qcow2", "old", "a"))
+                    self.must(self.ours("compare", "-f", "raw", "-F", "qcow2", "old", "a"))
+
     def test_wrong_calls(self):
         self.make("-f", "raw", "a", "1M")
         for arguments in ([], ["a"], ["no", "1M"], ["a", "2M"]):

@@ -44,6 +44,33 @@ class Convert(ImageCase):
                             self.must(self.theirs("check", "target"))
                         os.unlink(self.path("target"))
 
+    def test_compressed(self):
+        rng = random.Random(SEED)
+        with open(self.path("in"), "wb") as file:  # half of it can be compressed
+            for _ in range(40):
+                file.write(rng.randbytes(60_000))
+                file.write(bytes([rng.randrange(1, 256)]) * 60_000)
+        for options in ("compression_type=zlib", "compression_type=zstd",
+                        "compression_type=zlib,cluster_size=4k", "cluster_size=2M,compat=0.10",
+                        "compression_type=zstd,cluster_size=64k,extended_l2=on",
+                        "cluster_size=64k,refcount_bits=1"):
+            with self.subTest(options=options, seed=SEED):
+                self.must(self.ours("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options,
+                                    "in", "ours"))
+                self.must(self.theirs("check", "-f", "qcow2", "ours"))
+                self.same_content("in", "ours", "-f", "raw", "-F", "qcow2")
+                # (Few clusters, most of them tables; or none that two could share.)
+                if "2M" not in options and "refcount_bits=1" not in options:
+                    self.assertLess(os.stat(self.path("ours")).st_size, 3_600_000)
+                self.must(self.theirs("convert", "-c", "-f", "raw", "-O", "qcow2", "-o", options,
+                                      "in", "theirs"))
+                self.must(self.ours("convert", "-c", "-O", "qcow2", "-o", options, "theirs",
+                                    "again"))
+                self.same_content("in", "again", "-f", "raw", "-F", "qcow2")
+        done = self.ours("convert", "-c", "-f", "raw", "-O", "raw", "in", "no")
+        self.must(done, 1)
+        self.assertIn("Compression not supported for this file format", done.err)
+
     def test_zeroes_take_no_room(self):
         rng = random.Random(SEED)
         with open(self.path("source"), "wb") as file:

@@ -335,6 +335,14 @@ TEST(Qcow2Overlap, FindsFixedAndAddedMetadata) {
   map.add(100, kL2Table);
   EXPECT_EQ(map.find(90, 20), kL2Table);
   EXPECT_EQ(map.find(101, 20), nullptr);
+  EXPECT_EQ(map.find(100, 1, kL2Table), nullptr);
+  EXPECT_EQ(map.find(100, 1, kRefcountBlock), kL2Table);
+  EXPECT_STREQ(map.find(2, 10, kL2Table), "L1 table");
+  EXPECT_EQ(map.find(2, 10, kL1Table), nullptr);
+  map.move_snapshot_table(300, 2);
+  EXPECT_EQ(map.find(290, 11), kSnapshotTable);
+  map.move_snapshot_table(300, 0);
+  EXPECT_EQ(map.find(290, 11), nullptr);
   map.move_refcount_table(200, 2);
   EXPECT_EQ(map.find(1, 1), nullptr);
   EXPECT_STREQ(map.find(201, 1), "refcount table");

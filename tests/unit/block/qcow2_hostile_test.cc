@@ -157,6 +157,38 @@ TEST_F(Qcow2Hostile, DataIsNeverWrittenOverMetadata) {
   });
 }
 
+// Two tables in one place: nothing that a request looks at says so, only the commit can notice.
+// Reads go on, with what was written.
+TEST_F(Qcow2Hostile, TablesAreNotWrittenOverEachOther) {
+  on_fiber([&] {
+    Bytes image = good_image();
+    image[60 + 3] = std::byte{1};  // one internal snapshot
+    put(image, 64, l1_offset(image));
+    auto file = std::make_shared<TestFile>();
+    file->set_content(image);
+    auto node = open_test_image(file);
+    {
+      Edge disk(node, "guest", Permissions::front_end(true));
+      const Bytes data(kCluster, std::byte{9});
+      // Behind what the first L2 table describes: the L1 table changes.
+      const auto write = [&] { disk.write(kDisk - kCluster, base::SingleBuffer(std::span(data))); };
+      write();
+      EXPECT_EQ(error_number([&] { disk.flush(); }), EIO);
+      EXPECT_EQ(error_number(write), EIO);
+      for (const auto& [at, value] : {std::pair{uint64_t{0}, 5}, std::pair{kDisk - kCluster, 9}}) {
+        Bytes got(kCluster);
+        disk.read(at, base::SingleBuffer(got.data(), got.size()));
+        EXPECT_EQ(got, Bytes(kCluster, static_cast<std::byte>(value)));
+      }
+      const Bytes now = file->content();
+      EXPECT_EQ(get(now, 72), qcow2::kIncompatCorrupt);
+      const auto l1 = static_cast<long>(l1_offset(image));
+      EXPECT_TRUE(std::equal(image.begin() + l1, image.begin() + l1 + kCluster, now.begin() + l1));
+    }
+    EXPECT_EQ(error_number([&] { node->close(); }), EIO);
+  });
+}
+
 // The entry claims that other metadata is a table which a snapshot shares. Making a copy of it
 // would end with the "old table" being freed: a hole where the L1 table or the refcounts were.
 TEST_F(Qcow2Hostile, MetadataIsNotFreedAsAnOldL2Table) {

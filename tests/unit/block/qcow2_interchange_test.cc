@@ -195,6 +195,35 @@ TEST_F(Qcow2Interchange, DirtyAndCorruptImagesAreOnlyRead) {
   }
 }
 
+// The dirty bit is there while the image is written to, so that QEMU counts references anew as
+// well; it is gone after closing, and an image that was not closed is mended when it is opened.
+TEST_F(Qcow2Interchange, LazyRefcountsAreCountedAnewAfterACrash) {
+  create("lazy.qcow2", {.size = 4 << 20, .cluster_bits = 12, .lazy_refcounts = true});
+  const std::vector<std::byte> data(300'000, std::byte{5});
+  on_fiber([&] {
+    Handle disk = open("lazy.qcow2");
+    write_bytes(disk, 100'000, data);
+    disk.flush();
+    // What a crash would leave now.
+    std::filesystem::copy_file(path("lazy.qcow2"), path("crashed.qcow2"));
+    close(disk);
+  });
+  expect_clean("lazy.qcow2");
+  must("qemu-img info " + path("crashed.qcow2"));
+  EXPECT_NE(last_output_.find("lazy refcounts: true"), std::string::npos) << last_output_;
+  EXPECT_NE(run("qemu-img check " + path("crashed.qcow2")), 0) << "refcounts were not lazy";
+  std::filesystem::copy_file(path("crashed.qcow2"), path("for-qemu.qcow2"));
+  must("qemu-io -f qcow2 -c 'read -P 5 100000 300000' " + path("for-qemu.qcow2"));
+  expect_clean("for-qemu.qcow2");
+  on_fiber([&] {
+    Handle disk = open("crashed.qcow2");
+    EXPECT_EQ(read_bytes(disk, 100'000, data.size()), data);
+    write_bytes(disk, 2'000'000, data);
+    close(disk);
+  });
+  expect_clean("crashed.qcow2");
+}
+
 TEST_F(Qcow2Interchange, BitmapsAreKeptByReadingAndByWriting) {
   must("qemu-img create -f qcow2 " + path("b.qcow2") + " 1M");
   must("qemu-img bitmap --add " + path("b.qcow2") + " daily");

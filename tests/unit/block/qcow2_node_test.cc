@@ -1,5 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The qcow2 driver on whole images: what is written is read, by us and by QEMU.
+#include <sys/stat.h>
+
 #include "qcow2_fixture.h"
 
 namespace minivmm::block {
@@ -23,7 +25,8 @@ TEST_F(Qcow2Test, WhatIsWrittenIsReadAfterReopening) {
 
 TEST_F(Qcow2Test, TheCreatedImageIsCleanForQemu) {
   for (unsigned bits = qcow2::kMinClusterBits; bits <= qcow2::kMaxClusterBits; ++bits) {
-    for (const auto preallocation : {qcow2::Preallocation::kOff, qcow2::Preallocation::kMetadata}) {
+    for (const auto preallocation : {Preallocation::kOff, Preallocation::kMetadata,
+                                     Preallocation::kFalloc, Preallocation::kFull}) {
       create("a.qcow2", {.size = 5'000'000,
                          .cluster_bits = bits,
                          .refcount_order = bits % 7,
@@ -31,6 +34,44 @@ TEST_F(Qcow2Test, TheCreatedImageIsCleanForQemu) {
       expect_clean("a.qcow2");
     }
   }
+}
+
+// falloc and full have the file system's blocks as well.
+TEST_F(Qcow2Test, PreallocatedDataTakesRoomAndReadsAsZeroes) {
+  for (const auto how : {Preallocation::kFalloc, Preallocation::kFull}) {
+    create("a.qcow2", {.size = 3'000'000, .preallocation = how});
+    struct stat info {};
+    ASSERT_EQ(::stat(path("a.qcow2").c_str(), &info), 0);
+    EXPECT_GE(info.st_blocks * 512, 3'000'000);
+    on_fiber([&] {
+      Handle disk = open("a.qcow2");
+      EXPECT_EQ(read_bytes(disk, 0, disk.size()), std::vector<std::byte>(disk.size()));
+      const BlockStatus status = disk.block_status(0, disk.size());
+      EXPECT_TRUE(status.data);
+      // The cluster is there: writing to it makes the file no longer.
+      const auto before = std::filesystem::file_size(path("a.qcow2"));
+      write_bytes(disk, 1'000'000, std::vector<std::byte>(500'000, std::byte{3}));
+      disk.flush();
+      EXPECT_EQ(std::filesystem::file_size(path("a.qcow2")), before);
+      close(disk);
+    });
+    expect_clean("a.qcow2");
+  }
+}
+
+// What the caches hold can be asked for.
+TEST_F(Qcow2Test, SaysWhatItHoldsInMemory) {
+  create("a.qcow2", {.size = 64 << 20});
+  on_fiber([&] {
+    Handle disk = open("a.qcow2");
+    write_bytes(disk, 0, std::vector<std::byte>(70'000, std::byte{1}));
+    std::string all;
+    for (const std::string& line : graph_.describe()) all += line + "\n";
+    EXPECT_NE(all.find("L2 cache 4096 of "), std::string::npos) << all;
+    EXPECT_NE(all.find("refcount cache 65536 of 262144 bytes, 4096 changed"), std::string::npos)
+        << all;
+    close(disk);
+  });
 }
 
 TEST_F(Qcow2Test, AnImageOfQemuIsReadAndWritten) {

@@ -395,6 +395,86 @@ TEST_F(Qcow2Resize, AnErrorAtEachStepLeavesASoundImage) {
   });
 }
 
+// Room is taken for what the disk has grown by, whatever lay there, and it still reads as zeroes;
+// what is in the cluster in which it begins stays.
+TEST_F(Qcow2Resize, PreallocationOfWhatIsNew) {
+  for (const auto how : {Preallocation::kMetadata, Preallocation::kFalloc, Preallocation::kFull}) {
+    for (const bool extended : {false, true}) {
+      SCOPED_TRACE(fmt::format("mode {}, extended {}", static_cast<int>(how), extended));
+      on_fiber([&] {
+        constexpr uint64_t kOld = 5 * 16384 + 1024;
+        auto below = std::make_shared<TestFile>();
+        below->set_content(std::vector<std::byte>(400000, std::byte{0xbb}));
+        auto file = make_test_image({.size = kOld,
+                                     .cluster_bits = 14,
+                                     .extended_l2 = extended,
+                                     .backing_file = "below",
+                                     .backing_format = "raw"});
+        auto node = open_test_image(file, below);
+        {
+          Edge disk(node, "guest", Permissions::front_end(true), EdgeKind::kRoot);
+          disk.truncate(3 << 20);
+          disk.preallocate(kOld, (3 << 20) - kOld, how);
+          const auto content = read_all(disk);
+          for (size_t i = 0; i < content.size(); ++i) {
+            ASSERT_EQ(content[i], i < kOld ? std::byte{0xbb} : std::byte{0}) << i;
+          }
+          const BlockStatus status = disk.block_status(6 * 16384, (3 << 20) - 6 * 16384);
+          EXPECT_TRUE(status.data);
+          EXPECT_TRUE(status.allocated);
+          // Nothing is left to be allocated.
+          const uint64_t size = file->size();
+          write_to(disk, 1 << 20, pattern_bytes(100000, 1));
+          EXPECT_EQ(file->size(), size);
+        }
+        node->close();
+        expect_consistent(file);
+      });
+    }
+  }
+}
+
+class SizeLog final : public Node::ContentWatcher {
+ public:
+  explicit SizeLog(bool content) : content_(content) {}
+  void content_changed(uint64_t, uint64_t) noexcept override { ++contents; }
+  bool wants_content() const noexcept override { return content_; }
+  void size_changed(uint64_t old_size, uint64_t new_size) noexcept override {
+    sizes.emplace_back(old_size, new_size);
+  }
+  std::vector<std::pair<uint64_t, uint64_t>> sizes;
+  unsigned contents = 0;
+
+ private:
+  const bool content_;
+};
+
+// Every front end hears of a new size, also one that has no use for changes of content and is
+// therefore not told of them.
+TEST_F(Qcow2Resize, FrontEndsAreTold) {
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=memory,node-name=disk,size=2M"));
+    Handle a = graph_.attach("disk", "a", Permissions::front_end(true));
+    Handle b = graph_.attach("disk", "b", Permissions::front_end(true));
+    const auto log_a = std::make_shared<SizeLog>(false);
+    const auto log_b = std::make_shared<SizeLog>(false);
+    a.watch(log_a);
+    b.watch(log_b);
+    a.truncate(2 << 20);  // as it is
+    a.truncate(512);
+    b.truncate(1 << 20);
+    const std::vector<std::pair<uint64_t, uint64_t>> wanted{{2 << 20, 512}, {512, 1 << 20}};
+    EXPECT_EQ(log_a->sizes, wanted);
+    EXPECT_EQ(log_b->sizes, wanted);
+    a.write(0, base::SingleBuffer(static_cast<const void*>("x"), 1));
+    EXPECT_EQ(log_b->contents, 0U);
+    b.watch(std::make_shared<SizeLog>(true));
+    EXPECT_TRUE(graph_.find("disk")->watched());
+    a.close();
+    b.close();
+  });
+}
+
 class Qcow2ResizeInterchange : public Qcow2Test {};
 
 TEST_F(Qcow2ResizeInterchange, QemuReadsWhatWasResizedHereAndTheOtherWayRound) {

@@ -171,7 +171,7 @@ TEST_F(Qcow2Subclusters, PreallocatedImagesAreCleanAndShowTheirBackingFile) {
   create("p.qcow2", {.size = 5 << 20,
                      .cluster_bits = 14,
                      .extended_l2 = true,
-                     .preallocation = qcow2::Preallocation::kMetadata,
+                     .preallocation = Preallocation::kMetadata,
                      .backing_file = "base",
                      .backing_format = "raw"});
   on_fiber([&] {
