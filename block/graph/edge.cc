@@ -359,15 +359,18 @@ void Edge::truncate(uint64_t new_size) {
 void Edge::preallocate(uint64_t offset, uint64_t length, Preallocation how) {
   if (length == 0 || how == Preallocation::kOff) return;
   check(offset, length, Access::kChange, "preallocate");
-  if (how == Preallocation::kFull) {
-    zero_by_writing(offset, length, false);
-    return;
+  if (how != Preallocation::kFull) {
+    try {
+      run_counted(*node_, [&] { node_->driver_preallocate(offset, length, how); });
+      return;
+    } catch (const Error& e) {
+      if (e.err() != ENOTSUP || how == Preallocation::kMetadata) throw;
+    }
   }
-  try {
-    run_counted(*node_, [&] { node_->driver_preallocate(offset, length, how); });
-  } catch (const Error& e) {
-    if (e.err() != ENOTSUP || how == Preallocation::kMetadata) throw;
-    zero_by_writing(offset, length, false);
+  const base::SingleBuffer zeroes(static_cast<const void*>(kZeroes), kZeroBuffer);
+  for (uint64_t done = 0; done < length; done += kZeroBuffer) {
+    IoList list;
+    write(offset + done, base::slice(zeroes, 0, std::min(kZeroBuffer, length - done), list));
   }
 }
 
@@ -390,7 +393,11 @@ void Edge::write_compressed(uint64_t offset, IoSpan from) {
   if (from.bytes() == 0) return;
   check(offset, from.bytes(), Access::kChange, "write compressed");
   if (!node_->before_write_.empty()) node_->run_before_write(offset, from.bytes(), from);
-  run_counted(*node_, [&] { node_->driver_write_compressed(offset, from); });
+  const bool durable = kind_ == EdgeKind::kRoot && node_->write_through();
+  run_counted(*node_, [&] {
+    node_->driver_write_compressed(offset, from);
+    if (durable) node_->driver_flush();
+  });
 }
 
 void Edge::prefetch(uint64_t offset, uint64_t length) {
