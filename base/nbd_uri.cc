@@ -145,6 +145,12 @@ void parse_query(std::string_view uri, std::string_view query, Transport transpo
     if (key == "socket" && transport == Transport::kUnix) to = &out.socket_path;
     if (key == "tls-certificates" && out.tls) to = &out.certificates;
     if (key == "tls-psk-file" && out.tls) to = &out.psk_file;
+    if (key == "tls-hostname" && out.tls) to = &out.tls_hostname;
+    if (item == "tls-verify-peer=true" && out.tls) continue;
+    if (item == "tls-verify-peer=false" && out.tls) {
+      out.verify_peer = false;
+      continue;
+    }
     if (to == nullptr || equals == item.npos) {
       reject(uri, fmt::format("unknown parameter '{}'", item));
     }
@@ -183,6 +189,8 @@ std::string NbdUri::text() const {
   }
   add("tls-certificates", certificates);
   add("tls-psk-file", psk_file);
+  add("tls-hostname", tls_hostname);
+  if (!verify_peer) add("tls-verify-peer", "false");
   return out;
 }
 

@@ -2,7 +2,8 @@
 // NBD URIs, read and printed:
 //   nbd://HOST[:PORT][/NAME]   nbd+unix:///[NAME]?socket=PATH   nbd+vsock://CID[:PORT][/NAME]
 // and with TLS nbds://, nbds+unix:// and nbds+vsock://, which take USER@ for a pre-shared key and
-// the parameters tls-certificates=DIR and tls-psk-file=PATH. Pure.
+// the parameters tls-certificates=DIR, tls-psk-file=PATH, tls-hostname=NAME and
+// tls-verify-peer=true|false. Pure.
 #pragma once
 
 #include <string>
@@ -29,6 +30,8 @@ struct NbdUri {
   std::string user;
   std::string certificates;
   std::string psk_file;
+  std::string tls_hostname;  // that the server's certificate has to have; empty: the host's
+  bool verify_peer = true;
 
   bool is_unix() const noexcept { return !socket_path.empty(); }
   bool is_vsock() const noexcept { return vsock_cid.has_value(); }

@@ -18,8 +18,12 @@ SharedLibrary::SharedLibrary(const char* file, std::string needs, const char* pa
   }
 }
 
+void* SharedLibrary::address_if_there(const char* name) const noexcept {
+  return ::dlsym(handle_, name);
+}
+
 void* SharedLibrary::address_of(const char* name) const {
-  void* const out = ::dlsym(handle_, name);
+  void* const out = address_if_there(name);
   if (out == nullptr) {
     throw Error(ENOTSUP, fmt::format("{} has no function {}: {}", file_, name, needs_));
   }

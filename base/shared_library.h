@@ -23,9 +23,16 @@ class SharedLibrary {
     // SAFETY: POSIX has object and function pointers convertible; the type is the header's.
     out = reinterpret_cast<Function>(address_of(name));
   }
+  // The same for one that only newer libraries have: null where it is missing.
+  template <typename Function>
+  void find_if_there(const char* name, Function& out) const noexcept {
+    // SAFETY: as above.
+    out = reinterpret_cast<Function>(address_if_there(name));
+  }
 
  private:
   void* address_of(const char* name) const;
+  void* address_if_there(const char* name) const noexcept;
 
   const char* const file_;
   const std::string needs_;

@@ -13,7 +13,7 @@
 
 #include "base/error.h"
 #include "base/log.h"
-#include "block/crypto/secret.h"
+#include "block/crypto/object.h"
 #include "cli/command.h"
 #include "control/readiness.h"
 #include "control/specs.h"
@@ -45,9 +45,10 @@ po::options_description graph_options() {
      "A comma inside a value is doubled.")
     ("blockdev", po::value<Strings>()->composing()->value_name("KEYS|JSON"),
      "a node by QEMU's options: driver=...,node-name=...,file.driver=...; or a JSON object")
-    ("object", po::value<Strings>()->composing()->value_name("secret,id=ID,..."),
+    ("object", po::value<Strings>()->composing()->value_name("TYPE,id=ID,..."),
      "a password or key that nodes name by its id (key-secret=ID): file=PATH or data=TEXT, "
-     "format=raw|base64; encrypted with another: keyid=ID,iv=BASE64")
+     "format=raw|base64; encrypted with another: keyid=ID,iv=BASE64. Or tls-creds-x509, "
+     "tls-creds-psk: endpoint=server|client, dir=DIR")
     ("backing-root", po::value<Strings>()->composing()->value_name("DIR"),
      "where backing files that images name may lie, besides the image's own directory");
   // clang-format on
@@ -60,12 +61,13 @@ po::options_description front_end_options() {
   out.add_options()
     ("nbd", po::value<Strings>()->composing()->value_name("URI"),
      "listen for NBD clients: nbd://127.0.0.1[:PORT], nbd+unix:///?socket=PATH, fd:N, or "
-     "systemd for the sockets that a service manager hands over")
+     "systemd for the sockets that a service manager hands over. Keys behind it: tls-creds=ID, "
+     "tls=required|optional")
     ("nbd-allow-remote", "let --nbd listen beyond loopback: whoever reaches it can read")
     ("fuse", po::value<Strings>()->composing()->value_name("DIR[,KEY=VALUE...]"),
      "mount a directory with a file for each export. Keys: mode=0600, uid=, gid=, allow_other")
     ("export", po::value<Strings>()->composing()->value_name("NODE[,KEY=VALUE...]"),
-     "publish a node, read-only unless writable. Keys: name=, description=, writable, nbd, fuse "
+     "publish a node, read-only unless writable. Keys: name=, description=, writable, allow=CLIENT (TLS names, ';' between them), nbd, fuse "
      "(only through those named; all otherwise)");
   // clang-format on
   return out;
@@ -234,7 +236,7 @@ control::Config make_config(const po::variables_map& values) {
   config.io_backend = backend_choice(values["io-backend"].as<std::string>());
   config.open_policy.backing_roots = list(values, "backing-root");
   for (const std::string& text : list(values, "object")) {
-    block::crypto::secrets().add_object(text);
+    block::crypto::add_object(text);
   }
   for (const std::string& text : list(values, "blockdev")) {
     config.blockdevs.push_back(block::Options::from_text(text));

@@ -8,7 +8,7 @@
 
 #include "base/error.h"
 #include "block/crypto/gnutls.h"
-#include "block/crypto/secret.h"
+#include "block/crypto/object.h"
 #include "block/graph/options.h"
 #include "cli/command.h"
 #include "cli/image_personality.h"
@@ -106,7 +106,7 @@ void add_secrets(const Strings& objects) {
   if (objects.empty()) return;
   // Now: a sandbox would not let it be loaded later.
   (void)block::crypto::gnutls();
-  for (const std::string& text : objects) block::crypto::secrets().add_object(text);
+  for (const std::string& text : objects) block::crypto::add_object(text);
 }
 
 }  // namespace

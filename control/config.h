@@ -14,6 +14,7 @@
 #include "block/graph/open_policy.h"
 #include "block/graph/options.h"
 #include "fuse/mount.h"
+#include "nbd-server/tls.h"
 #include "virtio/block_options.h"
 
 namespace minivmm::control {
@@ -45,16 +46,18 @@ struct Export {
   std::string node_name;
   std::string name;
   std::string description;
+  std::vector<std::string> allow;  // of NBD clients with TLS; empty: all
   bool writable = false;
   bool nbd = false;
   bool fuse = false;
   bool every_front_end = false;  // none was named: those that are open
 };
 
-// `--nbd URI`, or an inherited socket.
+// `--nbd URI[,tls-creds=ID][,tls=required|optional]`, or an inherited socket.
 struct NbdListener {
   std::string uri;
   int fd = -1;
+  nbd::TlsOptions tls = {};
 };
 
 // `--fuse DIR[,mode=..][,uid=..][,gid=..][,allow_other]`.

@@ -161,8 +161,9 @@ void Daemon::publish(const Export& wanted) {
                           Permissions::front_end(wanted.writable));
   };
   if (wanted.nbd && nbd_) {
-    nbd_->add_export(wanted.name, attach("NBD"),
-                     {.description = wanted.description, .writable = wanted.writable});
+    nbd_->add_export(
+        wanted.name, attach("NBD"),
+        {.description = wanted.description, .writable = wanted.writable, .allow = wanted.allow});
   }
   if (wanted.fuse) {
     for (auto& mount : mounts_) {
@@ -186,6 +187,7 @@ void Daemon::open_nbd() {
       nbd::ListenOptions options;
       options.uri = wanted.uri;
       options.allow_remote = config_.nbd_allow_remote;
+      options.tls = wanted.tls;
       if (wanted.fd >= 0) options.fd.reset(wanted.fd);
       const std::string uri = nbd_->listen(std::move(options));
       if (writable && uri.starts_with("nbd://")) {

@@ -6,6 +6,8 @@
 
 #include <cerrno>
 #include <charconv>
+#include <sstream>
+#include <vector>
 
 #include <fmt/core.h>
 #include <limits.h>
@@ -13,6 +15,7 @@
 #include "base/error.h"
 #include "base/nbd_uri.h"
 #include "base/unique_fd.h"
+#include "block/crypto/tls_object.h"
 #include "block/formats/probe.h"
 
 namespace minivmm::control {
@@ -110,7 +113,8 @@ Media take_media(Options& given) {
 // Options of the path form that belong to the node.
 void apply_node_options(Options& node, Options& given, const std::string& format) {
   apply_cache_mode(node, given);
-  for (const char* key : {"locking", "reconnect-delay", "open-timeout", "connections"}) {
+  for (const char* key :
+       {"locking", "reconnect-delay", "open-timeout", "connections", "tls-creds", "tls-hostname"}) {
     if (auto value = given.take_string(key)) node.set(std::string("file.") + key, *value);
   }
   for (const char* key : {"offset", "size"}) {
@@ -218,6 +222,36 @@ Disk parse_disk(std::string_view text, unsigned number) {
   });
 }
 
+namespace {
+
+// "a;b": a distinguished name has commas.
+std::vector<std::string> split(const std::string& text) {
+  std::vector<std::string> out;
+  std::istringstream words(text);
+  for (std::string word; std::getline(words, word, ';');) {
+    if (!word.empty()) out.push_back(word);
+  }
+  if (out.empty()) throw Error(EINVAL, "option 'allow': the names of clients are expected");
+  return out;
+}
+
+nbd::TlsOptions take_tls(Options& given) {
+  nbd::TlsOptions out;
+  const auto id = given.take_string("tls-creds");
+  const size_t mode = given.take_choice("tls", {"required", "optional"}, 0);
+  if (!id) return out;
+  const block::crypto::TlsObject object = block::crypto::tls_objects().get(*id, true);
+  out.mode = mode == 0 ? nbd::TlsOptions::Mode::kRequired : nbd::TlsOptions::Mode::kOptional;
+  out.kind = object.kind == block::crypto::TlsObject::Kind::kX509 ? nbd::TlsOptions::Kind::kX509
+                                                                  : nbd::TlsOptions::Kind::kPsk;
+  out.directory = object.directory;
+  out.verify_peer = object.verify_peer;
+  out.priority = object.priority;
+  return out;
+}
+
+}  // namespace
+
 Export parse_export(std::string_view text) {
   return with_context("--export", text, [&] {
     std::string_view rest = text;
@@ -228,6 +262,7 @@ Export parse_export(std::string_view text) {
     out.name = given.take_string("name").value_or(out.node_name);
     out.description = given.take_string("description").value_or("");
     out.writable = given.take_bool("writable", false);
+    if (const auto allow = given.take_string("allow")) out.allow = split(*allow);
     out.nbd = given.take_bool("nbd", false);
     out.fuse = given.take_bool("fuse", false);
     // None named: through every front end that is open.
@@ -296,14 +331,19 @@ FuseMount parse_fuse(std::string_view text) {
 NbdListener parse_nbd(std::string_view text) {
   return with_context("--nbd", text, [&] {
     NbdListener listener;
+    std::string_view rest = text;
+    const std::string first = take_first(rest);
     constexpr std::string_view kFd = "fd:";
-    if (text.starts_with(kFd)) {
+    if (first.starts_with(kFd)) {
       Options number;
-      number.set("fd", std::string(text.substr(kFd.size())));
+      number.set("fd", first.substr(kFd.size()));
       listener.fd = static_cast<int>(number.take_uint("fd", 0, 0, INT_MAX));
     } else {
-      listener.uri = text;
+      listener.uri = first;
     }
+    Options given = Options::from_keys(rest);
+    listener.tls = take_tls(given);
+    given.finish("--nbd");
     return listener;
   });
 }

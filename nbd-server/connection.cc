@@ -8,8 +8,13 @@
 #include "base/log.h"
 
 namespace minivmm::nbd {
-Connection::Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket)
-    : id_(id), loop_(loop), stream_(std::move(socket)), peer_(stream_.peer()) {}
+
+Connection::Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket, Security security)
+    : id_(id),
+      loop_(loop),
+      stream_(std::move(socket)),
+      security_(std::move(security)),
+      peer_(stream_.peer()) {}
 
 void Connection::run(const Environment& environment) {
   const char* why = "an internal error";
@@ -18,6 +23,7 @@ void Connection::run(const Environment& environment) {
   } catch (const std::exception& e) {
     base::log_warning("NBD client {} ({}): {}", id_, peer_, e.what());
   }
+  stream_.bye();
   stream_.shutdown();
   base::log_debug("NBD client {} ({}) is gone: {}", id_, peer_, why);
 }
@@ -27,7 +33,7 @@ const char* Connection::serve(const Environment& environment) {
   std::optional<Agreement> agreed;
   {
     Negotiation negotiation(stream_, environment.exports, cancel_,
-                            base::Clock::now() + options.handshake_limit);
+                            base::Clock::now() + options.handshake_limit, security_);
     agreed = negotiation.run();
     if (!agreed) return negotiation.outcome();
   }
@@ -38,7 +44,8 @@ const char* Connection::serve(const Environment& environment) {
   // Looked at after export_ can be seen: whoever withdraws the export either finds this client
   // there or is found here.
   if (agreed->target->withdrawn()) return "the export was withdrawn";
-  base::log_debug("NBD client {} ({}) uses '{}'", id_, peer_, agreed->target->name());
+  base::log_debug("NBD client {} ({}{}{}) uses '{}'", id_, peer_,
+                  agreed->client.empty() ? "" : ", ", agreed->client, agreed->target->name());
 
   const SessionOptions session_options{.idle_limit = options.idle_limit,
                                        .stall_limit = options.stall_limit,

@@ -12,6 +12,7 @@
 #include "base/unique_fd.h"
 #include "nbd-server/budget.h"
 #include "nbd-server/export.h"
+#include "nbd-server/negotiation.h"
 #include "nbd-server/resources.h"
 #include "nbd-server/session.h"
 #include "nbd-server/stream.h"
@@ -27,7 +28,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
     Budget& budget;
   };
 
-  Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket);
+  Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket, Security security);
 
   // The connection's fiber, on its loop. Returns when everything of this client has ended.
   void run(const Environment& environment);
@@ -51,6 +52,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   const uint64_t id_;
   base::EventLoop& loop_;
   Stream stream_;
+  const Security security_;
   const std::string peer_;
   SessionCounters counters_;
 

@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "base/pool.h"
 #include "nbd-server/wire.h"
 
 namespace minivmm::nbd {
@@ -94,7 +95,8 @@ void Server::Core::warn_if_open_to_writers() const {
   {
     const std::lock_guard lock(mutex_);
     for (const auto& each : listeners_) {
-      if (each->socket.tcp) addresses += " " + each->socket.address.text();
+      if (each->socket.tcp && each->security.mode != TlsOptions::Mode::kRequired)
+        addresses += " " + each->socket.address.text();
     }
   }
   if (addresses.empty()) return;
@@ -111,6 +113,12 @@ void Server::Core::warn_if_open_to_writers() const {
 
 std::string Server::Core::listen(ListenOptions options) {
   auto listener = std::make_shared<Listener>();
+  const bool encrypted = options.tls.mode == TlsOptions::Mode::kRequired;
+  if (options.tls.mode != TlsOptions::Mode::kOff) {
+    listener->security.mode = options.tls.mode;
+    listener->security.credentials = base::Pool::syscalls().run(
+        [&] { return std::make_shared<const TlsCredentials>(options.tls); });
+  }
   if (options.fd) {
     listener->socket = adopt(std::move(options.fd));
   } else {
@@ -120,9 +128,10 @@ std::string Server::Core::listen(ListenOptions options) {
                                             "exports bring their own",
                                             options.uri));
     }
-    listener->socket =
-        uri.is_unix() ? bind_unix(uri.socket_path) : bind_tcp(uri, options.allow_remote);
+    listener->socket = uri.is_unix() ? bind_unix(uri.socket_path)
+                                     : bind_tcp(uri, options.allow_remote || encrypted);
   }
+  listener->socket.address.tls = encrypted;
   listener->loop = &loops_.next();
   const std::string address = listener->socket.address.text();
   {
@@ -158,7 +167,7 @@ void Server::Core::accept_ready(Listener& listener) {
     const int fd =
         ::accept4(listener.socket.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd >= 0) {
-      serve(base::UniqueFd(fd));
+      serve(base::UniqueFd(fd), listener.security);
       continue;
     }
     const int err = errno;
@@ -208,14 +217,15 @@ std::vector<std::string> Server::Core::uris() const {
 
 // --- clients ---
 
-void Server::Core::serve(base::UniqueFd connected) {
+void Server::Core::serve(base::UniqueFd connected, Security security) {
   base::EventLoop& loop = loops_.next();
   std::shared_ptr<Connection> client;
   {
     const std::lock_guard lock(mutex_);
     if (closed_ || !clients_inside_.enter()) return;
     try {
-      client = std::make_shared<Connection>(next_id_, loop, std::move(connected));
+      client =
+          std::make_shared<Connection>(next_id_, loop, std::move(connected), std::move(security));
       clients_.emplace(next_id_++, client);
     } catch (...) {
       clients_inside_.leave();

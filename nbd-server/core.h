@@ -31,7 +31,7 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   void add_export(std::shared_ptr<Export> added);
   void remove_export(const std::string& name, base::Clock::time_point deadline);
   std::string listen(ListenOptions options);
-  void serve(base::UniqueFd connected);
+  void serve(base::UniqueFd connected, Security security = {});
   std::vector<std::string> uris() const;
   std::vector<std::string> stop(base::Clock::time_point deadline);
   std::vector<std::string> describe() const;
@@ -41,6 +41,7 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
  private:
   struct Listener {
     BoundSocket socket;
+    Security security;
     base::EventLoop* loop = nullptr;
     base::CancelSource cancel;  // loop's thread only
   };

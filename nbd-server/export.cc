@@ -21,6 +21,13 @@ Export::Export(std::string name, block::Handle handle, ExportOptions options)
   }
 }
 
+bool Export::allows(std::string_view client) const noexcept {
+  if (options_.allow.empty()) return true;
+  if (client.empty()) return false;
+  return std::any_of(options_.allow.begin(), options_.allow.end(),
+                     [client](const std::string& each) { return each == "*" || each == client; });
+}
+
 uint16_t Export::transmission_flags(wire::Headers headers) const noexcept {
   // One graph serves every connection, so a flush on one covers what was written on all.
   unsigned flags =

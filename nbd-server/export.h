@@ -28,6 +28,8 @@ class Export {
   const std::string& name() const noexcept { return name_; }
   const std::string& description() const noexcept { return options_.description; }
   bool writable() const noexcept { return options_.writable; }
+  // `client` is the name that TLS has proved; empty where it has not.
+  bool allows(std::string_view client) const noexcept;
   block::Handle& handle() noexcept { return handle_; }
   uint64_t size() const noexcept { return handle_.size(); }
 

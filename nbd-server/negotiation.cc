@@ -8,6 +8,8 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "base/log.h"
+#include "base/pool.h"
 #include "nbd-server/option_data.h"
 
 namespace minivmm::nbd {
@@ -19,6 +21,7 @@ const Negotiation::Row Negotiation::kTable[] = {
     {Option::kExportName, &Negotiation::export_name},
     {Option::kAbort, &Negotiation::abort},
     {Option::kList, &Negotiation::list},
+    {Option::kStartTls, &Negotiation::start_tls},
     {Option::kInfo, &Negotiation::info},
     {Option::kGo, &Negotiation::go},
     {Option::kStructuredReply, &Negotiation::structured_reply},
@@ -81,6 +84,16 @@ Negotiation::Next Negotiation::take_option() {
 
 // `too_much`: there was more data than any option needs, and it was not kept.
 Negotiation::Next Negotiation::dispatch(Data data, bool too_much) {
+  if (must_start_tls()) {
+    if (option_ == static_cast<uint32_t>(Option::kExportName)) return end("it did not start TLS");
+    reply_text(OptionReply::kErrTlsReqd, "this server talks by TLS only");
+    return Next::kOption;
+  }
+  const bool offers_tls = security_.mode != TlsOptions::Mode::kOff;
+  if (!offers_tls && option_ == static_cast<uint32_t>(Option::kStartTls)) {
+    reply_text(OptionReply::kErrUnsup, "this server offers no TLS");
+    return Next::kOption;
+  }
   for (const Row& row : kTable) {
     if (static_cast<uint32_t>(row.option) != option_) continue;
     if (too_much) return refuse_size();
@@ -91,10 +104,59 @@ Negotiation::Next Negotiation::dispatch(Data data, bool too_much) {
       return Next::kOption;
     }
   }
-  reply_text(OptionReply::kErrUnsup, option_ == static_cast<uint32_t>(Option::kStartTls)
-                                         ? "this server offers no TLS"
-                                         : "this server does not know the option");
+  reply_text(OptionReply::kErrUnsup, "this server does not know the option");
   return Next::kOption;
+}
+
+bool Negotiation::must_start_tls() const noexcept {
+  return security_.mode == TlsOptions::Mode::kRequired && stream_.tls() == nullptr &&
+         option_ != static_cast<uint32_t>(Option::kStartTls) &&
+         option_ != static_cast<uint32_t>(Option::kAbort);
+}
+
+Negotiation::Next Negotiation::start_tls(Data data) {
+  if (!data.empty()) throw base::Error(EINVAL, "STARTTLS takes no data");
+  if (stream_.tls() != nullptr) throw base::Error(EINVAL, "TLS was started already");
+  reply(OptionReply::kAck);
+  if (!send()) return Next::kEnd;
+  // What was said in the clear may have been somebody else's words.
+  agreed_ = {};
+  forget_contexts();
+  try {
+    if (!stream_.start_tls(security_.credentials, cancel_, deadline_)) {
+      return end("it did not finish TLS's handshake");
+    }
+    agreed_.client = base::Pool::work().run([this] { return stream_.tls()->peer_name(); });
+  } catch (const base::Error& e) {
+    static base::RateLimit limit;
+    uint64_t suppressed = 0;
+    if (limit.allow(&suppressed)) {
+      base::log_warning("an NBD client ({}) was refused: {}", stream_.peer(), e.what());
+    }
+    return end("TLS failed");
+  }
+  return Next::kOption;
+}
+
+bool Negotiation::may_use(const Export& target) const noexcept {
+  return target.allows(agreed_.client);
+}
+
+// Empty: there is no such export for this client, and it has been told.
+ExportUse Negotiation::find(std::string_view name) {
+  ExportUse found = exports_.find(name);
+  if (found && may_use(*found)) return found;
+  // Only these two options may be answered so.
+  const bool may_ask = option_ == static_cast<uint32_t>(Option::kInfo) ||
+                       option_ == static_cast<uint32_t>(Option::kGo);
+  if (!found) {
+    reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", name));
+  } else if (security_.mode != TlsOptions::Mode::kOff && stream_.tls() == nullptr && may_ask) {
+    reply_text(OptionReply::kErrTlsReqd, "this export is for clients with TLS");
+  } else {
+    reply_text(OptionReply::kErrPolicy, "this export is for other clients");
+  }
+  return {};
 }
 
 Negotiation::Next Negotiation::refuse_size() {
@@ -141,7 +203,9 @@ Negotiation::Next Negotiation::export_name(Data data) {
     return end("it sent a bad name");
   }
   auto found = exports_.find(name);
-  if (!found) return end("it asked for an export that does not exist");
+  if (!found || !may_use(*found)) {
+    return end("it asked for an export that does not exist, or that it may not use");
+  }
   choose(std::move(found));
   const auto answer = wire::encode_export_name_reply(
       agreed_.target->size(), agreed_.target->transmission_flags(agreed_.headers));
@@ -158,6 +222,7 @@ Negotiation::Next Negotiation::abort(Data) {
 Negotiation::Next Negotiation::list(Data data) {
   if (!data.empty()) throw base::Error(EINVAL, "LIST takes no data");
   for (const auto& each : exports_.all()) {
+    if (!may_use(*each)) continue;
     std::vector<std::byte> entry(4);
     base::store_be(entry.data(), static_cast<uint32_t>(each->name().size()));
     for (const std::string& text : {each->name(), each->description()}) {
@@ -173,11 +238,8 @@ Negotiation::Next Negotiation::list(Data data) {
 // Empty: there is no such export, and the client has been told.
 ExportUse Negotiation::describe_export(Data data) {
   const wire::InfoRequest request = wire::decode_info_request(data);
-  ExportUse found = exports_.find(request.name);
-  if (!found) {
-    reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", request.name));
-    return {};
-  }
+  ExportUse found = find(request.name);
+  if (!found) return {};
   reply(OptionReply::kInfo,
         wire::encode_info_export(found->size(), found->transmission_flags(agreed_.headers)));
   const auto text_info = [this](wire::Info type, const std::string& text) {
@@ -255,10 +317,7 @@ void Negotiation::describe_contexts(ContextMask mask, bool with_ids) {
 Negotiation::Next Negotiation::list_meta_context(Data data) {
   if (!agreed_.structured()) throw base::Error(EINVAL, "negotiate structured replies first");
   const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
-  if (!exports_.find(request.name)) {
-    reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", request.name));
-    return Next::kOption;
-  }
+  if (!find(request.name)) return Next::kOption;
   ContextMask mask = request.queries.empty() ? all_contexts() : 0;
   for (const std::string_view query : request.queries) mask |= match_list_query(query);
   describe_contexts(mask, false);
@@ -275,11 +334,8 @@ Negotiation::Next Negotiation::set_meta_context(Data data) {
   forget_contexts();
   if (!agreed_.structured()) throw base::Error(EINVAL, "negotiate structured replies first");
   const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
-  const auto found = exports_.find(request.name);
-  if (!found) {
-    reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", request.name));
-    return Next::kOption;
-  }
+  const auto found = find(request.name);
+  if (!found) return Next::kOption;
   for (const std::string_view query : request.queries) agreed_.contexts |= match_set_query(query);
   contexts_for_ = found.shared();
   describe_contexts(agreed_.contexts, true);

@@ -21,9 +21,16 @@
 
 namespace minivmm::nbd {
 
+// What a listener asks of its clients.
+struct Security {
+  TlsOptions::Mode mode = TlsOptions::Mode::kOff;
+  std::shared_ptr<const TlsCredentials> credentials;  // unless off
+};
+
 // What was agreed on.
 struct Agreement {
   ExportUse target;
+  std::string client = {};  // the name that TLS has proved; empty: none
   wire::Headers headers = wire::Headers::kSimple;
   ContextMask contexts = 0;
 
@@ -39,8 +46,12 @@ class Negotiation {
   static constexpr uint32_t kMaxSkipped = 1 << 20;
 
   Negotiation(Stream& stream, const ExportTable& exports, base::CancelSource& cancel,
-              base::Clock::time_point deadline)
-      : stream_(stream), exports_(exports), cancel_(cancel), deadline_(deadline) {}
+              base::Clock::time_point deadline, const Security& security)
+      : stream_(stream),
+        exports_(exports),
+        cancel_(cancel),
+        deadline_(deadline),
+        security_(security) {}
 
   // Nullopt: the client left, was too slow, or broke the protocol; outcome() says which.
   std::optional<Agreement> run();
@@ -59,6 +70,9 @@ class Negotiation {
   Next take_option();
   Next dispatch(Data data, bool too_much);
   Next refuse_size();
+  bool must_start_tls() const noexcept;
+  bool may_use(const Export& target) const noexcept;
+  ExportUse find(std::string_view name);
   Next export_name(Data data);
   Next abort(Data data);
   Next list(Data data);
@@ -66,6 +80,7 @@ class Negotiation {
   Next go(Data data);
   Next structured_reply(Data data);
   Next extended_headers(Data data);
+  Next start_tls(Data data);
   Next list_meta_context(Data data);
   Next set_meta_context(Data data);
 
@@ -84,6 +99,7 @@ class Negotiation {
   const ExportTable& exports_;
   base::CancelSource& cancel_;
   const base::Clock::time_point deadline_;
+  const Security& security_;
   const char* outcome_ = "it left during the handshake";
 
   uint32_t option_ = 0;  // the one being dealt with

@@ -23,6 +23,7 @@
 #include "base/timer_queue.h"
 #include "base/unique_fd.h"
 #include "block/graph/handle.h"
+#include "nbd-server/tls.h"
 
 namespace minivmm::nbd {
 
@@ -44,6 +45,9 @@ struct ServerOptions {
 struct ExportOptions {
   std::string description;  // shown to clients; may be empty
   bool writable = false;    // needs a handle that may write
+  // Who may use it, by the names that TLS has proved: a certificate's distinguished name
+  // ("O=Example,CN=alice") or a key's user; "*" for everybody with one. Empty: everybody.
+  std::vector<std::string> allow = {};
 };
 
 struct ListenOptions {
@@ -52,8 +56,9 @@ struct ListenOptions {
   std::string uri;
   // An inherited listening socket, of any stream kind. It is taken over; it is not unlinked.
   base::UniqueFd fd;
-  // Needed to listen on a TCP address beyond loopback.
+  // Needed to listen on a TCP address beyond loopback without requiring TLS.
   bool allow_remote = false;
+  TlsOptions tls = {};
 };
 
 class Server {

@@ -10,6 +10,7 @@
 
 #include "base/event_loop.h"
 #include "base/io.h"
+#include "base/pool.h"
 #include "nbd-server/address.h"
 
 namespace minivmm::nbd {
@@ -37,7 +38,34 @@ void tune(int fd) noexcept {
 
 Stream::Stream(base::UniqueFd socket) noexcept : socket_(std::move(socket)) { tune(socket_.get()); }
 
+bool Stream::start_tls(std::shared_ptr<const TlsCredentials> credentials,
+                       base::CancelSource& cancel, base::Clock::time_point deadline) {
+  // Signatures are checked and keys made: work for a thread, on a thread's stack.
+  base::Pool& pool = base::Pool::work();
+  auto session =
+      pool.run([&] { return std::make_unique<TlsSession>(std::move(credentials), socket_.get()); });
+  for (;;) {
+    switch (pool.run([&] { return session->handshake(); })) {
+      case TlsSession::Step::kDone:
+        tls_ = std::move(session);
+        return true;
+      case TlsSession::Step::kWantsRead:
+        if (wait_readable(&cancel, deadline) != Wait::kReady) return false;
+        break;
+      case TlsSession::Step::kWantsWrite:
+        if (wait_writable(&cancel, deadline) != Wait::kReady) return false;
+        break;
+    }
+  }
+}
+
+void Stream::bye() noexcept {
+  if (tls_) tls_->bye();
+}
+
 int64_t Stream::try_receive(std::span<iovec> to) noexcept {
+  if (tls_) [[unlikely]]
+    return tls_->try_receive(to);
   msghdr message{};
   message.msg_iov = to.data();
   message.msg_iovlen = to.size();
@@ -51,6 +79,8 @@ int64_t Stream::try_receive(std::span<iovec> to) noexcept {
 }
 
 int64_t Stream::try_send(std::span<iovec> from) noexcept {
+  if (tls_) [[unlikely]]
+    return tls_->try_send(from);
   msghdr message{};
   message.msg_iov = from.data();
   message.msg_iovlen = from.size();

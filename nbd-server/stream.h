@@ -8,12 +8,14 @@
 
 #include <chrono>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <span>
 
 #include "base/cancel.h"
 #include "base/timer_queue.h"
 #include "base/unique_fd.h"
+#include "nbd-server/tls_session.h"
 
 namespace minivmm::nbd {
 
@@ -21,9 +23,17 @@ class Stream {
  public:
   explicit Stream(base::UniqueFd socket) noexcept;
 
+  // Fiber. From here on everything goes through TLS, of which we are the server. Throws where the
+  // handshake fails; false: too slow, or cancelled.
+  bool start_tls(std::shared_ptr<const TlsCredentials> credentials, base::CancelSource& cancel,
+                 base::Clock::time_point deadline);
+  // Null without TLS.
+  const TlsSession* tls() const noexcept { return tls_.get(); }
+
   // Bytes, 0 at the end of the stream, -EAGAIN where it would wait, or another -errno.
   int64_t try_receive(std::span<iovec> to) noexcept;
-  // Bytes, -EAGAIN or another -errno. Never raises SIGPIPE.
+  // Bytes, -EAGAIN or another -errno: what was not taken has to be given again. Never raises
+  // SIGPIPE.
   int64_t try_send(std::span<iovec> from) noexcept;
 
   enum class Wait { kReady, kTimeout, kCancelled };
@@ -40,6 +50,8 @@ class Stream {
   bool send_all(std::span<const std::byte> from, base::CancelSource& cancel,
                 base::Clock::time_point deadline);
 
+  // Tells the client that nothing more comes, if it has a way to.
+  void bye() noexcept;
   // Ends both directions: whoever waits is woken and finds the socket broken.
   void shutdown() noexcept;
 
@@ -51,6 +63,7 @@ class Stream {
             std::optional<base::Clock::time_point> deadline);
 
   base::UniqueFd socket_;
+  std::unique_ptr<TlsSession> tls_;
 };
 
 }  // namespace minivmm::nbd

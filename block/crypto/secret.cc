@@ -17,6 +17,7 @@
 #include "base/unique_fd.h"
 #include "block/crypto/base64.h"
 #include "block/crypto/cipher_engine.h"
+#include "block/crypto/object.h"
 
 namespace minivmm::block::crypto {
 namespace {
@@ -102,19 +103,7 @@ SecureBytes take_value(const SecretStore& store, Options& options) {
 }  // namespace
 
 void SecretStore::add_object(std::string_view text) {
-  std::string type;
-  Options options;
-  if (text.starts_with('{')) {
-    options = Options::from_json(text);
-    type = options.require_string("qom-type");
-  } else {
-    // The type stands first, with or without its key.
-    const size_t comma = std::min(text.find(','), text.size());
-    type = text.substr(0, comma);
-    constexpr std::string_view kKey = "qom-type=";
-    if (type.starts_with(kKey)) type.erase(0, kKey.size());
-    if (comma < text.size()) options = Options::from_keys(text.substr(comma + 1));
-  }
+  auto [type, options] = parse_object(text);
   if (type != "secret") {
     throw Error(ENOTSUP,
                 fmt::format("objects of type '{}' are not supported; there is: secret", type));

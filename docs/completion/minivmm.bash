@@ -5,7 +5,7 @@ _minivmm_disk_keys="id= format= ro readonly cache= backing= backing_fmt= offset=
   logical_block_size= physical_block_size= num-queues= queue-size= media= snapshot= legacy rerror= werror=
   cache-size= l2-cache-size=
   refcount-cache-size= l2-cache-entry-size= locking="
-_minivmm_export_keys="name= description= writable nbd fuse"
+_minivmm_export_keys="name= description= writable allow= nbd fuse"
 _minivmm_fuse_keys="mode= uid= gid= allow_other"
 
 _minivmm_disks="--disk --blockdev --object --backing-root"
@@ -162,7 +162,7 @@ _minivmm() {
       words_for="nbd://127.0.0.1 nbd+unix:///?socket= fd: systemd"
       compopt -o nospace 2>/dev/null ;;
     boot:--object | serve:--object)
-      words_for="secret,id="; compopt -o nospace 2>/dev/null ;;
+      words_for="secret,id= tls-creds-x509,id= tls-creds-psk,id="; compopt -o nospace 2>/dev/null ;;
     *:--blockdev) words_for="driver="; compopt -o nospace 2>/dev/null ;;
     *:--io-backend) words_for="auto io_uring epoll" ;;
     *:--log-level) words_for="debug info warning error off" ;;

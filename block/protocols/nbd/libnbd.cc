@@ -23,6 +23,7 @@ Libnbd load() {
   library.find("nbd_set_tls_username", out.set_tls_username);
   library.find("nbd_set_tls_psk_file", out.set_tls_psk_file);
   library.find("nbd_get_tls_negotiated", out.get_tls_negotiated);
+  library.find_if_there("nbd_set_tls_hostname", out.set_tls_hostname);
   library.find("nbd_set_pread_initialize", out.set_pread_initialize);
   library.find("nbd_add_meta_context", out.add_meta_context);
   library.find("nbd_can_meta_context", out.can_meta_context);

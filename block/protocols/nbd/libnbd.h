@@ -21,6 +21,7 @@ struct Libnbd {
   decltype(&::nbd_set_tls_username) set_tls_username;
   decltype(&::nbd_set_tls_psk_file) set_tls_psk_file;
   decltype(&::nbd_get_tls_negotiated) get_tls_negotiated;
+  int (*set_tls_hostname)(nbd_handle* handle, const char* name);  // 1.22; null before
   decltype(&::nbd_set_pread_initialize) set_pread_initialize;
   decltype(&::nbd_add_meta_context) add_meta_context;
   decltype(&::nbd_can_meta_context) can_meta_context;

@@ -99,6 +99,21 @@ void NbdLink::fail(const NbdTarget& target) const {
                     fmt::format("{}: {}", target.uri.text(), said != nullptr ? said : "failed"));
 }
 
+// What this libnbd would not check is not done unchecked.
+void NbdLink::check_verification(const base::NbdUri& uri) const {
+  if (nbd_.set_tls_hostname != nullptr) return;
+  if (!uri.tls_hostname.empty()) {
+    throw base::Error(ENOTSUP, "option 'tls-hostname' needs libnbd 1.22 or later");
+  }
+  const bool certificates = uri.psk_file.empty();
+  if (certificates && uri.verify_peer && (uri.is_unix() || uri.is_vsock())) {
+    throw base::Error(ENOTSUP, fmt::format("{}: libnbd before 1.22 does not check a server's "
+                                           "certificate here: take a pre-shared key, or say "
+                                           "verify-peer=off (in a URI tls-verify-peer=false)",
+                                           uri.text()));
+  }
+}
+
 void NbdLink::configure(const NbdTarget& target) {
   const base::NbdUri& uri = target.uri;
   bool good = nbd_.set_export_name(handle_, uri.export_name.c_str()) == 0 &&
@@ -106,7 +121,10 @@ void NbdLink::configure(const NbdTarget& target) {
               nbd_.set_pread_initialize(handle_, false) == 0 &&
               nbd_.set_tls(handle_, uri.tls ? LIBNBD_TLS_REQUIRE : LIBNBD_TLS_DISABLE) == 0;
   if (good && uri.tls) {
-    good = nbd_.set_tls_verify_peer(handle_, target.verify_peer) == 0 &&
+    check_verification(uri);
+    good = nbd_.set_tls_verify_peer(handle_, uri.verify_peer) == 0 &&
+           (uri.tls_hostname.empty() ||
+            nbd_.set_tls_hostname(handle_, uri.tls_hostname.c_str()) == 0) &&
            (uri.user.empty() || nbd_.set_tls_username(handle_, uri.user.c_str()) == 0) &&
            (uri.certificates.empty() ||
             nbd_.set_tls_certificates(handle_, uri.certificates.c_str()) == 0) &&

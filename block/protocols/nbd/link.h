@@ -78,6 +78,7 @@ class NbdLink final : public std::enable_shared_from_this<NbdLink> {
   NbdLink(base::EventLoop& home, const Libnbd& library);
 
   void configure(const NbdTarget& target);
+  void check_verification(const base::NbdUri& uri) const;
   void handshake(const NbdTarget& target, base::Clock::time_point deadline,
                  const std::atomic<bool>& stop);
   void learn();

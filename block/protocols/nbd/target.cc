@@ -4,6 +4,7 @@
 #include <cerrno>
 
 #include "base/error.h"
+#include "block/crypto/tls_object.h"
 
 namespace minivmm::block {
 namespace {
@@ -50,6 +51,24 @@ NbdUri take_address(Options& options, const std::string& prefix) {
   return out;
 }
 
+void take_tls(Options& options, NbdUri& uri) {
+  if (const auto id = options.take_string("tls-creds")) {
+    const crypto::TlsObject tls = crypto::tls_objects().get(*id, false);
+    uri.tls = true;
+    uri.verify_peer = tls.verify_peer;
+    if (tls.kind == crypto::TlsObject::Kind::kX509) {
+      uri.certificates = tls.directory;
+    } else {
+      uri.psk_file = tls.directory + "/keys.psk";
+      uri.user = tls.username;
+    }
+  }
+  if (auto name = options.take_string("tls-hostname")) {
+    if (!uri.tls) throw Error(EINVAL, "option 'tls-hostname' needs tls-creds= or a nbds URI");
+    uri.tls_hostname = std::move(*name);
+  }
+}
+
 }  // namespace
 
 NbdTarget take_nbd_target(Options& options) {
@@ -67,6 +86,7 @@ NbdTarget take_nbd_target(Options& options) {
     out.uri.export_name = std::move(*name);
   }
   if (out.uri.host.empty() && !out.uri.is_unix() && !out.uri.is_vsock()) out.uri.host = "localhost";
+  take_tls(options, out.uri);
   out.reconnect_delay = take_seconds(options, "reconnect-delay");
   out.open_timeout = take_seconds(options, "open-timeout");
   out.connections = static_cast<unsigned>(options.take_uint("connections", 0, 0, kMaxConnections));

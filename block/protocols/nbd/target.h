@@ -13,10 +13,10 @@
 namespace minivmm::block {
 
 struct NbdTarget {
-  base::NbdUri uri;  // with the export's name
-  // TLS: asked of the server, which has to give it. Certificates (a directory as QEMU and libnbd
-  // have it: ca-cert.pem, client-cert.pem, client-key.pem) or a pre-shared key, which is in `uri`.
-  bool verify_peer = true;
+  // With the export's name. TLS is asked of the server, which has to give it: certificates (a
+  // directory as QEMU and libnbd have it: ca-cert.pem, client-cert.pem, client-key.pem) or a
+  // pre-shared key.
+  base::NbdUri uri;
   // How long requests wait for a server that went away; zero: they fail at once.
   std::chrono::seconds reconnect_delay{0};
   // How long opening may take; further attempts are made until then.
@@ -27,8 +27,8 @@ struct NbdTarget {
 };
 
 // Takes: uri, or server.type=unix|inet|vsock with server.path, server.host, server.port,
-// server.cid, or host and port, or path; export; reconnect-delay, open-timeout
-// (seconds); connections. Throws EINVAL.
+// server.cid, or host and port, or path; export; tls-creds, tls-hostname; reconnect-delay,
+// open-timeout (seconds); connections. Throws EINVAL.
 NbdTarget take_nbd_target(Options& options);
 
 }  // namespace minivmm::block

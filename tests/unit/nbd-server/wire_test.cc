@@ -182,6 +182,8 @@ TEST(Uris, AreReadAndPrinted) {
       {"nbds://host/d", ""},
       {"nbds://alice@host:5/d?tls-psk-file=/etc/psk", ""},
       {"nbds+unix://alice@/d?socket=/run/m.sock&tls-certificates=/etc/pki", ""},
+      {"nbds://host/d?tls-hostname=other&tls-verify-peer=false", ""},
+      {"nbds://host/d?tls-verify-peer=true", "nbds://host/d"},
       {"nbd+vsock://2:9999/d", ""},
       {"nbds+vsock://3:10809", "nbds+vsock://3"},
   };
@@ -212,6 +214,8 @@ TEST(Uris, WrongOnesAreRejectedWithTheirText) {
                                  "nbd+vsock://1:",
                                  "nbd+vsock://4294967296",
                                  "nbd://h?tls-psk-file=x",
+                                 "nbd://h?tls-verify-peer=false",
+                                 "nbds://h?tls-verify-peer=maybe",
                                  "nbds://h?socket=x",
                                  "nbd://h?tls=1",
                                  "nbd://h#f",

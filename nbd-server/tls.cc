@@ -1,0 +1,85 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/tls.h"
+
+#include <cerrno>
+#include <filesystem>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "nbd-server/tls_handles.h"
+
+namespace minivmm::nbd {
+namespace {
+
+using base::Error;
+
+constexpr const char* kPriority = "NORMAL:-VERS-TLS1.0:-VERS-TLS1.1";
+constexpr const char* kKeyExchange = ":+ECDHE-PSK:+DHE-PSK:+PSK";
+
+void require_file(const std::string& path) {
+  if (std::error_code error; !std::filesystem::exists(path, error)) {
+    throw Error(ENOENT, fmt::format("TLS: {}: there is no such file", path));
+  }
+}
+
+}  // namespace
+
+void require_tls(int status, const std::string& what) {
+  if (status >= 0) return;
+  throw Error(EACCES, fmt::format("TLS: {}: {}", what, gnutls_api().strerror(status)));
+}
+
+TlsCredentials::Handles::~Handles() {
+  const GnutlsApi& api = gnutls_api();
+  if (certificates != nullptr) api.certificate_free_credentials(certificates);
+  if (keys != nullptr) api.psk_free_server_credentials(keys);
+  if (priority != nullptr) api.priority_deinit(priority);
+}
+
+TlsCredentials::TlsCredentials(const TlsOptions& options) : options_(options) {
+  (void)gnutls_api();
+  handles_ = std::make_unique<Handles>();
+  const bool psk = options_.kind == TlsOptions::Kind::kPsk;
+  const std::string priority =
+      (options_.priority.empty() ? std::string(kPriority) : options_.priority) +
+      (psk ? kKeyExchange : "");
+  require_tls(gnutls_api().priority_init(&handles_->priority, priority.c_str(), nullptr),
+              "priority " + priority);
+  psk ? load_keys() : load_certificates();
+}
+
+TlsCredentials::~TlsCredentials() = default;
+
+void TlsCredentials::load_certificates() {
+  const GnutlsApi& api = gnutls_api();
+  const auto path = [this](const char* name) { return options_.directory + "/" + name; };
+  require_tls(api.certificate_allocate_credentials(&handles_->certificates), "credentials");
+  gnutls_certificate_credentials_t out = handles_->certificates;
+  const std::string authority = path("ca-cert.pem");
+  const std::string revoked = path("ca-crl.pem");
+  const std::string certificate = path("server-cert.pem");
+  const std::string key = path("server-key.pem");
+  for (const std::string& file : {authority, certificate, key}) require_file(file);
+  const int trusted =
+      api.certificate_set_x509_trust_file(out, authority.c_str(), GNUTLS_X509_FMT_PEM);
+  require_tls(trusted, authority);
+  if (trusted == 0) throw Error(EACCES, fmt::format("TLS: {}: holds no certificate", authority));
+  if (std::filesystem::exists(revoked)) {
+    require_tls(api.certificate_set_x509_crl_file(out, revoked.c_str(), GNUTLS_X509_FMT_PEM),
+                revoked);
+  }
+  require_tls(
+      api.certificate_set_x509_key_file(out, certificate.c_str(), key.c_str(), GNUTLS_X509_FMT_PEM),
+      certificate + " with " + key);
+}
+
+void TlsCredentials::load_keys() {
+  const GnutlsApi& api = gnutls_api();
+  const std::string file = options_.directory + "/keys.psk";
+  require_file(file);
+  require_tls(api.psk_allocate_server_credentials(&handles_->keys), "credentials");
+  require_tls(api.psk_set_server_credentials_file(handles_->keys, file.c_str()), file);
+}
+
+}  // namespace minivmm::nbd

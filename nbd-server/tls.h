@@ -1,0 +1,43 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a listener with TLS shows and asks for: read once, shared by its connections. The names of
+// files are QEMU's: in the directory lie ca-cert.pem, ca-crl.pem (may be missing), server-cert.pem
+// and server-key.pem, or keys.psk.
+#pragma once
+
+#include <string>
+
+#include <memory>
+
+namespace minivmm::nbd {
+
+// As server.h's ListenOptions carry it.
+struct TlsOptions {
+  enum class Mode { kOff, kOptional, kRequired };
+  enum class Kind { kX509, kPsk };
+  Mode mode = Mode::kOff;
+  Kind kind = Kind::kX509;
+  std::string directory = {};
+  std::string priority = {};  // GnuTLS's; empty: its usual one, without what is older than TLS 1.2
+  bool verify_peer = true;    // x509: the client needs a certificate of our authority
+};
+
+class TlsCredentials {
+ public:
+  // Reads the files: not on a fiber. Throws naming the file and what is wrong with it. keys.psk is
+  // read again for each client, so that keys can be added and taken away.
+  explicit TlsCredentials(const TlsOptions& options);
+  ~TlsCredentials();
+  TlsCredentials(const TlsCredentials&) = delete;
+  TlsCredentials& operator=(const TlsCredentials&) = delete;
+
+ private:
+  friend class TlsSession;
+  void load_certificates();
+  void load_keys();
+
+  const TlsOptions options_;
+  struct Handles;
+  std::unique_ptr<Handles> handles_;
+};
+
+}  // namespace minivmm::nbd

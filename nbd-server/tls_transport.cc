@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "nbd-server/tls_transport.h"
+
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <cerrno>
+#include <cstring>
+#include <new>
+
+#include "nbd-server/gnutls.h"
+
+namespace minivmm::nbd {
+namespace {
+
+// What gathers, of whichever session this thread is sending for: nothing waits between begin() and
+// end(), so that one buffer does for all.
+std::vector<std::byte>& gathered() noexcept {
+  thread_local std::vector<std::byte> bytes;
+  return bytes;
+}
+
+}  // namespace
+
+void TlsTransport::attach(gnutls_session_int* session) noexcept {
+  session_ = session;
+  const GnutlsApi& api = gnutls_api();
+  api.transport_set_ptr(session, this);
+  api.transport_set_pull_function(session, [](void* self, void* to, size_t size) {
+    return static_cast<TlsTransport*>(self)->pull(static_cast<std::byte*>(to), size);
+  });
+  api.transport_set_push_function(session, [](void* self, const void* from, size_t size) {
+    return static_cast<TlsTransport*>(self)->push(static_cast<const std::byte*>(from), size);
+  });
+}
+
+ssize_t TlsTransport::pull(std::byte* to, size_t size) noexcept {
+  if (in_begin_ == in_end_) {
+    if (!in_) in_.reset(new (std::nothrow) std::byte[kInput]);
+    const ssize_t n = in_ ? ::recv(socket_, in_.get(), kInput, MSG_DONTWAIT) : -1;
+    if (n <= 0) {
+      if (n < 0) gnutls_api().transport_set_errno(session_, in_ ? errno : ENOMEM);
+      return n;
+    }
+    in_begin_ = 0;
+    in_end_ = static_cast<size_t>(n);
+  }
+  const size_t n = std::min(size, in_end_ - in_begin_);
+  std::memcpy(to, in_.get() + in_begin_, n);
+  in_begin_ += n;
+  return static_cast<ssize_t>(n);
+}
+
+ssize_t TlsTransport::send(const std::byte* from, size_t size) noexcept {
+  for (;;) {
+    const ssize_t n = ::send(socket_, from, size, MSG_DONTWAIT | MSG_NOSIGNAL);
+    if (n >= 0 || errno != EINTR) return n;
+  }
+}
+
+bool TlsTransport::append(std::vector<std::byte>& to, const std::byte* from, size_t size) noexcept {
+  try {
+    if (to.size() + size > kMostKept) throw std::bad_alloc();
+    to.insert(to.end(), from, from + size);
+    return true;
+  } catch (const std::bad_alloc&) {
+    gnutls_api().transport_set_errno(session_, ENOMEM);
+    return false;
+  }
+}
+
+ssize_t TlsTransport::push(const std::byte* from, size_t size) noexcept {
+  const auto whole = static_cast<ssize_t>(size);
+  if (gathers_) return append(gathered(), from, size) ? whole : -1;
+  if (keeps_ && pending()) return append(out_, from, size) ? whole : -1;
+  ssize_t n = send(from, size);
+  const bool full = n < 0 && (errno == EAGAIN || errno == EWOULDBLOCK);
+  if (keeps_ && (n >= 0 || full)) {
+    n = std::max<ssize_t>(n, 0);
+    return append(out_, from + n, size - static_cast<size_t>(n)) ? whole : -1;
+  }
+  if (n < 0) gnutls_api().transport_set_errno(session_, errno);
+  return n;
+}
+
+void TlsTransport::begin() noexcept {
+  gathers_ = true;
+  gathered().clear();
+}
+
+int TlsTransport::end() noexcept {
+  gathers_ = false;
+  const std::vector<std::byte>& all = gathered();
+  if (all.empty()) return 0;
+  const ssize_t n = send(all.data(), all.size());
+  if (n < 0 && errno != EAGAIN && errno != EWOULDBLOCK) return -errno;
+  const auto sent = static_cast<size_t>(std::max<ssize_t>(n, 0));
+  if (!append(out_, all.data() + sent, all.size() - sent)) return -ENOMEM;
+  return pending() ? -EAGAIN : 0;
+}
+
+int TlsTransport::flush() noexcept {
+  size_t sent = 0;
+  while (sent < out_.size()) {
+    const ssize_t n = send(out_.data() + sent, out_.size() - sent);
+    if (n < 0) {
+      const int error = errno == EWOULDBLOCK ? EAGAIN : errno;
+      out_.erase(out_.begin(), out_.begin() + static_cast<ptrdiff_t>(sent));
+      return -error;
+    }
+    sent += static_cast<size_t>(n);
+  }
+  out_ = {};
+  return 0;
+}
+
+}  // namespace minivmm::nbd
