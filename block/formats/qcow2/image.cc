@@ -9,6 +9,7 @@
 
 #include <fmt/core.h>
 
+#include "base/checked.h"
 #include "base/log.h"
 #include "block/formats/qcow2/listing.h"
 
@@ -81,7 +82,7 @@ Image::Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data,
       map_(file_, l1_, l2_, allocator_, metadata_, quarantine_),
       committer_(file_, data_.get(), metadata_, l1_, l2_, blocks_, refcounts_, quarantine_),
       bitmaps_(*this, allocator_),
-      snapshots_(*this, {l1_, refcounts_, metadata_, quarantine_}) {}
+      snapshots_(*this, l1_) {}
 
 void Image::prepare_first_write() {
   const std::lock_guard lock(preparing_);
@@ -124,8 +125,8 @@ void Image::write_data(uint64_t host_offset, IoSpan from) {
   }
 }
 
-// How long the snapshot table is. One that makes no sense is the business of those who read it;
-// what can be known of it is kept from harm.
+// The snapshot table, and the tables that it names. What makes no sense is the business of those
+// who read it; what can be known of it is kept from harm.
 void Image::know_snapshots() {
   const Header h = file_.header_update().current();
   if (h.snapshots == 0) return;
@@ -134,6 +135,10 @@ void Image::know_snapshots() {
   try {
     for (const SnapshotEntry& snapshot : read_snapshots(file_.file(), h)) {
       bytes += snapshot.total_bytes();
+      const uint64_t table = uint64_t{snapshot.l1_size} * 8;
+      if (table > kMaxL1Bytes || !base::range_fits(snapshot.l1_offset, table, file_.size()))
+        continue;
+      metadata_.add_beside(snapshot.l1_offset >> g.cluster_bits, g.clusters(table), kSnapshotL1);
     }
   } catch (const base::Error& e) {
     base::log_warning("{}: {}", file_.name(), e.what());
@@ -230,7 +235,7 @@ void Image::release(const Quarantine::Runs& runs) {
     for (; run < runs.size(); ++run, done = 0) {
       for (; done < runs[run].count; ++done) release_one(runs[run].first + done, free);
     }
-    release_free(free);
+    free_unused(std::exchange(free, {}));
     return;
   } catch (...) {
     error = std::current_exception();
@@ -257,17 +262,14 @@ void Image::release_one(uint64_t cluster, ClusterRun& free) {
     return;
   }
   if (cluster != free.first + free.count) {
-    release_free(free);
+    free_unused(std::exchange(free, {}));
     free.first = cluster;
   }
   ++free.count;
 }
 
-// `free` is empty afterwards, also after an error: part of it may have been freed.
-void Image::release_free(ClusterRun& free) {
-  const uint64_t first = free.first;
-  const uint64_t count = free.count;
-  free = {};
+void Image::free_unused(ClusterRun run) {
+  const auto [first, count] = run;
   if (count == 0) return;
   const unsigned bits = file_.geometry().cluster_bits;
   // The hole is punched before the clusters can be given out again: a punch that comes late would
@@ -281,8 +283,8 @@ void Image::release_free(ClusterRun& free) {
   for (uint64_t i = 0; i < count; ++i) {
     if (!metadata_.remove(first + i)) continue;
     // A commit that is writing slices of this table must not do so once somebody else has it.
-    committer_.without_commit(
-        [&] { l2_.drop((first + i) << bits, file_.geometry().cluster_size()); });
+    const uint64_t table = (first + i) << bits;
+    committer_.without_commit([&] { l2_.drop(table, file_.geometry().cluster_size()); });
   }
   refcounts_.free_run(first, count);
   allocator_.add_free(first, count);

@@ -107,6 +107,9 @@ class Image {
   // the caller does not pin), punches holes, lowers refcounts. When it returns, all is done that
   // had matured before.
   void reclaim(base::Epoch& epoch);
+  // Punches holes where clusters lie that nothing refers to any more, durably, and makes them free.
+  // After an error part of them is.
+  void free_unused(ClusterRun run);
   // So much waits for a reclaim that whoever commits should do it.
   bool much_to_reclaim() const noexcept { return is_much(quarantine_.matured()); }
 
@@ -120,7 +123,6 @@ class Image {
   void switch_l1(uint64_t offset, uint32_t entries, L1Table::Entries& array);
   void release(const Quarantine::Runs& runs);
   void release_one(uint64_t cluster, ClusterRun& free);
-  void release_free(ClusterRun& free);
 
   ImageFile file_;
   const std::unique_ptr<Edge> data_;

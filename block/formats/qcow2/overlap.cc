@@ -40,10 +40,43 @@ void MetadataMap::add(uint64_t cluster, const char* what) {
   filter_[bit / 64].fetch_or(uint64_t{1} << (bit % 64), std::memory_order_relaxed);
 }
 
+namespace {
+
+bool is_beside(const char* what) {
+  return what == kSnapshotL1 || what == kBitmapDirectory || what == kBitmapTable;
+}
+
+}  // namespace
+
 bool MetadataMap::remove(uint64_t cluster) {
   if (!may_contain(cluster)) return false;
   const std::lock_guard lock(mutex_);
-  return clusters_.erase(cluster) != 0;  // the filter's bit stays: it only costs a look at the set
+  const auto it = clusters_.find(cluster);
+  if (it == clusters_.end()) return false;
+  if (is_beside(it->second)) --beside_;
+  clusters_.erase(it);  // the filter's bit stays: it only costs a look at the set
+  return true;
+}
+
+void MetadataMap::add_beside(uint64_t first, uint64_t count, const char* what) {
+  const std::lock_guard lock(mutex_);
+  for (uint64_t cluster = first; cluster < first + count && beside_ < kMostBeside; ++cluster) {
+    // Many tables in one place would take for ever.
+    if (!clusters_.emplace(cluster, what).second) return;
+    ++beside_;
+    const size_t bit = filter_bit(cluster);
+    filter_[bit / 64].fetch_or(uint64_t{1} << (bit % 64), std::memory_order_relaxed);
+  }
+}
+
+void MetadataMap::remove_beside(uint64_t first, uint64_t count) {
+  const std::lock_guard lock(mutex_);
+  for (uint64_t cluster = first; cluster < first + count; ++cluster) {
+    const auto it = clusters_.find(cluster);
+    if (it == clusters_.end() || !is_beside(it->second)) continue;
+    --beside_;
+    clusters_.erase(it);
+  }
 }
 
 void MetadataMap::move_refcount_table(uint64_t first_cluster, uint64_t clusters) {

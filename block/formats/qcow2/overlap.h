@@ -25,6 +25,9 @@ inline constexpr char kL2Table[] = "L2 table";
 inline constexpr char kRefcountTable[] = "refcount table";
 inline constexpr char kRefcountBlock[] = "refcount block";
 inline constexpr char kSnapshotTable[] = "snapshot table";
+inline constexpr char kSnapshotL1[] = "L1 table of a snapshot";
+inline constexpr char kBitmapDirectory[] = "directory of the bitmaps";
+inline constexpr char kBitmapTable[] = "table of a bitmap";
 
 class MetadataMap {
  public:
@@ -34,6 +37,12 @@ class MetadataMap {
   void add(uint64_t cluster, const char* what);
   // Returns whether it was there.
   bool remove(uint64_t cluster);
+  // Tables of snapshots and bitmaps. Of more than kMostBeside clusters in all, and of tables that
+  // overlap others, which only a strange image has, the rest is not known here.
+  void add_beside(uint64_t first, uint64_t count, const char* what);
+  // What is called otherwise stays.
+  void remove_beside(uint64_t first, uint64_t count);
+  static constexpr uint64_t kMostBeside = 1 << 16;
   void move_refcount_table(uint64_t first_cluster, uint64_t clusters);
   void move_l1_table(uint64_t first_cluster, uint64_t clusters);
   void move_snapshot_table(uint64_t first_cluster, uint64_t clusters);
@@ -74,6 +83,7 @@ class MetadataMap {
   std::unique_ptr<std::atomic<uint64_t>[]> filter_;
   mutable std::mutex mutex_;
   std::unordered_map<uint64_t, const char*> clusters_;  // guarded by mutex_
+  uint64_t beside_ = 0;                                 // guarded by mutex_: of them
 };
 
 }  // namespace minivmm::block::qcow2

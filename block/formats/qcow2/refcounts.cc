@@ -141,36 +141,6 @@ uint64_t Refcounts::raise_in_slice(uint64_t first, uint64_t count,
   return done;
 }
 
-void Refcounts::raise(uint64_t first, uint64_t count, uint64_t& done) {
-  const Geometry& g = image_.geometry();
-  for (uint64_t i = 0; i < count;) {
-    const Place p = place(first + i);
-    const uint64_t here = std::min(count - i, slice_entries_ - p.index);
-    uint64_t raised = 0;
-    uint64_t old = 0;
-    if (p.slice != 0) {
-      cache_.change(p.slice, [&](std::byte* slice) {
-        for (raised = 0; raised < here; ++raised) {
-          old = get_refcount(slice, p.index + raised, order_);
-          if (old == 0 || old == g.refcount_max()) break;
-          set_refcount(slice, p.index + raised, order_, old + 1);
-        }
-        return raised != 0;
-      });
-    }
-    i += raised;
-    done += raised;
-    if (raised == here) continue;
-    const uint64_t offset = (first + i) << g.cluster_bits;
-    if (old != 0) {
-      throw Error(EFBIG, fmt::format("{}: the cluster at {:#x} has {} references, and refcounts of "
-                                     "{} bits count no more",
-                                     image_.name(), offset, old, 1U << order_));
-    }
-    throw image_.corruption(fmt::format("cluster {:#x} is in use and has refcount 0", offset));
-  }
-}
-
 uint64_t Refcounts::lower(uint64_t cluster) {
   const Place p = place(cluster);
   uint64_t old = 0;

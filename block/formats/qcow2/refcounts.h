@@ -34,9 +34,6 @@ class Refcounts {
   // Raises the refcounts of a run of clusters in use by 1 each. False: one cannot go higher, and
   // nothing has changed. Throws EIO if one is 0, and what reading them throws; then likewise.
   bool raise(uint64_t first, uint64_t count);
-  // Adds 1 to each cluster of a run, which are in use; counts in `done` those for which it did.
-  // Throws EFBIG where one has as many references as the image can count, EIO if one was 0.
-  void raise(uint64_t first, uint64_t count, uint64_t& done);
   // Lowers a cluster's refcount by 1; returns what it is then. Throws EIO if it was 0.
   uint64_t lower(uint64_t cluster);
   // The same for a run whose refcounts are all 1 by the caller's knowledge.
@@ -53,6 +50,27 @@ class Refcounts {
   // Makes blocks behind all others for `clusters` adjacent ones, which have refcount 1 then;
   // returns the first. Adds what is free beside them. EFBIG.
   uint64_t make_area(uint64_t clusters, FreeRuns& out);
+
+  // --- A copy of all, beside them (TreeSwitch); while nothing is allocated ---
+  struct TablePlace {
+    uint64_t offset = 0;
+    uint64_t clusters = 0;
+  };
+  struct Tables : TablePlace {
+    std::vector<uint64_t> blocks = {};  // the table's entries
+    std::vector<uint32_t> dirty = {};
+  };
+  TablePlace table_place();
+  // How many there are.
+  uint64_t blocks() const;
+  // Writes copies of the blocks to `blocks` and of the table to `table`, and uses them from now on:
+  // the header still points to the old ones, which are returned. After an error nothing has
+  // changed.
+  Tables use_copy(uint64_t table, const std::vector<uint64_t>& blocks);
+  // Uses others; returns those that were in use.
+  Tables exchange(Tables other);
+  // Those that are not in use will not be again.
+  void forget(const Tables& other) noexcept;
 
   // --- The commit; one at a time ---
   using TableChanges = std::vector<std::pair<uint32_t, uint64_t>>;  // by index
@@ -75,6 +93,7 @@ class Refcounts {
   void write_growth(const Growth& growth);
   void write_blocks(const Growth& growth);
   uint64_t blocks_end() const;
+  void copy_block(uint64_t from, uint64_t to);
 
   ImageFile& image_;
   MetadataCache& cache_;

@@ -9,6 +9,7 @@
 
 #include "block/formats/qcow2/bitmaps/bitmaps.h"
 #include "block/formats/qcow2/check.h"
+#include "crash_states.h"
 #include "graph_fixture.h"
 #include "qcow2_test_file.h"
 
@@ -175,6 +176,7 @@ TEST_F(Qcow2Bitmap, IsMarkedInUseDurablyBeforeTheFirstChange) {
 }
 
 TEST_F(Qcow2Bitmap, EveryPowerCutLeavesAnExactOrAMarkedBitmap) {
+  const unsigned states = crash_states(150);
   const uint64_t seed = std::random_device{}();
   SCOPED_TRACE(fmt::format("seed {}", seed));
   on_fiber([&] {
@@ -205,7 +207,7 @@ TEST_F(Qcow2Bitmap, EveryPowerCutLeavesAnExactOrAMarkedBitmap) {
     std::mt19937_64 random(seed);
     const uint64_t end = file->now();
     unsigned exact = 0;
-    for (int i = 0; i < 300; ++i) {
+    for (unsigned i = 0; i < states; ++i) {
       const uint64_t cut = i == 0 ? 0 : end - random() % (i % 2 == 0 ? end : 400);
       SCOPED_TRACE(fmt::format("cut at {} of {}", cut, end));
       auto copy = std::make_shared<TestFile>();

@@ -6,6 +6,7 @@
 #include <fmt/core.h>
 
 #include "block/formats/qcow2/check.h"
+#include "crash_states.h"
 #include "qcow2_fixture.h"
 #include "qcow2_test_file.h"
 
@@ -174,6 +175,7 @@ TEST_P(Qcow2Compress, AFailedWriteLeavesTheOldContent) {
 }
 
 TEST_P(Qcow2Compress, APowerCutLeavesWhatWasFlushed) {
+  const unsigned states = crash_states(40);
   const uint64_t seed = std::random_device{}();
   SCOPED_TRACE(fmt::format("seed {}", seed));
   on_fiber([&] {
@@ -196,7 +198,7 @@ TEST_P(Qcow2Compress, APowerCutLeavesWhatWasFlushed) {
       node->close();
     }
     const uint64_t end = file->now();
-    for (int n = 0; n < 60 && !HasFatalFailure(); ++n) {
+    for (unsigned n = 0; n < states && !HasFatalFailure(); ++n) {
       const uint64_t cut = random() % (end + 1);
       auto after = std::make_shared<TestFile>();
       after->set_content(file->after_power_cut(cut, random));

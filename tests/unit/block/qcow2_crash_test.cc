@@ -7,6 +7,7 @@
 #include "base/io.h"
 #include "base/sync.h"
 #include "block/formats/qcow2/check.h"
+#include "crash_states.h"
 #include "graph_fixture.h"
 #include "qcow2_test_file.h"
 
@@ -208,11 +209,12 @@ class Qcow2Crash : public GraphTest, public testing::WithParamInterface<Case> {
 TEST_P(Qcow2Crash, WhatWasFlushedSurvivesAndTheImageIsConsistent) {
   const uint64_t seed = std::random_device{}();
   SCOPED_TRACE(fmt::format("seed {}", seed));
+  const unsigned states = crash_states(150);
   on_fiber([&] {
     work(seed);
     std::mt19937_64 random(seed);
     const uint64_t end = file_->now();
-    for (int i = 0; i < 150 && !HasFatalFailure(); ++i) {
+    for (unsigned i = 0; i < states && !HasFatalFailure(); ++i) {
       const uint64_t cut = i == 0 ? end : random() % (end + 1);
       SCOPED_TRACE(fmt::format("cut {} of {}", cut, end));
       expect_sound(file_->after_power_cut(cut, random), cut);

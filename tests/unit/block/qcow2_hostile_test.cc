@@ -9,6 +9,9 @@
 #include "base/checked.h"
 #include "base/log.h"
 #include "block/formats/qcow2/check.h"
+#include "block/formats/qcow2/listing.h"
+#include "block/graph/dirty_bitmaps.h"
+#include "block/graph/snapshots.h"
 #include "graph_fixture.h"
 #include "qcow2_test_file.h"
 
@@ -186,6 +189,73 @@ TEST_F(Qcow2Hostile, TablesAreNotWrittenOverEachOther) {
       EXPECT_TRUE(std::equal(image.begin() + l1, image.begin() + l1 + kCluster, now.begin() + l1));
     }
     EXPECT_EQ(error_number([&] { node->close(); }), EIO);
+  });
+}
+
+// Tables of what lies beside the disk: a snapshot's, the bitmaps'. The check counts two references
+// and is content; writing is where harm would be done.
+TEST_F(Qcow2Hostile, TablesOfSnapshotsAndBitmapsAreNotWrittenOver) {
+  on_fiber([&] {
+    auto file = std::make_shared<TestFile>();
+    file->set_content(good_image());
+    {
+      auto node = open_test_image(file);
+      (void)node->snapshots()->create("one");
+      node->dirty_bitmaps()->add("b", 4096, true);
+      const Bytes data(kCluster, std::byte{6});
+      Edge(node, "guest", Permissions::front_end(true))
+          .write(0, base::SingleBuffer(std::span(data)));
+      node->close();
+    }
+    const Bytes good = file->content();
+    qcow2::Header header;
+    std::vector<qcow2::SnapshotEntry> snapshots;
+    std::vector<qcow2::BitmapEntry> bitmaps;
+    {
+      Edge edge(file, "look", {});
+      header = qcow2::read_header(edge);
+      snapshots = qcow2::read_snapshots(edge, header);
+      bitmaps = qcow2::read_bitmaps(edge, header);
+    }
+    ASSERT_EQ(snapshots.size(), 1U);
+    ASSERT_GE(bitmaps.size(), 1U);
+    for (const uint64_t target : {header.snapshots_offset, snapshots[0].l1_offset,
+                                  header.bitmaps->directory_offset, bitmaps[0].table_offset}) {
+      SCOPED_TRACE(target);
+      Bytes image = good;
+      put(image, l2_offset(image), target | qcow2::kFlagCopied);
+      const Outcome out = use(image);
+      EXPECT_EQ(out.read, 0);
+      EXPECT_EQ(out.write, EIO);
+      EXPECT_EQ(out.later, EIO);
+      EXPECT_EQ(out.incompatible, qcow2::kIncompatCorrupt);
+      const auto at = static_cast<long>(target);
+      if (target == header.bitmaps->directory_offset) continue;  // it says "in use" now
+      EXPECT_TRUE(
+          std::equal(good.begin() + at, good.begin() + at + kCluster, out.image.begin() + at));
+    }
+  });
+}
+
+// A list of snapshots that all have the same, large L1 table: knowing where they lie takes no time.
+TEST_F(Qcow2Hostile, ManySnapshotsInOnePlaceAreKnownInBoundedTime) {
+  on_fiber([&] {
+    constexpr uint32_t kMany = 60000;
+    constexpr uint64_t kTable = 16 << 20;
+    Bytes image = good_image();
+    const uint64_t l1 = base::align_up<uint64_t>(image.size(), kCluster);
+    const uint64_t list = l1 + kTable;
+    image.resize(list + uint64_t{kMany} * 40);
+    for (uint32_t i = 0; i < kMany; ++i) {
+      put(image, list + uint64_t{i} * 40, l1);
+      base::store_be(image.data() + list + uint64_t{i} * 40 + 8, static_cast<uint32_t>(kTable / 8));
+    }
+    base::store_be(image.data() + 60, kMany);
+    put(image, 64, list);
+    const auto start = std::chrono::steady_clock::now();
+    const Outcome out = use(image);
+    EXPECT_LT(std::chrono::steady_clock::now() - start, std::chrono::seconds(20));
+    EXPECT_EQ(out.read, 0);
   });
 }
 

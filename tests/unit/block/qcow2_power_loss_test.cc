@@ -16,6 +16,7 @@
 #include "block/formats/qcow2/check.h"
 #include "block/formats/qcow2/repair.h"
 #include "block/graph/handle.h"
+#include "crash_states.h"
 #include "qcow2_fixture.h"
 #include "qcow2_test_file.h"
 #include "write_log.h"
@@ -37,11 +38,6 @@ struct Case {
   bool extended_l2 = false;
   bool lazy_refcounts = false;
 };
-
-bool slow() {
-  const char* value = std::getenv("MINIVMM_SLOW");
-  return value != nullptr && std::string(value) == "1";
-}
 
 std::vector<std::byte> read_file(const std::string& path) {
   std::ifstream in(path, std::ios::binary);
@@ -299,7 +295,7 @@ TEST_P(PowerLoss, LeavesWhatWasFlushedAndNoCorruption) {
       given != nullptr ? std::strtoull(given, nullptr, 0) : std::random_device{}();
   SCOPED_TRACE(fmt::format("MINIVMM_TEST_SEED={}", seed));
   const bool qemu = have_qemu();
-  const int states = slow() ? 1000 : 50;
+  const unsigned states = crash_states(50);
   make_images();
   on_fiber([&] {
     work(seed, 60);
@@ -309,7 +305,7 @@ TEST_P(PowerLoss, LeavesWhatWasFlushedAndNoCorruption) {
     ASSERT_GT(entries.size(), 200U);
     ASSERT_GT(flushes_.size(), 10U);
     std::mt19937_64 random(seed);
-    for (int i = 0; i < states && !HasFatalFailure(); ++i) {
+    for (unsigned i = 0; i < states && !HasFatalFailure(); ++i) {
       const size_t cut = i == 0 ? entries.size() : random() % (entries.size() + 1);
       const uint64_t length = cut == entries.size() ? ~uint64_t{0} : entries[cut].position;
       SCOPED_TRACE(fmt::format("state {}, cut before entry {} of {}", i, cut, entries.size()));

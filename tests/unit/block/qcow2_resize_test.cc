@@ -8,6 +8,7 @@
 
 #include "base/sync.h"
 #include "block/formats/qcow2/check.h"
+#include "crash_states.h"
 #include "qcow2_fixture.h"
 #include "qcow2_test_file.h"
 
@@ -172,6 +173,7 @@ TEST_P(Qcow2ResizeFormats, RequestsGoOnMeanwhile) {
 }
 
 TEST_P(Qcow2ResizeFormats, APowerCutLeavesOneSizeOrTheOther) {
+  const unsigned states = crash_states(60);
   const uint64_t seed = std::random_device{}();
   SCOPED_TRACE(fmt::format("seed {}", seed));
   on_fiber([&] {
@@ -202,7 +204,7 @@ TEST_P(Qcow2ResizeFormats, APowerCutLeavesOneSizeOrTheOther) {
       node->close();
     }
     const uint64_t end = file->now();
-    for (int i = 0; i < 120 && !HasFatalFailure(); ++i) {
+    for (unsigned i = 0; i < states && !HasFatalFailure(); ++i) {
       const uint64_t cut = i == 0 ? end : random() % (end + 1);
       SCOPED_TRACE(fmt::format("cut {} of {}", cut, end));
       auto after = std::make_shared<TestFile>();

@@ -11,6 +11,7 @@
 #include "block/formats/qcow2/repair.h"
 #include "block/formats/qcow2/snapshots/snapshot_view.h"
 #include "block/graph/snapshots.h"
+#include "crash_states.h"
 #include "graph_fixture.h"
 #include "qcow2_test_file.h"
 
@@ -128,19 +129,12 @@ class Qcow2Snapshot : public GraphTest, public testing::WithParamInterface<Case>
     return given != nullptr ? std::strtoull(given, nullptr, 0) : std::random_device{}();
   }
 
-  // Leaks, and flags that differ from refcounts that are too high, are what may be left.
-  static void expect_harmless(const std::string& lines) {
-    for (size_t at = lines.find("ERROR"); at != std::string::npos;
-         at = lines.find("ERROR", at + 1)) {
-      ASSERT_EQ(lines.compare(at, 18, "ERROR OFLAG_COPIED"), 0) << lines;
-    }
-  }
   // What a power cut left of an image whose disk was `disk` and whose snapshot was `old`.
   void expect_survived(std::shared_ptr<TestFile> file, char what, const Bytes& disk,
                        const Bytes& old) {
     qcow2::CheckResult result;
-    ASSERT_NO_FATAL_FAILURE(expect_harmless(check(file, result)));
-    ASSERT_EQ(result.check_errors, 0U);
+    const std::string lines = check(file, result);
+    ASSERT_EQ(result.corruptions + result.check_errors, 0U) << lines;  // leaks are allowed
     Bytes now;
     {
       auto node = open(file);
@@ -237,6 +231,7 @@ TEST_P(Qcow2Snapshot, TheDiskAndEverySnapshotHoldWhatTheModelSays) {
 }
 
 TEST_P(Qcow2Snapshot, APowerCutLosesNeitherTheDiskNorASnapshot) {
+  const unsigned states = crash_states(3 * 50);
   const uint64_t seed = a_seed();
   SCOPED_TRACE(fmt::format("MINIVMM_TEST_SEED={}", seed));
   on_fiber([&] {
@@ -264,7 +259,7 @@ TEST_P(Qcow2Snapshot, APowerCutLosesNeitherTheDiskNorASnapshot) {
       }
       ASSERT_NO_FATAL_FAILURE(expect_clean(file));
       const uint64_t end = file->now();
-      for (int i = 0; i < 60; ++i) {
+      for (unsigned i = 0; i < states / 3; ++i) {
         const uint64_t cut = random() % (end + 1);
         SCOPED_TRACE(fmt::format("cut at {} of {}", cut, end));
         auto copy = std::make_shared<TestFile>();
@@ -276,12 +271,12 @@ TEST_P(Qcow2Snapshot, APowerCutLosesNeitherTheDiskNorASnapshot) {
 }
 
 INSTANTIATE_TEST_SUITE_P(Images, Qcow2Snapshot,
-                         testing::Values(Case{"v3_64k", 3, 16, 4, 8 << 20},
+                         testing::Values(Case{"v3_64k", 3, 16, 4, 3 << 20},
                                          Case{"v3_512", 3, 9, 4, 512 << 10},
                                          Case{"v3_4k_wide", 3, 12, 6, 2 << 20, false, true},
                                          Case{"v3_4k_narrow", 3, 12, 1, 2 << 20},
                                          Case{"v2_4k", 2, 12, 4, 2 << 20, false, true},
-                                         Case{"v3_16k_extended", 3, 14, 4, 4 << 20, true, true}),
+                                         Case{"v3_16k_extended", 3, 14, 4, 2 << 20, true, true}),
                          [](const auto& param_info) { return std::string(param_info.param.name); });
 
 }  // namespace

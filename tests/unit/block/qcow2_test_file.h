@@ -67,13 +67,17 @@ class TestFile final : public Node {
       if (durable(change, cut)) {
         apply(change, 0, change.length, out);
       } else if (luck == 4 || (luck != 0 && random() % 2 == 0)) {
-        // A torn write stops at a sector of the disk.
-        uint64_t end = change.length;
-        if (random() % 4 == 0) {
-          const uint64_t stop = (change.offset + random() % change.length) / 512 * 512;
-          end = stop > change.offset ? stop - change.offset : 0;
+        if (random() % 4 != 0) {
+          apply(change, 0, change.length, out);
+          continue;
         }
-        if (end != 0) apply(change, 0, end, out);
+        // A disk writes sectors whole: some of them, in any order.
+        for (uint64_t at = 0; at < change.length;) {
+          const uint64_t end =
+              std::min(change.length, ((change.offset + at) / 512 + 1) * 512 - change.offset);
+          if (random() % 2 == 0) apply(change, at, end, out);
+          at = end;
+        }
       }
     }
     return out;

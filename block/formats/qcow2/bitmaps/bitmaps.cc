@@ -141,6 +141,21 @@ void Bitmaps::before_first_write() {
   }
   mark_in_use(false);
   publish();
+  guard_places();
+}
+
+void Bitmaps::guard_places() {
+  if (!extension_) return;
+  const Geometry& g = image_.file().geometry();
+  MetadataMap& map = image_.metadata();
+  map.add_beside(extension_->directory_offset >> g.cluster_bits,
+                 g.clusters(extension_->directory_size), kBitmapDirectory);
+  for (const auto& bitmap : bitmaps_) {
+    const BitmapEntry& e = bitmap->entry;
+    if (!bitmap->on_disk || bitmap_problem(e, g, 0, image_.file().size()) != nullptr) continue;
+    map.add_beside(e.table_offset >> g.cluster_bits, g.clusters(uint64_t{e.table_size} * 8),
+                   kBitmapTable);
+  }
 }
 
 // On disk: those that are "auto" there, or all. The flag is a bit of one byte, so writes that a

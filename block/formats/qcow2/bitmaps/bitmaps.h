@@ -96,6 +96,8 @@ class Bitmaps final : public DirtyBitmaps {
   // Makes mark() know which are enabled; `also` is marked beside them. What mark() knew before is
   // not used any more when this returns.
   void publish(const std::vector<DirtyBits*>& also = {});
+  // Where they lie on disk is kept from being written over.
+  void guard_places();
   bool nothing_to_store() const;
   void collect_old(std::vector<HostClusters>& out, const BitmapEntry& entry);
   std::vector<BitmapEntry> write_all();

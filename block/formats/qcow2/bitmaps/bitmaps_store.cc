@@ -99,7 +99,10 @@ void Bitmaps::store() {
   // From here on the header may point to them, also after an error.
   store_.keep();
   switch_header(extension);
-  for (const HostClusters& clusters : old) image_.drop(clusters);
+  for (const HostClusters& clusters : old) {
+    image_.metadata().remove_beside(clusters.first, clusters.count);
+    image_.drop(clusters);
+  }
   uint64_t position = 0;
   for (size_t i = 0; i < bitmaps_.size(); ++i) {
     Bitmap& bitmap = *bitmaps_[i];
@@ -111,6 +114,7 @@ void Bitmaps::store() {
   removed_.clear();
   extension_ = extension;
   header_differs_ = false;
+  guard_places();
 }
 
 }  // namespace minivmm::block::qcow2

@@ -14,12 +14,18 @@
 #include "base/log.h"
 #include "block/formats/qcow2/image.h"
 #include "block/formats/qcow2/listing.h"
+#include "block/formats/qcow2/snapshots/tree_switch.h"
 
 namespace minivmm::block::qcow2 {
 
 using base::Error;
 
 namespace {
+
+uint64_t tables_in(const L1Entries& l1) {
+  return static_cast<uint64_t>(
+      std::count_if(l1.begin(), l1.end(), [](uint64_t entry) { return entry != 0; }));
+}
 
 uint64_t bytes_of(const std::vector<SnapshotEntry>& entries) {
   uint64_t out = 0;
@@ -71,90 +77,72 @@ uint64_t SnapshotSet::l1_entries_for(uint64_t size) const {
   return std::max<uint64_t>(entries, 1);
 }
 
-// As far as there is one: zeroes behind it.
-L1Entries SnapshotSet::active_l1(uint64_t entries) const {
-  L1Entries out(entries);
-  const uint64_t there = std::min<uint64_t>(entries, parts_.l1.size());
-  for (uint64_t i = 0; i < there; ++i) out[i] = parts_.l1.get(i) & ~kFlagCopied;
+// As they are, with their flags.
+L1Entries SnapshotSet::active_l1() const {
+  L1Entries out(l1_.size());
+  for (size_t i = 0; i < out.size(); ++i) out[i] = l1_.get(i);
   return out;
 }
 
-void SnapshotSet::give_back(uint64_t offset, uint64_t clusters) noexcept {
-  // Where writes are refused nobody knows what the header points to.
-  if (clusters != 0 && !image_.file().broken()) image_.allocator().give_back(offset, clusters);
+uint64_t SnapshotSet::clusters_of(const L1Entries& l1) const {
+  return image_.file().geometry().clusters(l1.size() * 8);
 }
 
-uint64_t SnapshotSet::write_l1(const L1Entries& entries) {
-  const Geometry& g = image_.file().geometry();
-  const uint64_t clusters = g.clusters(entries.size() * 8);
-  base::Buffer bytes = base::Buffer::zeroed(clusters << g.cluster_bits);
-  for (size_t i = 0; i < entries.size(); ++i) base::store_be(bytes.data() + i * 8, entries[i]);
-  const uint64_t offset = image_.allocator().allocate_together(clusters);
-  try {
-    image_.file().file().write(offset, bytes.io());
-  } catch (...) {
-    give_back(offset, clusters);
-    throw;
-  }
-  return offset;
-}
-
-SnapshotSet::List SnapshotSet::write_list(const std::vector<SnapshotEntry>& entries) {
-  const Geometry& g = image_.file().geometry();
+SnapshotSet::List SnapshotSet::take_list(TreeSwitch& change,
+                                         const std::vector<SnapshotEntry>& entries) {
   const uint64_t length = bytes_of(entries);
   if (length > kMaxListBytes || entries.size() > kMaxSnapshots) {
     throw Error(EFBIG, image_.file().name() + ": there is no room for another snapshot");
   }
-  List out{0, g.clusters(length)};
-  if (out.clusters == 0) return out;
-  base::Buffer bytes = base::Buffer::zeroed(out.clusters << g.cluster_bits);
+  List out{0, image_.file().geometry().clusters(length)};
+  if (out.clusters != 0) out.offset = change.take(out.clusters);
+  return out;
+}
+
+void SnapshotSet::write_list(const List& list, const std::vector<SnapshotEntry>& entries) {
+  if (list.clusters == 0) return;
+  base::Buffer bytes = base::Buffer::zeroed(list.clusters << image_.file().geometry().cluster_bits);
   std::byte* at = bytes.data();
   for (const SnapshotEntry& entry : entries) {
     const std::vector<std::byte> encoded = encode_snapshot(entry);
     at = std::copy(encoded.begin(), encoded.end(), at);
   }
-  out.offset = image_.allocator().allocate_together(out.clusters);
-  try {
-    image_.file().file().write(out.offset, bytes.io());
-  } catch (...) {
-    give_back(out.offset, out.clusters);
-    throw;
-  }
-  return out;
+  image_.file().file().write(list.offset, bytes.io());
 }
 
-template <typename Work>
-void SnapshotSet::tidy_up(const Work& work) noexcept {
-  try {
-    work();
-  } catch (const std::exception& e) {
-    base::log_warning(
-        "{}: not all that a snapshot held could be freed; `minivmm image check -r "
-        "leaks` will: {}",
-        image_.file().name(), e.what());
-  }
-}
-
-void SnapshotSet::switch_list(const List& list, size_t count) {
-  image_.file().change_numbers([&](Header& h) {
-    h.snapshots_offset = list.offset;
-    h.snapshots = static_cast<uint32_t>(count);
-  });
+// The header points to it.
+void SnapshotSet::use_list(const List& list, std::vector<SnapshotEntry> entries) {
   const unsigned bits = image_.file().geometry().cluster_bits;
-  parts_.metadata.move_snapshot_table(list.offset >> bits, list.clusters);
-  const List old = std::exchange(list_, list);
-  if (old.clusters != 0) image_.drop({old.offset >> bits, old.clusters});
+  image_.metadata().move_snapshot_table(list.offset >> bits, list.clusters);
+  list_ = list;
+  entries_ = std::move(entries);
+  for (const SnapshotEntry& entry : *entries_) {
+    image_.metadata().add_beside(entry.l1_offset >> bits,
+                                 image_.file().geometry().clusters(uint64_t{entry.l1_size} * 8),
+                                 kSnapshotL1);
+  }
 }
 
-std::string SnapshotSet::create(std::string_view name, uint64_t size, base::Epoch& epoch) {
-  if (image_.file().geometry().external_data) {
-    throw Error(ENOTSUP, image_.file().name() +
-                             ": an image with an external data file cannot have snapshots");
+void SnapshotSet::use_l1(uint64_t offset, const L1Entries& l1) {
+  const unsigned bits = image_.file().geometry().cluster_bits;
+  l1_.replace(offset, l1);
+  image_.metadata().move_l1_table(offset >> bits, clusters_of(l1));
+  for (const uint64_t entry : l1) {
+    if (entry != 0) image_.metadata().add((entry & kOffsetMask) >> bits, kL2Table);
   }
-  if (name.size() > kMaxSnapshotNameBytes) throw Error(EINVAL, "the snapshot's name is too long");
-  std::vector<SnapshotEntry> wanted = entries();
-  settle(epoch);
-  const Geometry& g = image_.file().geometry();
+}
+
+// After the header's change: what goes wrong keeps space from being used for a while.
+void SnapshotSet::free(TreeSwitch& change, const L1Entries& lowered_tree) noexcept {
+  try {
+    change.free(lowered_tree);
+  } catch (const std::exception& e) {
+    base::log_warning("{}: not all that is free now has been given back to the file system: {}",
+                      image_.file().name(), e.what());
+  }
+}
+
+SnapshotEntry SnapshotSet::new_entry(std::string_view name, uint64_t size) const {
   SnapshotEntry entry;
   entry.id = next_id();
   entry.name = name;
@@ -167,34 +155,50 @@ std::string SnapshotSet::create(std::string_view name, uint64_t size, base::Epoc
   entry.disk_size = size;
   entry.extra = snapshot_extra(0, size);
   entry.extra_bytes = static_cast<uint32_t>(entry.extra.size());
-  const L1Entries l1 = active_l1(l1_entries_for(size));
-  entry.l1_size = static_cast<uint32_t>(l1.size());
-  entry.l1_offset = write_l1(l1);
-  const uint64_t l1_clusters = g.clusters(l1.size() * 8);
-  wanted.push_back(entry);
-  List list;
-  std::exception_ptr error;
-  bool raised = false;
-  try {
-    list = write_list(wanted);
-    raise_tree(l1);
-    raised = true;
-    image_.commit();
-    clear_active_flags();
-    image_.commit();
-    switch_list(list, wanted.size());
-  } catch (...) {
-    error = std::current_exception();
+  return entry;
+}
+
+std::string SnapshotSet::create(std::string_view name, uint64_t size, base::Epoch& epoch) {
+  if (image_.file().geometry().external_data) {
+    throw Error(ENOTSUP, image_.file().name() +
+                             ": an image with an external data file cannot have snapshots");
   }
-  if (error) {
-    if (raised && !image_.file().broken()) lower_again(l1, ~uint64_t{0});
-    give_back(list.offset, list.clusters);
-    give_back(entry.l1_offset, l1_clusters);
-    std::rethrow_exception(error);
+  if (name.size() > kMaxSnapshotNameBytes) throw Error(EINVAL, "the snapshot's name is too long");
+  std::vector<SnapshotEntry> wanted = entries();
+  settle(epoch);
+  L1Entries active = active_l1();
+  L1Entries theirs = active;
+  theirs.resize(l1_entries_for(size));  // what lies behind the disk's end is not the snapshot's
+  for (uint64_t& entry : theirs) entry &= ~kFlagCopied;
+  wanted.push_back(new_entry(name, size));
+  SnapshotEntry& entry = wanted.back();
+  entry.l1_size = static_cast<uint32_t>(theirs.size());
+
+  TreeSwitch change(image_);
+  entry.l1_offset = change.take(clusters_of(theirs));
+  const List list = take_list(change, wanted);
+  const uint64_t l1_offset = change.take(clusters_of(active));
+  change.take_l2_tables(tables_in(theirs));
+  change.copy_refcounts();
+  change.raise_data(theirs);
+  for (size_t i = 0; i < std::min(active.size(), theirs.size()); ++i) {
+    if (active[i] != 0) active[i] = change.copy_shared_table(active[i]);
   }
-  entries_ = std::move(wanted);
-  tidy_up([&] { settle(epoch); });
-  return entry.id;
+  change.write_table(entry.l1_offset, theirs);
+  change.write_table(l1_offset, active);
+  write_list(list, wanted);
+  change.lower(l1_.offset(), clusters_of(active));
+  change.lower(list_.offset, list_.clusters);
+  change.finish([&](Header& h) {
+    h.l1_offset = l1_offset;
+    h.snapshots_offset = list.offset;
+    h.snapshots = static_cast<uint32_t>(wanted.size());
+  });
+  std::string id = entry.id;
+  use_l1(l1_offset, active);
+  use_list(list, std::move(wanted));
+  free(change, {});
+  return id;
 }
 
 void SnapshotSet::remove(std::string_view name, base::Epoch& epoch) {
@@ -205,26 +209,31 @@ void SnapshotSet::remove(std::string_view name, base::Epoch& epoch) {
   settle(epoch);
   const SnapshotEntry entry = *it;
   wanted.erase(it);
-  // What it refers to is freed: all of it has to make sense before anything is changed.
-  const L1Entries l1 = read_l1(image_.file(), entry.l1_offset, entry.l1_size);
-  walk_tree(image_.file(), l1, [](HostClusters, bool) {});
-  const List list = write_list(wanted);
-  try {
-    image_.commit();
-    switch_list(list, wanted.size());
-  } catch (...) {
-    give_back(list.offset, list.clusters);
-    throw;
+  const L1Entries theirs = read_l1(image_.file(), entry.l1_offset, entry.l1_size);
+  L1Entries active = active_l1();
+
+  TreeSwitch change(image_);
+  const List list = take_list(change, wanted);
+  const uint64_t l1_offset = change.take(clusters_of(active));
+  change.take_l2_tables(tables_in(active));
+  change.copy_refcounts();
+  change.lower_tree(theirs);
+  change.lower(entry.l1_offset, clusters_of(theirs));
+  change.lower(l1_.offset(), clusters_of(active));
+  change.lower(list_.offset, list_.clusters);
+  for (size_t i = 0; i < active.size(); ++i) {
+    if (active[i] != 0) active[i] = change.refresh_table(i, active[i]);
   }
-  entries_ = std::move(wanted);
-  const Geometry& g = image_.file().geometry();
-  tidy_up([&] {
-    release_tree(l1, epoch);
-    if (!l1.empty()) image_.drop({entry.l1_offset >> g.cluster_bits, g.clusters(l1.size() * 8)});
-    settle(epoch);
-    refresh_flags();
-    image_.commit();
+  change.write_table(l1_offset, active);
+  write_list(list, wanted);
+  change.finish([&](Header& h) {
+    h.l1_offset = l1_offset;
+    h.snapshots_offset = list.offset;
+    h.snapshots = static_cast<uint32_t>(wanted.size());
   });
+  use_l1(l1_offset, active);
+  use_list(list, std::move(wanted));
+  free(change, theirs);
 }
 
 uint64_t SnapshotSet::apply(std::string_view id_or_name, uint64_t size, base::Epoch& epoch) {
@@ -237,55 +246,32 @@ uint64_t SnapshotSet::apply(std::string_view id_or_name, uint64_t size, base::Ep
   }
   if (it == all.end()) throw Error(ENOENT, "No such file or directory");
   settle(epoch);
-  const Geometry& g = image_.file().geometry();
   const uint64_t new_size = it->disk_size != 0 ? it->disk_size : size;
   if (new_size > kMaxDiskSize || new_size % 512 != 0) {
     throw Error(EINVAL, fmt::format("the snapshot is of a disk of {} bytes", new_size));
   }
-  const uint64_t entries = l1_entries_for(new_size);
   L1Entries l1 = read_l1(image_.file(), it->l1_offset, it->l1_size);
-  l1.resize(entries);  // without the VM state
-  for (uint64_t& entry : l1) entry &= ~kFlagCopied;
-  const L1Entries old = active_l1(parts_.l1.size());
-  const List old_table{parts_.l1.offset(), g.clusters(old.size() * 8)};
-  const uint64_t offset = write_l1(l1);
-  std::exception_ptr error;
-  bool raised = false;
-  try {
-    walk_tree(image_.file(), old, [](HostClusters, bool) {});  // it is freed in the end
-    raise_tree(l1);
-    raised = true;
-    image_.commit();
-    clear_flags_in_file(l1);
-    image_.file().change_numbers([&](Header& h) {
-      h.l1_offset = offset;
-      h.l1_size = static_cast<uint32_t>(entries);
-      h.size = new_size;
-    });
-  } catch (...) {
-    error = std::current_exception();
+  l1.resize(l1_entries_for(new_size));  // without the VM state
+  const L1Entries old = active_l1();
+
+  TreeSwitch change(image_);
+  const uint64_t l1_offset = change.take(clusters_of(l1));
+  change.take_l2_tables(tables_in(l1));
+  change.copy_refcounts();
+  change.raise_data(l1);
+  for (uint64_t& entry : l1) {
+    if (entry != 0) entry = change.copy_shared_table(entry);
   }
-  if (error) {
-    if (raised && !image_.file().broken()) lower_again(l1, ~uint64_t{0});
-    give_back(offset, g.clusters(entries * 8));
-    std::rethrow_exception(error);
-  }
-  parts_.l1.replace(offset, l1);
-  parts_.metadata.move_l1_table(offset >> g.cluster_bits, g.clusters(entries * 8));
-  for (const uint64_t entry : l1) {
-    if (entry == 0) continue;
-    image_.l2().drop(entry & kOffsetMask, g.cluster_size());
-    parts_.metadata.add((entry & kOffsetMask) >> g.cluster_bits, kL2Table);
-  }
-  tidy_up([&] {
-    release_tree(old, epoch);
-    if (old_table.clusters != 0) {
-      image_.drop({old_table.offset >> g.cluster_bits, old_table.clusters});
-    }
-    settle(epoch);
-    refresh_flags();
-    image_.commit();
+  change.lower_tree(old);
+  change.lower(l1_.offset(), clusters_of(old));
+  change.write_table(l1_offset, l1);
+  change.finish([&](Header& h) {
+    h.l1_offset = l1_offset;
+    h.l1_size = static_cast<uint32_t>(l1.size());
+    h.size = new_size;
   });
+  use_l1(l1_offset, l1);
+  free(change, old);
   return new_size;
 }
 
