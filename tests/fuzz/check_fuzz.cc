@@ -3,7 +3,6 @@
 // and checked again. What a repair of everything calls sound has to be sound.
 #include <cstdlib>
 
-#include "base/log.h"
 #include "base/loop_group.h"
 #include "block/formats/qcow2/check.h"
 #include "block/formats/qcow2/repair.h"
@@ -12,7 +11,7 @@
 namespace minivmm::block {
 namespace {
 
-void use_image(std::span<const std::byte> image) {
+void use_disk_image(std::span<const std::byte> image) {
   const auto quiet = [](const std::string&) {};
   for (const qcow2::Repair what : {qcow2::Repair::kLeaks, qcow2::Repair::kAll}) {
     const auto file = make_file(image);
@@ -28,18 +27,9 @@ void use_image(std::span<const std::byte> image) {
 }
 
 }  // namespace
+
+void use_image(base::LoopGroup& loops, std::span<const std::byte> image) {
+  loops.loop(0).call("fuzz", [&] { use_disk_image(image); });
+}
+
 }  // namespace minivmm::block
-
-extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed) {
-  return minivmm::block::mutate_qcow2(data, size, most, seed);
-}
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  minivmm::base::set_log_level(minivmm::base::LogLevel::kOff);
-  static minivmm::base::LoopGroup loops(1);
-  if (size == 0 || size > 1 << 20) return 0;
-  // SAFETY: octets as bytes.
-  const std::span image(reinterpret_cast<const std::byte*>(data), size);
-  loops.loop(0).call("fuzz", [&] { minivmm::block::use_image(image); });
-  return 0;
-}

@@ -5,7 +5,6 @@
 #include <optional>
 #include <vector>
 
-#include "base/log.h"
 #include "base/loop_group.h"
 #include "block/jobs/copy_job.h"
 #include "tests/fuzz/qcow2_input.h"
@@ -36,30 +35,19 @@ std::optional<std::vector<std::byte>> copied(base::LoopGroup& loops,
   return out;
 }
 
+}  // namespace
+
 void use_image(base::LoopGroup& loops, std::span<const std::byte> image) {
-  ignore_errors([&] {
-    const auto node = open_image(make_file(image), true);
-    if (node->size() == 0 || node->size() > kMostDisk) return;
-    const auto one = copied(loops, node, 4096);
-    const auto other = copied(loops, node, 1 << 16);
-    if (one != other) std::abort();
-    node->close();
+  loops.loop(0).call("fuzz", [&] {
+    ignore_errors([&] {
+      const auto node = open_image(make_file(image), true);
+      if (node->size() == 0 || node->size() > kMostDisk) return;
+      const auto one = copied(loops, node, 4096);
+      const auto other = copied(loops, node, 1 << 16);
+      if (one != other) std::abort();
+      node->close();
+    });
   });
 }
 
-}  // namespace
 }  // namespace minivmm::block
-
-extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed) {
-  return minivmm::block::mutate_qcow2(data, size, most, seed);
-}
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  minivmm::base::set_log_level(minivmm::base::LogLevel::kOff);
-  static minivmm::base::LoopGroup loops(1);
-  if (size == 0 || size > 1 << 20) return 0;
-  // SAFETY: octets as bytes.
-  const std::span image(reinterpret_cast<const std::byte*>(data), size);
-  loops.loop(0).call("fuzz", [&] { minivmm::block::use_image(loops, image); });
-  return 0;
-}

@@ -3,7 +3,6 @@
 // says, that ends in an error or in success, within the bounds of this driver.
 #include <vector>
 
-#include "base/log.h"
 #include "base/loop_group.h"
 #include "block/formats/qcow2/check.h"
 #include "tests/fuzz/qcow2_input.h"
@@ -39,7 +38,7 @@ void write_some(Edge& disk) {
   }
 }
 
-void use_image(std::span<const std::byte> image) {
+void use_disk_image(std::span<const std::byte> image) {
   const auto file = make_file(image);
   ignore_errors([&] {
     Edge edge(file, "check", {});
@@ -60,18 +59,9 @@ void use_image(std::span<const std::byte> image) {
 }
 
 }  // namespace
+
+void use_image(base::LoopGroup& loops, std::span<const std::byte> image) {
+  loops.loop(0).call("fuzz", [&] { use_disk_image(image); });
+}
+
 }  // namespace minivmm::block
-
-extern "C" size_t LLVMFuzzerCustomMutator(uint8_t* data, size_t size, size_t most, unsigned seed) {
-  return minivmm::block::mutate_qcow2(data, size, most, seed);
-}
-
-extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  minivmm::base::set_log_level(minivmm::base::LogLevel::kOff);
-  static minivmm::base::LoopGroup loops(1);
-  if (size == 0 || size > 1 << 20) return 0;
-  // SAFETY: octets as bytes.
-  const std::span image(reinterpret_cast<const std::byte*>(data), size);
-  loops.loop(0).call("fuzz", [&] { minivmm::block::use_image(image); });
-  return 0;
-}

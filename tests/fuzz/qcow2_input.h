@@ -16,6 +16,7 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "base/loop_group.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/protocols/memory.h"
 
@@ -23,6 +24,9 @@
 extern "C" size_t LLVMFuzzerMutate(uint8_t* data, size_t size, size_t most) __attribute__((weak));
 
 namespace minivmm::block {
+
+// What a target does with an input (qcow2_main.cc calls it). On a plain thread; `loops` has one.
+void use_image(base::LoopGroup& loops, std::span<const std::byte> image);
 
 inline constexpr uint64_t kRoomToGrow = 256 << 10;
 
