@@ -12,8 +12,8 @@
 
 namespace minivmm::base {
 
-Pool::Pool(std::string name, unsigned max_threads)
-    : name_(std::move(name)), max_threads_(std::max(1U, max_threads)) {}
+Pool::Pool(std::string name, unsigned max_threads, std::optional<IoThread> kind)
+    : name_(std::move(name)), max_threads_(std::max(1U, max_threads)), kind_(kind) {}
 
 Pool::~Pool() {
   {
@@ -29,9 +29,26 @@ Pool& Pool::syscalls() {
   return pool;
 }
 
-Pool& Pool::work() {
-  static Pool pool("work", std::max(1U, std::thread::hardware_concurrency()));
+Pool& Pool::errands() {
+  static Pool pool("errands", 4, std::nullopt);
   return pool;
+}
+
+Pool& Pool::work() {
+  static Pool pool("work", std::max(1U, std::thread::hardware_concurrency()), IoThread::kWork);
+  return pool;
+}
+
+// Under the mutex.
+void Pool::add_thread() {
+  const auto number = static_cast<unsigned>(threads_.size());
+  const bool inherits = this_io_thread_is_confined();
+  threads_.emplace_back([this, number, inherits] { thread_main(number, inherits); });
+}
+
+void Pool::start_threads() {
+  const std::lock_guard lock(mutex_);
+  while (threads_.size() < max_threads_) add_thread();
 }
 
 void Pool::submit(Task& task) {
@@ -43,9 +60,8 @@ void Pool::submit(Task& task) {
   // A thread that was woken counts as idle until it runs. A task more than there are such threads
   // would stand behind another one, however long that blocks.
   if (queued_ > idle_ && threads_.size() < max_threads_) {
-    const auto number = static_cast<unsigned>(threads_.size());
     try {
-      threads_.emplace_back([this, number] { thread_main(number); });
+      add_thread();
     } catch (...) {
       // No more threads to be had: those that exist will do. Without any, nobody would: nothing
       // but this task is queued then.
@@ -60,8 +76,11 @@ void Pool::submit(Task& task) {
   }
 }
 
-void Pool::thread_main(unsigned number) {
-  ::pthread_setname_np(::pthread_self(), fmt::format("{}-{}", name_, number).substr(0, 15).c_str());
+void Pool::thread_main(unsigned number, bool inherited_filter) {
+  const std::string name = fmt::format("{}-{}", name_, number).substr(0, 15);
+  ::pthread_setname_np(::pthread_self(), name.c_str());
+  // A loop's filter is that of its pools.
+  bool confined = !kind_ || (inherited_filter && kind_ == IoThread::kPool);
   std::unique_lock lock(mutex_);
   for (;;) {
     while (head_ == nullptr) {
@@ -75,6 +94,10 @@ void Pool::thread_main(unsigned number) {
     if (head_ == nullptr) tail_ = nullptr;
     --queued_;
     lock.unlock();
+    if (!confined && io_threads_are_confined()) {
+      confine_io_thread(*kind_, name);
+      confined = true;
+    }
     task.run(task);
     lock.lock();
   }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bounded threads for what would block a loop or burn its time. Only closures go to a pool, never
-// fibers. Two exist, so that one kind of work cannot starve the other: leaf system calls (open,
-// getaddrinfo, fallocate on old file systems), and work (compression, libraries with deep stacks).
+// fibers. Three exist, so that one kind of work cannot starve the other: leaf system calls (seeks,
+// fallocate on old file systems), errands (what has to open or change something while the other
+// threads are confined, see io_threads.h), and work (compression, libraries with deep stacks).
 //
 // Threads start on first use and are named; a pool is destroyed after its users.
 #pragma once
@@ -16,13 +17,16 @@
 #include <type_traits>
 #include <vector>
 
+#include "base/io_threads.h"
+
 namespace minivmm::base {
 
 class Fiber;
 
 class Pool {
  public:
-  Pool(std::string name, unsigned max_threads);
+  // `kind`: the filter that its threads get, or none.
+  Pool(std::string name, unsigned max_threads, std::optional<IoThread> kind = IoThread::kPool);
   Pool(const Pool&) = delete;
   Pool& operator=(const Pool&) = delete;
   ~Pool();
@@ -40,12 +44,17 @@ class Pool {
   };
   void submit(Task& task);
 
+  // Any thread: makes all threads now. Throws std::system_error.
+  void start_threads();
+
   // The process's pools.
   static Pool& syscalls();  // leaf system calls
+  static Pool& errands();   // never confined
   static Pool& work();      // as many threads as cores
 
  private:
-  void thread_main(unsigned number);
+  void add_thread();
+  void thread_main(unsigned number, bool inherited_filter);
   static bool on_fiber() noexcept;
   static void wait_for(Task& task, Pool& pool);
   static void wake(Fiber* fiber) noexcept;
@@ -53,6 +62,7 @@ class Pool {
 
   const std::string name_;
   const unsigned max_threads_;
+  const std::optional<IoThread> kind_;
   std::mutex mutex_;
   std::condition_variable available_;
   Task* head_ = nullptr;

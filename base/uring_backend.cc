@@ -3,11 +3,13 @@
 // the same call that waits for completions.
 #include <poll.h>
 #include <sys/eventfd.h>
+#include <sys/syscall.h>
 #include <unistd.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include <liburing.h>
@@ -29,6 +31,11 @@ constexpr uint64_t kWakeup = 1;
 // fast devices more calls than it wins.
 constexpr unsigned kSubmitBatch = 4;
 
+// All that prepare() and the wake-up submit.
+constexpr uint8_t kOperations[] = {IORING_OP_READV,    IORING_OP_WRITEV,      IORING_OP_READ,
+                                   IORING_OP_WRITE,    IORING_OP_FSYNC,       IORING_OP_FALLOCATE,
+                                   IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL};
+
 // A submission holds 32 bits of length; what is beyond is a short transfer, which goes on.
 unsigned one_length(const IoOp& op) noexcept {
   return static_cast<unsigned>(std::min<size_t>(op.iov->iov_len, size_t{1} << 30));
@@ -48,6 +55,7 @@ class UringBackend final : public IoBackend {
  private:
   void set_up(unsigned entries);
   void probe();
+  void restrict_and_enable();
   bool prepare(IoOp& op) noexcept;
   void arm_wakeup() noexcept;
   void queue_overflow(IoOp& op) noexcept;
@@ -75,6 +83,7 @@ UringBackend::UringBackend(unsigned entries) {
   set_up(entries);
   try {
     probe();
+    restrict_and_enable();
   } catch (...) {
     ::io_uring_queue_exit(&ring_);
     throw;
@@ -90,7 +99,7 @@ void UringBackend::set_up(unsigned entries) {
   int result = -EINVAL;
   for (const unsigned flags : attempts) {
     io_uring_params params{};
-    params.flags = flags | IORING_SETUP_CQSIZE;
+    params.flags = flags | IORING_SETUP_CQSIZE | IORING_SETUP_R_DISABLED;
     params.cq_entries = entries * 4;
     result = ::io_uring_queue_init_params(entries, &ring_, &params);
     if (result != -EINVAL) break;
@@ -103,15 +112,34 @@ void UringBackend::set_up(unsigned entries) {
 void UringBackend::probe() {
   io_uring_probe* const found = ::io_uring_get_probe_ring(&ring_);
   if (found == nullptr) throw Error(ENOSYS, "io_uring: this kernel cannot be probed");
-  const int needed[] = {IORING_OP_READV,    IORING_OP_WRITEV,      IORING_OP_READ,
-                        IORING_OP_WRITE,    IORING_OP_FSYNC,       IORING_OP_FALLOCATE,
-                        IORING_OP_POLL_ADD, IORING_OP_ASYNC_CANCEL};
   bool complete = true;
-  for (const int op : needed) complete = complete && ::io_uring_opcode_supported(found, op) != 0;
+  for (const int op : kOperations) {
+    complete = complete && ::io_uring_opcode_supported(found, op) != 0;
+  }
   ::io_uring_free_probe(found);
   // The timeout of io_uring_enter itself (5.11) keeps timers out of the ring.
   if (!complete || (ring_.features & IORING_FEAT_EXT_ARG) == 0) {
     throw Error(ENOSYS, "io_uring: this kernel's is too old (5.11 is needed)");
+  }
+}
+
+// A filter of system calls (io_threads.h) sees nothing of what a ring does, open files and sockets
+// for example: the ring itself is restricted to what is used here.
+void UringBackend::restrict_and_enable() {
+  io_uring_restriction allowed[std::size(kOperations) + 1] = {};
+  for (size_t i = 0; i < std::size(kOperations); ++i) {
+    allowed[i].opcode = IORING_RESTRICTION_SQE_OP;
+    allowed[i].sqe_op = kOperations[i];
+  }
+  allowed[std::size(kOperations)].opcode = IORING_RESTRICTION_REGISTER_OP;
+  allowed[std::size(kOperations)].register_op = IORING_UNREGISTER_RING_FDS;
+  // By number: Debian 12's liburing does not export these two.
+  const auto tell = [&](unsigned what, const void* list, size_t count) {
+    return ::syscall(SYS_io_uring_register, ring_.ring_fd, what, list, count);
+  };
+  if (tell(IORING_REGISTER_RESTRICTIONS, allowed, std::size(allowed)) < 0 ||
+      tell(IORING_REGISTER_ENABLE_RINGS, nullptr, 0) < 0) {
+    throw errno_error(errno, "io_uring: restrictions");
   }
 }
 

@@ -50,7 +50,8 @@ po::options_description guest_options() {
     ("devices", po::value<std::string>()->default_value("auto")->value_name("HOW"),
      "how the kernel is told of its devices: acpi, command-line, or auto for what it knows")
     ("no-rng", "no virtio entropy device for a kernel")
-    ("no-seccomp", "no filters of system calls for the guest's threads")
+    ("on-reboot", po::value<std::string>()->default_value("exit")->value_name("WHAT"),
+     "what a reset by the guest does: exit, or restart the guest with all else as it is")
     ("pin", po::value<std::vector<std::string>>()->composing()->value_name("THREAD=CPUS"),
      "host processors for a thread: vcpu0=2, io0=0-1,4")
     ("serial", po::value<std::string>()->default_value("stdio")->value_name("WHERE"),
@@ -83,8 +84,12 @@ int run_boot(const std::vector<std::string>& arguments) {
   boot.prealloc = values.count("prealloc") != 0;
   boot.devices = text("devices");
   boot.rng = values.count("no-rng") == 0;
-  boot.confine_threads = values.count("no-seccomp") == 0;
   boot.serial = text("serial");
+  const std::string on_reboot = text("on-reboot");
+  if (on_reboot != "exit" && on_reboot != "restart") {
+    throw UsageError{fmt::format("--on-reboot {}: exit or restart", on_reboot)};
+  }
+  boot.restart_on_reboot = on_reboot == "restart";
   if (values.count("pin") != 0) {
     for (const auto& pin : values["pin"].as<std::vector<std::string>>()) {
       auto [thread, processors] = control::parse_pin(pin);

@@ -39,7 +39,7 @@ po::options_description graph_options() {
      "a disk image; makes a node and, for boot, the guest's device. Keys: id=NAME, "
      "format=qcow2|raw, ro, cache=writeback|writethrough|none|directsync|unsafe, backing=FILE, "
      "backing_fmt=FORMAT, offset=, size= (raw), serial=, logical_block_size=, "
-     "physical_block_size=, num-queues=, queue-size=, media=disk|cdrom, snapshot, legacy, "
+     "physical_block_size=, num-queues=, queue-size=, indirect_desc=on|off, event_idx=on|off, media=disk|cdrom, snapshot, legacy, "
      "rerror=report|ignore|stop, werror=report|ignore|stop|enospc, cache-size=, l2-cache-size=, "
      "refcount-cache-size=, l2-cache-entry-size=, locking=auto|on|off. "
      "A comma inside a value is doubled.")
@@ -88,6 +88,7 @@ po::options_description process_options() {
      "event loops, each on a thread; as many as processors, up to 4, if not said")
     ("io-backend", po::value<std::string>()->default_value("auto")->value_name("NAME"),
      "auto, io_uring or epoll")
+    ("no-seccomp", "no filters of system calls for the threads that serve guests and clients")
     ("ready-fd", po::value<std::string>()->value_name("N"),
      "write READY to this descriptor once everything can be used")
     ("pid-file", po::value<std::string>()->value_name("PATH"), "write the process id there")
@@ -259,6 +260,7 @@ control::Config make_config(const po::variables_map& values) {
     config.ready_fd = static_cast<int>(number_value(values, "ready-fd", 0, INT_MAX));
     given.take(fmt::format("--ready-fd {}", config.ready_fd), config.ready_fd);
   }
+  config.confine_threads = values.count("no-seccomp") == 0;
   if (values.count("pid-file") != 0) config.pid_file = values["pid-file"].as<std::string>();
   config.shutdown_timeout =
       std::chrono::seconds(number_value(values, "shutdown-timeout", 0, kMaxShutdownSeconds));

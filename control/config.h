@@ -28,6 +28,8 @@ struct DiskDevice {
   uint16_t queue_size = 256;
   virtio::ErrorAction read_error = virtio::ErrorAction::kReport;
   virtio::ErrorAction write_error = virtio::ErrorAction::kReport;
+  bool indirect = true;
+  bool event_index = true;
   bool legacy = false;
 };
 
@@ -78,7 +80,7 @@ struct Boot {
   unsigned cpus = 1;
   std::string devices = "auto";  // how the kernel is told of them: auto, acpi, command-line
   bool rng = true;
-  bool confine_threads = true;
+  bool restart_on_reboot = false;  // else a reset by the guest ends the machine
   // By the name of a thread (vcpu0, io1): the processors it may run on.
   std::map<std::string, std::vector<unsigned>> processors;
   std::string serial = "stdio";  // stdio, none, pty, file:PATH, or unix:PATH
@@ -95,6 +97,8 @@ struct Config {
   bool nbd_allow_remote = false;
   std::vector<FuseMount> fuse;
   std::optional<Boot> boot;
+  // Filters of system calls for threads that guests and clients talk to.
+  bool confine_threads = true;
   int ready_fd = -1;
   std::string pid_file;
   std::chrono::milliseconds shutdown_timeout{10'000};

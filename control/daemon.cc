@@ -16,6 +16,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "base/io_threads.h"
 #include "base/log.h"
 #include "control/side_by_side.h"
 #include "control/snapshot.h"
@@ -131,14 +132,23 @@ void Daemon::start() {
     });
   }
   if (config_.boot) {
-    guest_ = std::make_unique<Guest>(*loops_, *graph_, *config_.boot, config_.disks);
+    serial_port_ =
+        std::make_unique<SerialPort>(*loops_, config_.boot->serial, config_.confine_threads);
+    Guest::bind_loops(*loops_, *config_.boot);
+    make_guest();
   }
   on_loop("publish", [this] {
     for (const Export& wanted : config_.exports) publish(wanted);
   });
   open_fuse();
   open_nbd();
+  if (config_.confine_threads) confine();
   if (guest_) guest_->start();
+}
+
+void Daemon::make_guest() {
+  guest_ = std::make_unique<Guest>(*loops_, *graph_, *serial_port_, *config_.boot, config_.disks,
+                                   config_.confine_threads);
 }
 
 void Daemon::open_nodes() {
@@ -197,7 +207,33 @@ void Daemon::open_nbd() {
   });
 }
 
+// All is open. What comes now comes from guests and clients.
+void Daemon::confine() {
+  base::confine_io_threads();
+  for (size_t i = 0; i < loops_->size(); ++i) {
+    base::EventLoop& loop = loops_->loop(i);
+    loop.call("confine", [&loop] { base::confine_io_thread(base::IoThread::kLoop, loop.name()); });
+  }
+}
+
+// Two systems that write to one file system destroy it, and what the guest mounts cannot be seen.
+void Daemon::warn_of_two_writers() const {
+  if (!guest_ || guest_->is_probe()) return;
+  for (const Export& wanted : config_.exports) {
+    const auto shared = std::find_if(
+        config_.disks.begin(), config_.disks.end(),
+        [&](const Disk& disk) { return disk.node_name == wanted.node_name && !disk.read_only; });
+    if (!wanted.writable || shared == config_.disks.end()) continue;
+    base::log_warning(
+        "export '{}' is writable, and so is disk '{}' of the guest: while the guest has a file "
+        "system on it mounted, a write by anybody else destroys that; leave 'writable' out of "
+        "--export to serve the disk read-only",
+        wanted.name, shared->node_name);
+  }
+}
+
 void Daemon::announce() {
+  warn_of_two_writers();
   if (nbd_) {
     for (const std::string& uri : nbd_->uris()) base::log_info("NBD export at {}", uri);
   }
@@ -215,7 +251,11 @@ void Daemon::wait_for_end() {
                   {guest_ ? guest_->machine().ended_fd() : -1, POLLIN, 0}};
   while (!ending_) {
     if (::poll(fds, 3, -1) < 0) continue;  // EINTR
-    if ((fds[2].revents & POLLIN) != 0) return;
+    if ((fds[2].revents & POLLIN) != 0) {
+      if (!restart_guest()) return;
+      fds[2].fd = guest_->machine().ended_fd();
+      continue;
+    }
     if ((fds[1].revents & POLLIN) != 0) {
       uint64_t value = 0;
       (void)!::read(unmounted_.get(), &value, sizeof value);
@@ -225,6 +265,36 @@ void Daemon::wait_for_end() {
     }
     if ((fds[0].revents & POLLIN) != 0) take_signal();
   }
+}
+
+// True: the guest has reset itself and runs again, on the same disks. Other front ends have gone on
+// meanwhile, and so have throw-away overlays and the serial port.
+bool Daemon::restart_guest() {
+  if (!config_.boot->restart_on_reboot || guest_->machine().wait().kind != vmm::ExitKind::kReset) {
+    return false;
+  }
+  base::log_info("guest: {}; it starts again", guest_->machine().wait().text);
+  std::vector<std::string> problems;
+  bool idle = true;
+  started_ = false;
+  try {
+    run_watched([&] {
+      idle = guest_->stop(config_.shutdown_timeout, problems);
+      if (!idle) return;
+      guest_.reset();
+      if (!problems.empty()) return;
+      make_guest();
+      guest_->start();
+    });
+  } catch (const std::exception& e) {
+    problems.emplace_back(e.what());
+  }
+  started_ = true;
+  for (const std::string& line : problems)
+    base::log_error("the guest cannot start again: {}", line);
+  if (!idle) give_up_now("requests still run");
+  restart_failed_ = !problems.empty();
+  return !restart_failed_;
 }
 
 Daemon::Outcome Daemon::take_down() {
@@ -281,7 +351,7 @@ int Daemon::shut_down() {
     if (!reason.text.empty()) base::log_info("guest: {}", reason.text);
     status = reason.exit_status();
   }
-  return outcome.problems.empty() ? status : std::max(status, 1);
+  return outcome.problems.empty() && !restart_failed_ ? status : std::max(status, 1);
 }
 
 void Daemon::give_up_now(const char* why) {

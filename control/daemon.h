@@ -51,8 +51,12 @@ class Daemon {
   void start();
   void open_nodes();
   void open_nbd();
+  void confine();
   void open_fuse();
   void publish(const Export& wanted);
+  void make_guest();
+  bool restart_guest();
+  void warn_of_two_writers() const;
   void announce();
   void run_watched(const std::function<void()>& body);
   void take_signal();
@@ -82,7 +86,9 @@ class Daemon {
   std::unique_ptr<block::Graph> graph_;
   std::unique_ptr<nbd::Server> nbd_;
   std::vector<std::unique_ptr<fuse::Mount>> mounts_;
+  std::unique_ptr<SerialPort> serial_port_;
   std::unique_ptr<Guest> guest_;
+  bool restart_failed_ = false;
   base::UniqueFd unmounted_;  // an eventfd: somebody else unmounted one of ours
 };
 

@@ -72,6 +72,8 @@ class Guest::Slot final : public vmm::BusDevice {
     options.read_error = disk.device.read_error;
     options.write_error = disk.device.write_error;
     options.on_stop = std::move(on_stop);
+    options.indirect = disk.device.indirect;
+    options.event_index = disk.device.event_index;
     options.legacy = disk.device.legacy;
     device_ = std::make_unique<virtio::MmioBlock>(std::move(handle), machine.memory(), options,
                                                   std::move(loops), irqfd_.get());
@@ -136,9 +138,15 @@ vmm::DeviceListing device_listing(const std::string& how) {
                     fmt::format("--devices {}: auto, acpi or command-line is expected", how));
 }
 
-// Binds the loops; returns what the vCPUs are to be bound to.
-std::vector<std::vector<unsigned>> bind_threads(base::LoopGroup& loops, const Boot& boot) {
-  std::vector<std::vector<unsigned>> vcpus(boot.cpus);
+// Where --pin puts threads; by the number of the vCPU or loop, none: anywhere.
+struct Pins {
+  std::vector<std::vector<unsigned>> vcpus;
+  std::vector<std::vector<unsigned>> loops;
+};
+
+Pins parse_pins(const Boot& boot, size_t loops) {
+  Pins out{std::vector<std::vector<unsigned>>(boot.cpus),
+           std::vector<std::vector<unsigned>>(loops)};
   const auto numbered = [](const std::string& name, std::string_view kind, size_t count) {
     size_t number = count;
     if (!name.starts_with(kind)) return number;
@@ -148,20 +156,19 @@ std::vector<std::vector<unsigned>> bind_threads(base::LoopGroup& loops, const Bo
   };
   for (const auto& [name, processors] : boot.processors) {
     vmm::check_processors(processors);
-    const size_t vcpu = numbered(name, "vcpu", vcpus.size());
-    const size_t io = numbered(name, "io", loops.size());
-    if (vcpu < vcpus.size()) {
-      vcpus[vcpu] = processors;
-    } else if (io < loops.size()) {
-      loops.loop(io).call("bind",
-                          [&name, &processors] { vmm::run_on_processors(processors, name); });
+    const size_t vcpu = numbered(name, "vcpu", out.vcpus.size());
+    const size_t io = numbered(name, "io", loops);
+    if (vcpu < out.vcpus.size()) {
+      out.vcpus[vcpu] = processors;
+    } else if (io < loops) {
+      out.loops[io] = processors;
     } else {
       throw base::Error(EINVAL, fmt::format("--pin {}: the threads are vcpu0 to vcpu{} and io0 to "
                                             "io{}",
-                                            name, vcpus.size() - 1, loops.size() - 1));
+                                            name, out.vcpus.size() - 1, loops - 1));
     }
   }
-  return vcpus;
+  return out;
 }
 
 // Where KVM interprets the guest's kernel, a Linux kernel needs help, and its user what to expect.
@@ -178,6 +185,15 @@ void prepare_for_emulated_host(vmm::MachineConfig& config) {
 }
 
 }  // namespace
+
+void Guest::bind_loops(base::LoopGroup& loops, const Boot& boot) {
+  const Pins pins = parse_pins(boot, loops.size());
+  for (size_t i = 0; i < loops.size(); ++i) {
+    const std::vector<unsigned>& processors = pins.loops[i];
+    if (processors.empty()) continue;
+    loops.loop(i).call("bind", [&] { vmm::run_on_processors(processors, fmt::format("io{}", i)); });
+  }
+}
 
 // False: the disk carries no kernel.
 bool Guest::use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const Disk& disk,
@@ -205,9 +221,8 @@ bool Guest::use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const D
   return true;
 }
 
-Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
-             const std::vector<Disk>& disks)
-    : serial_port_(loops, boot.serial, boot.confine_threads) {
+Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const SerialPort& serial,
+             const Boot& boot, const std::vector<Disk>& disks, bool confine_threads) {
   vmm::MachineConfig config;
   config.memory_bytes = boot.memory_bytes;
   config.shared_memory = boot.shared_memory;
@@ -215,19 +230,19 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
   config.prealloc = boot.prealloc;
   config.device_listing = device_listing(boot.devices);
   config.vcpus = boot.cpus;
-  config.confine_threads = boot.confine_threads;
-  config.vcpu_processors = bind_threads(loops, boot);
+  config.confine_threads = confine_threads;
+  config.vcpu_processors = parse_pins(boot, loops.size()).vcpus;
   config.initrd_path = boot.initrd;
   config.command_line = boot.append;
-  config.serial = serial_port_.config();
+  config.serial = serial.config();
   if (!boot.kernel.empty()) {
     config.kernel.path = boot.kernel;
   } else if (boot.probe || disks.empty() || !use_disk_kernel(loops, graph, disks[0], config)) {
     config.kernel.bytes = probe::probe_elf();
     config.kernel.name = "the probe guest";
   }
-  const bool own_kernel = config.kernel.bytes.empty();
-  if (own_kernel) prepare_for_emulated_host(config);
+  is_probe_ = !config.kernel.bytes.empty();
+  if (!is_probe_) prepare_for_emulated_host(config);
   machine_ = std::make_unique<vmm::Machine>(std::move(config));
   size_t first_loop = 0;
   for (const Disk& disk : disks) {
@@ -251,7 +266,7 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
   }
   // Behind the disks, so that their windows are where they were without it. A machine that is full
   // of disks does without, as the probe guest does.
-  if (boot.rng && own_kernel && disks.size() < vmm::kVirtioSlots) {
+  if (boot.rng && !is_probe_ && disks.size() < vmm::kVirtioSlots) {
     rng_ = std::make_unique<Rng>(*machine_, loops.loop(0));
   }
 }

@@ -22,14 +22,21 @@ namespace minivmm::control {
 class Guest {
  public:
   // Makes the machine and a device for each disk. Throws; then nothing is left. Plain thread.
-  Guest(base::LoopGroup& loops, block::Graph& graph, const Boot& boot,
-        const std::vector<Disk>& disks);
+  // `serial` outlives it.
+  Guest(base::LoopGroup& loops, block::Graph& graph, const SerialPort& serial, const Boot& boot,
+        const std::vector<Disk>& disks, bool confine_threads);
   Guest(const Guest&) = delete;
   Guest& operator=(const Guest&) = delete;
   ~Guest();
 
+  // Binds the loops to the processors that `boot` names for them. Once, before they are confined.
+  // Throws for processors that are not there and threads that do not exist.
+  static void bind_loops(base::LoopGroup& loops, const Boot& boot);
+
   void start() { machine_->start(); }
   vmm::Machine& machine() noexcept { return *machine_; }
+  // The built-in guest, which mounts no file systems.
+  bool is_probe() const noexcept { return is_probe_; }
 
   // Goes on after a disk's error has paused the guest. Any thread.
   void resume();
@@ -48,7 +55,7 @@ class Guest {
   class Rng;
   bool use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const Disk& disk,
                        vmm::MachineConfig& config);
-  SerialPort serial_port_;
+  bool is_probe_ = false;
   std::optional<DiskKernel> disk_kernel_;  // read when the guest starts
   std::unique_ptr<vmm::Machine> machine_;
   std::vector<std::unique_ptr<Slot>> slots_;

@@ -100,6 +100,8 @@ DiskDevice take_device(Options& given, bool cdrom) {
   device.queue_size = static_cast<uint16_t>(given.take_uint("queue-size", 256, 4, 1024));
   device.read_error = take_error_action(given, "rerror");
   device.write_error = take_error_action(given, "werror");
+  device.indirect = given.take_bool("indirect_desc", true);
+  device.event_index = given.take_bool("event_idx", true);
   device.legacy = given.take_bool("legacy", false);
   return device;
 }

@@ -37,7 +37,7 @@ Mount::State::State(base::LoopGroup& loops, std::string mountpoint, const MountO
 
 void Mount::State::start() {
   if (phase_ != Phase::kNew) throw base::Error(EINVAL, given_path_ + ": a mount starts once");
-  base::Pool& pool = base::Pool::syscalls();
+  base::Pool& pool = base::Pool::errands();
   mountpoint_ = pool.run([this] { return prepare_mountpoint(given_path_); });
   try {
     mount();
@@ -55,7 +55,7 @@ void Mount::State::start() {
 
 void Mount::State::mount() {
   session_ = std::make_unique<Session>(files_, appearance_of(options_));
-  base::Pool::syscalls().run([this] { session_->mount(mountpoint_.path, options_.allow_other); });
+  base::Pool::errands().run([this] { session_->mount(mountpoint_.path, options_.allow_other); });
   const std::lock_guard lock(channels_mutex_);
   for (size_t i = 0; i < loops_.size(); ++i) {
     base::EventLoop& loop = loops_.loop(i);
@@ -105,7 +105,7 @@ void Mount::State::remove_file(const std::string& name, Clock::time_point deadli
 
 bool Mount::State::still_mounted() const { return is_mount_of_this_process(mountpoint_.path); }
 
-// In the pool. The file system is served meanwhile: the kernel may write back through it.
+// An errand. The file system is served meanwhile: the kernel may write back through it.
 void Mount::State::unmount_blocking() {
   if (still_mounted() && !unmount(mountpoint_.path)) {
     base::log_warning(
@@ -152,7 +152,7 @@ std::vector<std::string> Mount::State::stop(Clock::time_point deadline) {
   if (before != Phase::kNew) {
     try {
       if (!within(deadline, "FUSE unmount",
-                  [this] { base::Pool::syscalls().run([this] { unmount_blocking(); }); })) {
+                  [this] { base::Pool::errands().run([this] { unmount_blocking(); }); })) {
         troubles.push_back(given_path_ + ": unmounting has not ended");
       }
     } catch (const std::exception& e) {

@@ -12,6 +12,8 @@
 #include <cerrno>
 #include <limits>
 
+#include "base/io_threads.h"
+
 namespace minivmm::fuse {
 namespace {
 
@@ -74,6 +76,7 @@ int PageDropper::drop(uint64_t inode, uint64_t offset, uint64_t length) noexcept
 void PageDropper::run(int device) noexcept {
   ::pthread_setname_np(::pthread_self(), "fuse-drop-pages");
   const bool own_table = leave_descriptors(device);
+  base::confine_io_thread(base::IoThread::kPages, "fuse-drop-pages");
   std::unique_lock lock(mutex_);
   own_table_ = own_table;
   for (;;) {

@@ -195,7 +195,7 @@ void Server::Core::close_listeners() {
   for (const auto& each : closing) {
     each->loop->post("nbd cancel", [each] {
       // The socket's file goes first, so that nobody finds a socket that does not answer.
-      each->socket.file.remove();
+      base::Pool::errands().run([&] { each->socket.file.remove(); });
       each->cancel.cancel();
     });
   }

@@ -42,9 +42,11 @@ BlockShape::BlockShape(const BlockOptions& options, const block::Limits& disk, b
   // One descriptor for the header and one for the status.
   limits_.max_segments = options.queue_size - 2U;
   limits_.max_segment_bytes = kMaxSegmentBytes;
-  features_ = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_F_INDIRECT_DESC) | bit(VIRTIO_F_EVENT_IDX) |
-              bit(VIRTIO_BLK_F_SEG_MAX) | bit(VIRTIO_BLK_F_SIZE_MAX) | bit(VIRTIO_BLK_F_BLK_SIZE) |
-              bit(VIRTIO_BLK_F_TOPOLOGY) | bit(VIRTIO_BLK_F_FLUSH) | bit(VIRTIO_BLK_F_CONFIG_WCE);
+  features_ = bit(VIRTIO_F_VERSION_1) | bit(VIRTIO_BLK_F_SEG_MAX) | bit(VIRTIO_BLK_F_SIZE_MAX) |
+              bit(VIRTIO_BLK_F_BLK_SIZE) | bit(VIRTIO_BLK_F_TOPOLOGY) | bit(VIRTIO_BLK_F_FLUSH) |
+              bit(VIRTIO_BLK_F_CONFIG_WCE);
+  if (options.indirect) features_ |= bit(VIRTIO_F_INDIRECT_DESC);
+  if (options.event_index) features_ |= bit(VIRTIO_F_EVENT_IDX);
   if (num_queues_ > 1) features_ |= bit(VIRTIO_BLK_F_MQ);
   if (!writable_) {
     features_ |= bit(VIRTIO_BLK_F_RO);

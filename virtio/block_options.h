@@ -31,6 +31,9 @@ struct BlockOptions {
   ErrorAction write_error = ErrorAction::kReport;  // also of flushes, discards and zeroes
   // Called with what failed where a request begins to wait (kStop); on a fiber, must not wait.
   std::function<void(const std::string&)> on_stop{};
+  // What drivers may use; off for tests of those that cannot.
+  bool indirect = true;
+  bool event_index = true;
   bool legacy = false;  // the virtio-mmio window is that of version 1
   // How long a queue may look for new requests before it sleeps. It adapts itself up to this limit;
   // 0 turns it off.

@@ -1,7 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What a thread that a guest can talk to may ask of the system: a seccomp filter, for the rest of
-// the thread's life. Anything else fails with EPERM, so that a case nobody thought of does not end
-// the guest.
+// What a thread that a guest can talk to may ask of the system (base/call_filter.h).
 #pragma once
 
 #include <string>

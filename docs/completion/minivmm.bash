@@ -2,7 +2,7 @@
 # Completion of `minivmm` for bash.
 
 _minivmm_disk_keys="id= format= ro readonly cache= backing= backing_fmt= offset= size= serial=
-  logical_block_size= physical_block_size= num-queues= queue-size= media= snapshot= legacy rerror= werror=
+  logical_block_size= physical_block_size= num-queues= queue-size= indirect_desc= event_idx= media= snapshot= legacy rerror= werror=
   cache-size= l2-cache-size=
   refcount-cache-size= l2-cache-entry-size= locking="
 _minivmm_export_keys="name= description= writable allow= nbd fuse"
@@ -10,8 +10,8 @@ _minivmm_fuse_keys="mode= uid= gid= allow_other"
 
 _minivmm_disks="--disk --blockdev --object --backing-root"
 _minivmm_front_ends="--nbd --nbd-allow-remote --fuse --export"
-_minivmm_process="--io-threads --io-backend --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
-_minivmm_guest="--kernel --probe --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --no-seccomp --pin --serial"
+_minivmm_process="--io-threads --io-backend --no-seccomp --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
+_minivmm_guest="--kernel --probe --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --on-reboot --pin --serial"
 
 # --- image commands: written by docs/update-image-commands ---
 _minivmm_image_commands="amend bench bitmap check commit compare convert create dd info map measure rebase resize"
@@ -166,7 +166,8 @@ _minivmm() {
     *:--blockdev) words_for="driver="; compopt -o nospace 2>/dev/null ;;
     *:--io-backend) words_for="auto io_uring epoll" ;;
     *:--log-level) words_for="debug info warning error off" ;;
-    *:--serial) words_for="stdio none file:" ;;
+    *:--serial) words_for="stdio none pty file: unix:" ;;
+    *:--on-reboot) words_for="exit restart" ;;
     check-host:--output) words_for="human json" ;;
     boot:--backing-root | serve:--backing-root)
       compopt -o filenames 2>/dev/null

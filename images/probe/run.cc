@@ -87,6 +87,10 @@ bool run_shell(Disks& disks, const Options& shell, int* status) {
     StringView rest = line;
     const StringView name = next_word(rest, kShellSeparators);
     if (name.empty()) continue;
+    if (name == "reboot") {
+      out8(0x64, 0xfe);  // the keyboard controller's reset line
+      continue;
+    }
     if (name != "exit") {
       all_good = run_job(disks, line, kShellSeparators) && all_good;
       continue;

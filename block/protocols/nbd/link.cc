@@ -82,7 +82,7 @@ NbdLink::~NbdLink() { nbd_.close(handle_); }
 
 std::shared_ptr<NbdLink> NbdLink::connect(const NbdTarget& target, base::Clock::time_point deadline,
                                           const std::atomic<bool>& stop) {
-  const Libnbd& library = *base::Pool::syscalls().run([] { return &libnbd(); });
+  const Libnbd& library = *base::Pool::errands().run([] { return &libnbd(); });
   const std::shared_ptr<NbdLink> out(new NbdLink(*base::EventLoop::current(), library));
   out->configure(target);
   out->handshake(target, deadline, stop);
@@ -133,13 +133,13 @@ void NbdLink::configure(const NbdTarget& target) {
   if (!good) fail(target);
 }
 
-// Every step runs in the pool: names are resolved, certificates read and checked there, which
+// Every step is an errand: names are resolved, certificates read and checked there, which
 // blocks and wants a thread's stack.
 void NbdLink::handshake(const NbdTarget& target, base::Clock::time_point deadline,
                         const std::atomic<bool>& stop) {
   // libnbd keeps the text of an error for the thread that ran into it.
   const auto step = [&](auto&& call) {
-    base::Pool::syscalls().run([&] {
+    base::Pool::errands().run([&] {
       if (call() != 0) fail(target);
     });
   };

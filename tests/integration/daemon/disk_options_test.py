@@ -153,25 +153,6 @@ class Kinds(Scene):
                       self.refused("boot", "--disk", "driver=null,size=1M,media=cdrom,"
                                                      "read-only=off"))
 
-    def confined(self, vm):
-        found = set()
-        for task in glob.glob(f"/proc/{vm.pid}/task/*"):
-            with open(task + "/status", encoding="ascii") as f:
-                status = dict(line.split(":", 1) for line in f)
-            if status["Seccomp"].strip() == "2":
-                found.add(status["Name"].strip())
-        return found
-
-    def test_threads_that_a_guest_talks_to_are_confined(self):
-        kinds = {"vcpu0", "vcpu1", "serial-in", "serial-out", "serial-socket"}
-        for options, wanted in (((), kinds), (("--no-seccomp",), set())):
-            vm = self.daemon("boot", "--memory", "64M", "--cpus", "2", "--append", SHELL,
-                             "--serial", "unix:s.sock", *options)
-            # Each thread does it at its own start.
-            wait_until(lambda: self.confined(vm) & kinds == wanted, 30,
-                       f"filters of {wanted}: {self.confined(vm)}")
-            self.assert_ended(vm, 0, signal.SIGTERM)
-
     def test_threads_run_where_they_are_told(self):
         mine = sorted(os.sched_getaffinity(0))
         vm = self.boot("--disk", f"driver=memory,size={MIB}", "--io-threads", "2",

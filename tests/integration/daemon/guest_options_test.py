@@ -11,8 +11,8 @@ import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
-from harness.daemon import SHELL
-from harness.scene import MIB, Scene
+from harness.daemon import SHELL, minivmm
+from harness.scene import MIB, Scene, run
 
 PROBE = os.environ["MINIVMM_PROBE_ELF"]
 MOST_DEVICES = 19
@@ -66,6 +66,114 @@ class GuestOptions(Scene):
                               (("--hugetlb", "3M"), "only of 2 MiB and 1 GiB"),
                               (("--hugetlb", "2X"), "hugetlb")):
             self.assertIn(text, self.refused("boot", *options, *self.disks(1)))
+
+
+class Reboot(Scene):
+    def start(self, *arguments):
+        return self.boot("--disk", f"driver=memory,node-name=disk0,size={MIB}", "--export",
+                         "disk0,writable", "--nbd", "nbd+unix:///?socket=m.sock", *arguments)
+
+    def test_ends_the_machine_unless_asked(self):
+        vm = self.start()
+        vm.type("reboot")
+        self.assert_ended(vm)
+        self.assertIn("the guest reset itself", vm.errors.text())
+
+    def by_nbd(self, command):
+        status, text = run(["qemu-io", "-f", "raw", "-c", command,
+                            f"nbd+unix:///disk0?socket={self.path('m.sock')}"])
+        self.assertEqual(status, 0, text)
+        self.assertNotIn("failed", text)
+
+    def test_starts_the_guest_again_on_the_same_disks(self):
+        vm = self.start("--on-reboot", "restart", "--cpus", "2", "--io-threads", "2",
+                        "--pin", "io1=0")
+        heard = 0
+        for life in range(3):
+            vm.job("write length=64K pattern=0x%x" % (life + 1))
+            self.by_nbd("read -P %d 0 64k" % (life + 1))
+            self.by_nbd("write -P %d 64k 64k" % (life + 17))
+            heard = vm.output.count()
+            vm.type("reboot")
+            vm.output.wait(lambda line: line.startswith("probe: shell"), heard)
+            # What both wrote is there: a memory disk lives as long as its node.
+            vm.job("verify length=64K pattern=0x%x" % (life + 1))
+            vm.job("verify offset=64K length=64K pattern=0x%x" % (life + 17))
+        vm.send(signal.SIGUSR1)
+        vm.errors.wait(lambda line: "guest: running" in line)
+        # Other ends stay ends.
+        vm.type("exit 5")
+        self.assert_ended(vm, 5)
+        text = vm.errors.text()
+        self.assertEqual(text.count("it starts again"), 3, text)
+        self.assertNotRegex(text, "error:|not permitted")
+
+    def test_a_signal_ends_it_also_while_it_starts_again(self):
+        vm = self.start("--on-reboot", "restart")
+        vm.type("reboot")
+        self.assert_ended(vm, 0, signal.SIGTERM)
+
+    def test_says_what_it_takes(self):
+        self.assertIn("exit or restart", self.refused("boot", "--on-reboot", "stop"))
+
+
+class TwoWriters(Scene):
+    """A writable export of what a kernel may have mounted is warned of."""
+    WARNING = "destroys"
+
+    def errors(self, *arguments):
+        vm = self.daemon("boot", "--memory", "64M", "--append", SHELL, "--nbd",
+                         "nbd+unix:///?socket=m.sock", *arguments)
+        self.assert_ended(vm, 0, signal.SIGTERM)
+        return vm.errors.text()
+
+    def test_warns_where_both_can_write(self):
+        disk = ("--disk", f"driver=memory,node-name=disk0,size={MIB}")
+        kernel = ("--kernel", PROBE, "--devices", "command-line")
+        text = self.errors(*kernel, *disk, "--export", "disk0,name=x,writable")
+        self.assertRegex(text, f"warning: export 'x' is writable.*{self.WARNING}")
+        for quiet in ((*kernel, *disk, "--export", "disk0"),
+                      (*kernel, *disk, "--disk", f"driver=memory,node-name=b,size={MIB},read-only=on",
+                       "--export", "b"),
+                      (*disk, "--export", "disk0,writable")):
+            self.assertNotIn(self.WARNING, self.errors(*quiet))
+
+
+class NoKvm(Scene):
+    """Where guests cannot run, the first line says why and what to do; all else works."""
+
+    def hidden(self, *arguments, script):
+        """Our program in a mount namespace that was changed by `script`."""
+        return run(["unshare", "--mount", "sh", "-c", f'{script} && exec "$@"', "sh", *arguments])
+
+    def setUp(self):
+        super().setUp()
+        if os.geteuid() != 0:
+            self.skipTest("only root may hide /dev/kvm")
+
+    def test_no_device(self):
+        hide = "mount -t tmpfs none /dev && cd " + self.dir
+        status, text = self.hidden(minivmm(), "boot", "--serial", "none", script=hide)
+        self.assertEqual(status, 1)
+        self.assertRegex(text.split("\n")[0], "/dev/kvm does not exist: .*everything else works")
+        status, text = self.hidden(minivmm(), "check-host", script=hide)
+        self.assertEqual(status, 1)
+        self.assertRegex(text, r"missing +kvm .*/dev/kvm")
+        status, text = self.hidden(minivmm(), "image", "create", "-f", "qcow2", "x.qcow2", "1M",
+                                   script=hide)
+        self.assertEqual(status, 0, text)
+
+    def test_no_permission(self):
+        # Only the group may, and a user who is not in it tries.
+        os.chmod(self.dir, 0o755)
+        os.mkdir(self.path("t"))
+        status, text = self.hidden(
+            "setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "t/minivmm", "boot",
+            "--serial", "none", script=f"cd {self.dir} && mount -t tmpfs none t && "
+            f"cp {minivmm()} t/minivmm && mknod t/kvm c 10 232 && chmod 660 t/kvm && "
+            "mount --bind t/kvm /dev/kvm")
+        self.assertEqual(status, 1)
+        self.assertRegex(text.split("\n")[0], "/dev/kvm: permission denied: run as a member of")
 
 
 class SerialPort(Scene):

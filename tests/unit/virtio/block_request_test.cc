@@ -65,6 +65,18 @@ TEST_F(BlockRequestTest, ConfigurationSpaceTellsTheDisk) {
   EXPECT_EQ(offered(), all);
 }
 
+constexpr uint64_t kQueueFeatures = feature(VIRTIO_F_INDIRECT_DESC) | feature(VIRTIO_F_EVENT_IDX);
+
+TEST_F(BlockRequestTest, IndirectDescriptorsCanBeLeftOut) {
+  make({.indirect = false});
+  EXPECT_EQ(offered() & kQueueFeatures, feature(VIRTIO_F_EVENT_IDX));
+}
+
+TEST_F(BlockRequestTest, TheEventIndexCanBeLeftOut) {
+  make({.event_index = false});
+  EXPECT_EQ(offered() & kQueueFeatures, feature(VIRTIO_F_INDIRECT_DESC));
+}
+
 TEST_F(BlockRequestTest, WrittenDataIsReadBack) {
   make();
   start();
