@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 # The first program of the guest under test. Its disks: vda the root (overlay), vdb data (raw,
 # several queues), vdc a disk of 4096-byte blocks, vdd one that is read-only; in its second life also
-# vde, in the register window of virtio-mmio version 1, and small ones up to vdq. stage= on the kernel's
-# command line says which of its lives this is. "INNER" lines are what the tests look at.
+# vde, in the register window of virtio-mmio version 1, vdf without indirect descriptors, vdg without
+# event index, vdh with neither, and small ones up to vdq. stage= on the kernel's command line says
+# which of its lives this is. "INNER" lines are what the tests look at.
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -86,12 +87,16 @@ second() {
   check mount mount -t ext4 /dev/vdb /mnt
   check "data after the reboot" sh -c 'cd /mnt && sha256sum -c /root/sums'
   say "disks $(ls -d /sys/block/vd* | wc -l)"
-  for disk in vde vdq; do
-    check "$disk works" sh -c "dd if=/dev/urandom of=/tmp/some bs=4096 count=16 &&
-      dd if=/tmp/some of=/dev/$disk bs=4096 oflag=direct conv=fsync &&
-      dd if=/dev/$disk bs=4096 count=16 iflag=direct | cmp - /tmp/some"
+  dd if=/dev/urandom of=/tmp/some bs=512k count=2 2> /dev/null
+  dd if=/tmp/some of=/tmp/moved bs=512k skip=1 2> /dev/null
+  for disk in vde vdf vdg vdh vdq; do
+    # Requests of many segments, then many requests at a time.
+    check "$disk works" sh -c "dd if=/tmp/some of=/dev/$disk bs=512k oflag=direct conv=fsync &&
+      dd if=/dev/$disk bs=512k iflag=direct | cmp - /tmp/some &&
+      dd if=/tmp/moved of=/dev/$disk bs=4096 conv=fsync && echo 3 > /proc/sys/vm/drop_caches &&
+      dd if=/dev/$disk bs=4096 count=128 | cmp - /tmp/moved"
+    say "$disk driver features $(cat /sys/block/$disk/device/features)"
   done
-  say "vde driver features $(cat /sys/block/vde/device/features)"
   # All processors and queues at once.
   for i in 1 2 3 4; do
     dd if=/dev/urandom of=/mnt/parallel$i bs=256k count=4 conv=fsync 2> /dev/null &

@@ -13,36 +13,19 @@ import subprocess
 import sys
 import unittest
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
-from harness.daemon import minivmm
-from harness.scene import MIB, Scene, have, run
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, HERE)
-from emulated_host import EmulatedHost, debian, linux, qemu
+from stock import PACKAGES, StockKernel, hardware
+from emulated_host import IMAGES, EmulatedHost, linux, qemu
+from harness.daemon import minivmm
+from harness.scene import MIB, have, run
 
-# Kept between runs: a few downloads.
-PACKAGES = os.environ.get("MINIVMM_PACKAGES", os.path.expanduser("~/.cache/minivmm/packages"))
 LIMIT = 600.0
-os.environ["PATH"] += ":/usr/sbin:/sbin"
 
 
-def hardware():
-    """Whether this host's KVM runs any guest: what `check-host` says."""
-    _, text = run([minivmm(), "check-host"])
-    return re.search(r"(?m)^ok +kvm ", text) is not None
-
-
-class LinuxGuest(Scene):
-    def setUp(self):
-        super().setUp()
-        if not hardware() and not qemu():
-            self.skipTest("no hardware virtualization and no qemu-system-x86_64 to emulate it")
-        try:
-            self.kernel = debian.kernel(PACKAGES)
-            self.busybox = debian.busybox(PACKAGES)
-        except debian.NoPackage as e:
-            self.skipTest(f"no stock kernel: {e}")
+class LinuxGuest(StockKernel):
+    def can_run(self):
+        return hardware() or qemu()
 
     def prepare(self):
         """What outer.sh wants in its folder, by name."""
@@ -50,11 +33,13 @@ class LinuxGuest(Scene):
         root.file("sbin/init", os.path.join(HERE, "inner.sh"), 0o755)
         root.program(shutil.which("mke2fs"), "sbin/mke2fs")
         root.write_ext4(self.path("root.raw"), 64 * MIB)
+        linux.root(self.busybox).write_ext4(self.path("tour.raw"), 32 * MIB)
         linux.initramfs(self.kernel, self.busybox, (*linux.VIRTIO_MMIO, "virtio_rng")
                         ).write_initramfs(self.path("initrd.img"))
         subprocess.run(["strip", "-o", self.path("minivmm"), minivmm()], check=True)
         shutil.copyfile(self.kernel.image, self.path("vmlinuz"))
-        return ("root.raw", "initrd.img", "minivmm", "vmlinuz")
+        shutil.copy(os.path.join(IMAGES, "tour"), self.path("tour"))
+        return ("root.raw", "tour.raw", "tour", "initrd.img", "minivmm", "vmlinuz")
 
     def run_outer(self):
         """Lines of outer.sh, which then has left its disks in self.dir."""
@@ -67,8 +52,9 @@ class LinuxGuest(Scene):
             tree.file(f"work/{name}", self.path(name))
         tree.program(self.path("minivmm"), "work/minivmm")
         tree.file("work/outer.sh", os.path.join(HERE, "outer.sh"))
-        if have("nbdcopy"):
-            tree.program(shutil.which("nbdcopy"))
+        for program in ("nbdcopy", "debugfs"):
+            if have(program):
+                tree.program(shutil.which(program))
         host = EmulatedHost(self.dir, PACKAGES, tree)
         lines = host.run(LIMIT)
         for name in ("root.qcow2", "data.raw", "blocks.qcow2"):
@@ -94,7 +80,8 @@ class LinuxGuest(Scene):
                      "rng virtio_rng.0", "write to a read-only disk is refused ok", "mkfs ok",
                      "data after remount ok", "fstrim ok", "4096-byte blocks ok", "reboot",
                      "kept across the reboot ok", "data after the reboot ok",
-                     "disks 17", "vde works ok", "vdq works ok", "written in parallel ok",
+                     "disks 17", "vde works ok", "vdf works ok", "vdg works ok", "vdh works ok",
+                     "vdq works ok", "written in parallel ok",
                      "poweroff"):
             said("INNER " + re.escape(line))
 
@@ -114,9 +101,12 @@ class LinuxGuest(Scene):
                 if re.search(rf"(?m)^OUTER {by} {disk} ", text) or not hardware():
                     self.assertEqual(said(rf"{by} {disk} (\w+)").group(1), inner)
         # The old window's driver gets 32 features; the others have VERSION_1 among 64.
-        features = said(r"INNER vde driver features ([01]+)").group(1)
-        self.assertEqual(features[32], "0")
-        self.assertEqual(features[28], "1")
+        for disk, version_1, indirect, event_index in (
+                ("vde", "0", "1", "1"), ("vdf", "1", "0", "1"), ("vdg", "1", "1", "0"),
+                ("vdh", "1", "0", "0"), ("vdq", "1", "1", "1")):
+            features = said(rf"INNER {disk} driver features ([01]+)").group(1)
+            self.assertEqual((features[32], features[28], features[29]),
+                             (version_1, indirect, event_index), disk)
         # Reboot, power off, triple fault, panic.
         self.assertEqual(re.findall(r"(?m)^OUTER stage ended (\d+)", text), ["0", "0", "124", "0"])
         self.assertRegex(text, r"(?m)^ERR .*the guest crashed: triple fault")
@@ -124,6 +114,10 @@ class LinuxGuest(Scene):
         self.assertNotRegex(text, r"(?m)^ERR .*(error:|problem)")
         self.assertRegex(text, r"(?m)^ERR .*the guest reset itself")
         self.assertRegex(text, r"(?m)^ERR .*the guest switched itself off")
+        said("tour ok")
+        for line in ("Linux 6.*", "written by Linux", "a write to mnt/root is refused",
+                     "exit status 0"):
+            self.assertRegex(text, f"(?m)^TOUR {line}$")
         said("end")
 
         for name in ("root.qcow2", "blocks.qcow2"):

@@ -88,7 +88,13 @@ fi
 echo go > typed
 finish
 more="--disk driver=memory,size=1M,node-name=old,legacy=on"
-for i in 1 2 3 4 5 6 7 8 9 10 11 12; do more="$more --disk driver=memory,size=1M,node-name=more$i"; done
+i=0
+for features in indirect_desc=off event_idx=off \
+  indirect_desc=off,event_idx=off,logical_block_size=4096,queue-size=16; do
+  i=$((i + 1))
+  more="$more --disk driver=memory,size=1M,node-name=lean$i,$features"
+done
+for i in 4 5 6 7 8 9 10 11 12; do more="$more --disk driver=memory,size=1M,node-name=more$i"; done
 start 2 "" $disks $more
 finish
 # Ends that are not asked for nicely. The disks are thrown away with what was written.
@@ -96,6 +102,13 @@ start triple reboot=t --disk root.qcow2,snapshot=on
 finish
 start panic "" --disk root.qcow2,snapshot=on
 finish
+# What quickstart shows where it can.
+mkdir tour.d
+mv tour.raw tour.d/root.raw
+ln vmlinuz initrd.img tour.d
+$M image create -q -f qcow2 -b root.raw -F raw tour.d/root.qcow2
+if MINIVMM=$PWD/minivmm sh tour "$PWD/tour.d" > tour.out 2>&1; then say "tour ok"; else say "tour FAILED"; fi
+sed 's/^/TOUR /' tour.out
 for image in root.qcow2 blocks.qcow2; do
   if $M image check $image > check.log 2>&1; then say "check $image ok"; else
     say "check $image FAILED: $(cat check.log)"

@@ -10,11 +10,10 @@ import subprocess
 import sys
 import unittest
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
-from harness.scene import MIB, SLOW, Scene, run
-
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+from stock import PACKAGES, hardware
 from emulated_host import IMAGES, debian, linux
-from linux_test import PACKAGES, hardware
+from harness.scene import MIB, SLOW, Scene, run
 
 CACHE = os.path.dirname(PACKAGES)
 NO_SOURCE = 3  # build-kernel's exit status

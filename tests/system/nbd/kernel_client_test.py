@@ -12,17 +12,14 @@ import subprocess
 import sys
 import unittest
 
-sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
-from harness.scene import MIB, Scene, run
-
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "linux"))
-from emulated_host import EmulatedHost, debian, linux, qemu
+from stock import PACKAGES, StockKernel
+from emulated_host import EmulatedHost, linux
+from harness.scene import MIB, run
 
-PACKAGES = os.environ.get("MINIVMM_PACKAGES", os.path.expanduser("~/.cache/minivmm/packages"))
 LIMIT = 240.0
 SIZE = 192 * MIB
-os.environ["PATH"] += ":/usr/sbin:/sbin"
 
 
 def free_port():
@@ -31,17 +28,7 @@ def free_port():
         return probe.getsockname()[1]
 
 
-class KernelClient(Scene):
-    def setUp(self):
-        super().setUp()
-        if not qemu():
-            self.skipTest("no qemu-system-x86_64 to emulate the client's machine")
-        try:
-            self.busybox = debian.busybox(PACKAGES)
-            debian.kernel(PACKAGES)
-        except debian.NoPackage as e:
-            self.skipTest(f"no stock kernel: {e}")
-
+class KernelClient(StockKernel):
     def client(self, port):
         tree = linux.root(self.busybox)
         tree.file("work/outer.sh", os.path.join(HERE, "client.sh"))
