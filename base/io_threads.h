@@ -12,7 +12,7 @@ namespace minivmm::base {
 enum class IoThread {
   kLoop,   // files, sockets, rings that are open; makes threads, which inherit its filter
   kPool,   // the same
-  kWork,   // computes
+  kWork,   // computes, and speaks through sockets that are open
   kPages,  // tells the kernel of pages, through one descriptor
 };
 

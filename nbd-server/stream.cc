@@ -12,6 +12,7 @@
 #include "base/io.h"
 #include "base/pool.h"
 #include "nbd-server/address.h"
+#include "nbd-server/tls.h"
 
 namespace minivmm::nbd {
 namespace {
@@ -41,7 +42,8 @@ Stream::Stream(base::UniqueFd socket) noexcept : socket_(std::move(socket)) { tu
 bool Stream::start_tls(std::shared_ptr<const TlsCredentials> credentials,
                        base::CancelSource& cancel, base::Clock::time_point deadline) {
   // Signatures are checked and keys made: work for a thread, on a thread's stack.
-  base::Pool& pool = base::Pool::work();
+  base::Pool& pool =
+      credentials->handshake_reads_files() ? base::Pool::errands() : base::Pool::work();
   auto session =
       pool.run([&] { return std::make_unique<TlsSession>(std::move(credentials), socket_.get()); });
   for (;;) {

@@ -30,6 +30,9 @@ class TlsCredentials {
   TlsCredentials(const TlsCredentials&) = delete;
   TlsCredentials& operator=(const TlsCredentials&) = delete;
 
+  // A handshake opens a file, which only errands can.
+  bool handshake_reads_files() const noexcept { return options_.kind == TlsOptions::Kind::kPsk; }
+
  private:
   friend class TlsSession;
   void load_certificates();

@@ -51,18 +51,22 @@ mount -t sysfs sys /sys
 mount -t tmpfs tmp /tmp
 [ -c /dev/null ] || mount -t devtmpfs dev /dev
 hostname minivmm
+end() {
+  sync
+  kill -KILL -1
+  sleep 0.1
+  mount -o remount,ro /
+  exec busybox "$1" -f
+}
+# What the shell's own poweroff, reboot and halt send to this process.
+trap 'end poweroff' USR2
+trap 'end reboot' TERM
+trap 'end halt' USR1
 echo "A Linux guest of minivmm. 'poweroff' ends it."
 cd /root
-setsid cttyhack sh -l
-sync
-mount -o remount,ro /
-poweroff -f
-"""
-
-POWEROFF = """#!/bin/sh
-sync
-mount -o remount,ro / 2>/dev/null
-exec busybox poweroff -f
+setsid cttyhack sh -l &
+wait $!
+end poweroff
 """
 
 
@@ -88,7 +92,6 @@ def root(busybox):
     for folder in ("proc", "sys", "dev", "tmp", "root", "mnt", "etc", "sbin"):
         tree.folder(folder)
     tree.text("sbin/init", ROOT_INIT, 0o755)
-    tree.text("sbin/poweroff", POWEROFF, 0o755)
     tree.text("etc/passwd", "root::0:0:root:/root:/bin/sh\n")
     tree.text("etc/group", "root:x:0:\n")
     tree.busybox(busybox)

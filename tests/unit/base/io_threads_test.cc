@@ -83,7 +83,7 @@ void check_loop(BackendChoice backend) {
       Pool::syscalls().run([] { expect_nothing_new(); });
       Pool::work().run([&] {
         expect_nothing_new();
-        expect_refused(::lseek(file.get(), 0, SEEK_END), "a work thread computes only");
+        expect_refused(::lseek(file.get(), 0, SEEK_END), "no files for a work thread");
       });
       // A pool whose threads are first made now, by a confined one.
       Pool fresh("fresh", 1);
