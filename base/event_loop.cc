@@ -127,16 +127,19 @@ void EventLoop::run() {
 
 // Looks for work for a moment; true if there is some.
 bool EventLoop::spin() {
-  if (!idle_spin_.begin()) return false;
-  auto until = Clock::now() + idle_spin_.limit();
+  auto now = Clock::now();
+  if (!idle_spin_.begin(now)) return false;
+  auto until = now + idle_spin_.limit();
   if (const auto deadline = timers_.next_deadline()) until = std::min(until, *deadline);
   bool found = false;
-  do {
+  while (!found && now < until) {
     backend_->poll(std::chrono::nanoseconds(0), *this);
     found = ready_head_ != nullptr || remote_pending();
     // Whoever else wants this CPU goes first: it may be the client that we wait for.
     if (!found) ::sched_yield();
-  } while (!found && Clock::now() < until);
+    const auto before = std::exchange(now, Clock::now());
+    idle_spin_.gave_way(before, now);
+  }
   idle_spin_.spun(found);
   return found;
 }

@@ -17,8 +17,8 @@ unsigned most_spinning() noexcept {
 
 }  // namespace
 
-bool IdleSpin::begin() noexcept {
-  if (credit_ <= 0 || limit_.count() == 0) return false;
+bool IdleSpin::begin(Clock::time_point now) noexcept {
+  if (credit_ <= 0 || limit_.count() == 0 || now < pause_end_) return false;
   if (g_spinning.fetch_add(1, std::memory_order_relaxed) < most_spinning()) return true;
   g_spinning.fetch_sub(1, std::memory_order_relaxed);
   return false;
@@ -27,6 +27,13 @@ bool IdleSpin::begin() noexcept {
 void IdleSpin::spun(bool found_work) noexcept {
   g_spinning.fetch_sub(1, std::memory_order_relaxed);
   credit_ = found_work ? std::min(credit_ + 1, kMaxCredit) : credit_ - 2;
+}
+
+void IdleSpin::gave_way(Clock::time_point begin, Clock::time_point end) noexcept {
+  if (end - begin < kTimeSlice) return;
+  const bool again = begin < pause_end_ + 2 * pause_;
+  pause_ = again ? std::min<Clock::duration>(2 * pause_, kLongestPause) : kShortestPause;
+  pause_end_ = end + pause_;
 }
 
 void IdleSpin::slept(std::chrono::nanoseconds time) noexcept {

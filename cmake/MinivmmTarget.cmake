@@ -20,7 +20,7 @@ if(MINIVMM_SANITIZE)
 endif()
 
 # minivmm_precompile(TARGET [header...]): what nearly every file includes, and more, parsed once a
-# target, which takes a quarter off a build. Builds without it show missing includes.
+# target. Builds without it show missing includes.
 function(minivmm_precompile name)
   if(NOT MINIVMM_PCH)
     return()
@@ -31,13 +31,26 @@ function(minivmm_precompile name)
   endforeach()
 endfunction()
 
-# minivmm_library(NAME SOURCES a.cc... [DEPENDS targets...]): a static library of one layer.
+# minivmm_precompile_like(TARGET OTHER): takes the headers that OTHER has parsed; both must be
+# compiled with the same flags.
+function(minivmm_precompile_like name other)
+  if(MINIVMM_PCH)
+    target_precompile_headers(${name} REUSE_FROM ${other})
+  endif()
+endfunction()
+
+# minivmm_library(NAME SOURCES a.cc... [DEPENDS targets...] [PRECOMPILE headers...]): a static
+# library of one layer. One that names no headers of its own shares those that minivmm_base parses.
 # Code that may run on a fiber has a small stack: a frame over 4 KiB is an error.
 function(minivmm_library name)
-  cmake_parse_arguments(arg "" "" "SOURCES;DEPENDS" ${ARGN})
+  cmake_parse_arguments(arg "" "" "SOURCES;DEPENDS;PRECOMPILE" ${ARGN})
   add_library(${name} STATIC ${arg_SOURCES})
   target_link_libraries(${name} PUBLIC minivmm_flags ${arg_DEPENDS})
-  minivmm_precompile(${name})
+  if(arg_PRECOMPILE OR name STREQUAL minivmm_base)
+    minivmm_precompile(${name} ${arg_PRECOMPILE})
+  else()
+    minivmm_precompile_like(${name} minivmm_base)
+  endif()
   if(NOT MINIVMM_SANITIZE)
     target_compile_options(${name} PRIVATE -Wframe-larger-than=4096)
   endif()
