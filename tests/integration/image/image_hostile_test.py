@@ -293,6 +293,85 @@ class TablesTest(HostileCase):
         self.patched((second, b"aaaa"))
         self.everything()
 
+    def changes(self, name="x"):
+        """What each command that changes snapshots or bitmaps answers, each on a copy."""
+        commands = (["snapshot", "-c", "new"], ["snapshot", "-a", "one"], ["snapshot", "-d", "one"],
+                    ["bitmap", "--add", None, "new"], ["bitmap", "--remove", None, "aaaa"],
+                    ["bitmap", "--clear", None, "aaaa"], ["bitmap", "--disable", None, "aaaa"],
+                    ["resize", "-f", "qcow2", None, "+64k"])
+        out = {}
+        for words in commands:
+            with open(self.path("y"), "wb") as file:
+                file.write(self.bytes_of(name))
+            words = [*words, None] if None not in words else words
+            out[" ".join(words[:2])] = self.bounded(*["y" if w is None else w for w in words])
+        return out
+
+    def snapshot_list(self, entries):
+        """Patches that append a list of snapshots, each (L1 offset, entries, more)."""
+        at = (len(self.bytes_of("good")) + CLUSTER - 1) // CLUSTER * CLUSTER
+        table = b"".join((be(l1) + be(size, 4) + be(1, 2) + be(1, 2) + bytes(20) + be(0, 4) + more
+                          ).ljust(48, b"\0") for l1, size, more in entries)
+        return (60, be(len(entries), 4) + be(at)), (at, table)
+
+    def test_changes_of_bad_snapshots(self):
+        self.must(self.theirs("snapshot", "-c", "one", "good"))
+        data = self.bytes_of("good")
+        at = struct.unpack(">Q", data[64:72])[0]
+        l1 = struct.unpack(">Q", data[at:at + 8])[0]
+        l2 = struct.unpack(">Q", data[l1:l1 + 8])[0] & 0x00fffffffffffe00
+        table = struct.unpack(">Q", data[48:56])[0]
+        for patch in ((at + 36, be(0xffffffff, 4)),
+                      (at + 8, be(0xffffffff, 4)), (at, be(512)), (at, be(1 << 62)), (at, be(l2)),
+                      (at, be(table)), (at, be(at)), (at, be(0)), (l1, be(l1)), (l1, be(table)),
+                      (l1, be(at)), (l1, be(512)), (l1, be(1 << 62)), (l1, be(l2) * 8),
+                      (l2, be(l2)), (l2, be(l1)), (l2, be(at)), (l2, be(table)), (l2, be(1 << 61)),
+                      (l2, be(1 << 62 | 0xff << 54 | l1)), (at + 12, be(0xffff, 2)),
+                      (at + 14, be(0xffff, 2)), (60, be(65536, 4)), (60, be(0xffffffff, 4))):
+            self.patched(patch)
+            self.changes()
+
+    def test_many_snapshots(self):
+        l1 = struct.unpack(">Q", self.bytes_of("good")[40:48])[0]
+        self.patched(*self.snapshot_list([(l1, 1, b"aa")] * 65536))
+        self.changes()
+        self.patched(*self.snapshot_list([(l1, 4 << 20, b"aa")] * 65536))
+        self.everything()
+
+    def test_changes_of_bad_bitmaps(self):
+        for name in ("aaaa", "bbbb"):
+            self.must(self.theirs("bitmap", "--add", "good", name))
+        self.qemu_io("good", "write -P 5 0 200k")
+        data = self.bytes_of("good")
+        extension = data.index(be(0x23852875, 4)) + 8
+        directory = struct.unpack(">Q", data[extension + 16:extension + 24])[0]
+        table = struct.unpack(">Q", data[directory:directory + 8])[0]
+        l1 = struct.unpack(">Q", data[40:48])[0]
+        for patch in ((directory + 8, be(0xffffffff, 4)), (directory, be(512)), (directory, be(l1)),
+                      (directory, be(directory)), (directory, be(1 << 62)),
+                      (directory + 20, be(0xffffffff, 4)), (directory + 18, be(0xffff, 2)),
+                      (directory + 17, b"\x3f"), (directory + 17, b"\x00"),
+                      (directory + 12, be(0xffffffff, 4)), (table, be(l1)), (table, be(table)),
+                      (table, be(1 << 62)), (table, be(512)), (table, be(MOST))):
+            self.patched(patch)
+            self.changes()
+
+    def test_many_bitmaps(self):
+        for name in ("aaaa", "bbbb"):
+            self.must(self.theirs("bitmap", "--add", "good", name))
+        data = self.bytes_of("good")
+        extension = data.index(be(0x23852875, 4)) + 8
+        directory = struct.unpack(">Q", data[extension + 16:extension + 24])[0]
+        entry = data[directory:directory + 24]
+        at = (len(data) + CLUSTER - 1) // CLUSTER * CLUSTER
+        for same in (False, True):
+            many = b"".join(entry[:18] + be(8, 2) + entry[20:24] +
+                            (b"same name" if same else b"%08d" % i)[:8] for i in range(65535))
+            self.patched((extension, be(65535, 4)), (extension + 8, be(len(many)) + be(at)),
+                         (at, many))
+            self.everything()
+            self.changes()
+
     def test_data_file_with_a_protocol_is_not_followed(self):
         self.make("-f", "qcow2", "-o", "data_file=d", "good", "1M")
         data = self.bytes_of("good")
