@@ -67,8 +67,11 @@ po::options_description front_end_options() {
     ("fuse", po::value<Strings>()->composing()->value_name("DIR[,KEY=VALUE...]"),
      "mount a directory with a file for each export. Keys: mode=0600, uid=, gid=, allow_other")
     ("export", po::value<Strings>()->composing()->value_name("NODE[,KEY=VALUE...]"),
-     "publish a node, read-only unless writable. Keys: name=, description=, writable, allow=CLIENT (TLS names, ';' between them), nbd, fuse "
-     "(only through those named; all otherwise)");
+     "publish a node, read-only unless writable. Keys: name=, description=, writable, "
+     "allow=CLIENT (TLS names, ';' between them), nbd, fuse "
+     "(only through those named; all otherwise); clone=memory|qcow2 (each NBD client writes to a "
+     "disk of its own), clone-limit=SIZE, clone-total=SIZE, clone-dir=DIR (kept for clients that "
+     "ask for NAME/CLIENT)");
   // clang-format on
   return out;
 }

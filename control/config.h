@@ -43,7 +43,15 @@ struct Disk {
   std::string notice;  // what the user should know, such as that the format was guessed
 };
 
-// `--export NODE[,name=N][,writable][,nbd][,fuse]`.
+// `--export NODE,clone[=memory|qcow2]`: the disks that clients write to.
+struct CloneOptions {
+  bool in_memory = true;
+  uint64_t limit = UINT64_MAX;  // bytes that one may hold
+  uint64_t total = UINT64_MAX;  // bytes that all in use may hold
+  std::string directory;        // where those of clients with a name are kept; empty: nowhere
+};
+
+// `--export NODE[,name=N][,writable][,nbd][,fuse][,clone]`.
 struct Export {
   std::string node_name;
   std::string name;
@@ -53,6 +61,7 @@ struct Export {
   bool nbd = false;
   bool fuse = false;
   bool every_front_end = false;  // none was named: those that are open
+  std::optional<CloneOptions> clone;
 };
 
 // `--nbd URI[,tls-creds=ID][,tls=required|optional]`, or an inherited socket.

@@ -18,6 +18,7 @@
 #include "base/error.h"
 #include "base/io_threads.h"
 #include "base/log.h"
+#include "control/clone_maker.h"
 #include "control/side_by_side.h"
 #include "control/snapshot.h"
 #include "vmm/terminal.h"
@@ -170,6 +171,15 @@ void Daemon::publish(const Export& wanted) {
     return graph_->attach(wanted.node_name, fmt::format("{} export '{}'", front_end, wanted.name),
                           Permissions::front_end(wanted.writable));
   };
+  if (wanted.clone) {
+    // Nobody may write to it while there are clones, or may come to be.
+    nbd_->add_clone_export(
+        wanted.name,
+        graph_->attach(wanted.node_name, fmt::format("NBD clone export '{}'", wanted.name),
+                       Permissions::backing()),
+        std::make_shared<CloneMaker>(*graph_, wanted), {.description = wanted.description});
+    return;
+  }
   if (wanted.nbd && nbd_) {
     nbd_->add_export(
         wanted.name, attach("NBD"),

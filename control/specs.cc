@@ -252,6 +252,43 @@ nbd::TlsOptions take_tls(Options& given) {
   return out;
 }
 
+// Where nothing is said, so much memory for all clones of an export.
+constexpr uint64_t kUsualCloneMemory = uint64_t{1} << 30;
+
+void require_file_name(const std::string& name) {
+  if (!name.empty() && name.find('/') == std::string::npos && name.front() != '.') return;
+  throw Error(EINVAL, fmt::format("'clone-dir' needs an export name that can be a part of a file's "
+                                  "name, not '{}': give name=",
+                                  name));
+}
+
+void take_clone(Export& out, Options& given) {
+  const std::string kind = given.take_string("clone").value_or("off");
+  const auto limit = given.take_size("clone-limit");
+  const auto total = given.take_size("clone-total");
+  const auto directory = given.take_string("clone-dir");
+  if (kind == "off") {
+    if (!limit && !total && !directory) return;
+    throw Error(EINVAL, "options 'clone-limit', 'clone-total' and 'clone-dir' go with 'clone'");
+  }
+  if (kind != "on" && kind != "memory" && kind != "qcow2") {
+    throw Error(EINVAL, fmt::format("option 'clone={}': memory or qcow2 is expected", kind));
+  }
+  if (out.fuse && !out.every_front_end) throw Error(EINVAL, "only NBD clients can have clones");
+  CloneOptions clone;
+  clone.in_memory = kind != "qcow2";
+  clone.limit = limit.value_or(UINT64_MAX);
+  clone.total = total.value_or(clone.in_memory ? kUsualCloneMemory : UINT64_MAX);
+  if (directory) {
+    if (clone.in_memory) throw Error(EINVAL, "option 'clone-dir' goes with clone=qcow2");
+    require_file_name(out.name);
+    clone.directory = *directory;
+  }
+  out.clone = std::move(clone);
+  out.fuse = out.every_front_end = false;
+  out.nbd = true;
+}
+
 }  // namespace
 
 Export parse_export(std::string_view text) {
@@ -269,6 +306,7 @@ Export parse_export(std::string_view text) {
     out.fuse = given.take_bool("fuse", false);
     // None named: through every front end that is open.
     if (!out.nbd && !out.fuse) out.every_front_end = out.nbd = out.fuse = true;
+    take_clone(out, given);
     given.finish("--export");
     return out;
   });

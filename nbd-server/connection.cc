@@ -67,7 +67,7 @@ void Connection::end_soon() {
 
 bool Connection::uses(const Export& target) const {
   const std::lock_guard lock(mutex_);
-  return export_.get() == &target;
+  return export_.get() == &target || (export_ && export_->origin().get() == &target);
 }
 
 std::string Connection::describe() const {

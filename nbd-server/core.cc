@@ -101,7 +101,7 @@ void Server::Core::warn_if_open_to_writers() const {
   }
   if (addresses.empty()) return;
   for (const auto& each : exports_.all()) {
-    if (!each->writable()) continue;
+    if (!each->writable() || each->cloned()) continue;
     base::log_warning(
         "NBD export '{}' can be written by everybody who reaches{}: NBD over TCP asks "
         "for no password",

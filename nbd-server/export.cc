@@ -12,6 +12,28 @@
 
 namespace minivmm::nbd {
 
+namespace {
+
+std::string clone_name(const Export& origin, const std::string& client) {
+  return client.empty() ? origin.name() : fmt::format("{}/{}", origin.name(), client);
+}
+
+}  // namespace
+
+Export::Export(std::shared_ptr<Export> origin, const std::string& client, block::Handle handle)
+    : name_(clone_name(*origin, client)),
+      options_(origin->options_),
+      origin_(std::move(origin)),
+      client_(client),
+      handle_(std::move(handle)) {}
+
+Export::Export(std::string name, block::Handle handle, ExportOptions options,
+               std::shared_ptr<CloneSource> clones)
+    : name_(std::move(name)),
+      options_(std::move(options)),
+      clones_(std::make_unique<Clones>(std::move(clones))),
+      handle_(std::move(handle)) {}
+
 Export::Export(std::string name, block::Handle handle, ExportOptions options)
     : name_(std::move(name)), options_(std::move(options)), handle_(std::move(handle)) {
   if (options_.writable && !handle_.writable()) {
@@ -51,14 +73,15 @@ uint32_t Export::preferred_block() const noexcept {
 std::string Export::describe() const {
   // Holds the handle for as long as it is looked at.
   if (!users_.enter()) return fmt::format("NBD export '{}': closing", name_);
-  const std::string out =
-      fmt::format("NBD export '{}': {}, {} bytes, {}, {} clients", name_, handle_.describe(),
-                  size(), writable() ? "writable" : "read-only", users_.inside() - 1);
+  const char* const how = cloned() ? "a clone for each" : writable() ? "writable" : "read-only";
+  const std::string out = fmt::format("NBD export '{}': {}, {} bytes, {}, {} clients", name_,
+                                      handle_.describe(), size(), how, users_.inside() - 1);
   users_.leave();
   return out;
 }
 
-ExportUse::ExportUse(std::shared_ptr<Export> target) {
+ExportUse::ExportUse(std::shared_ptr<Export> target, std::string client)
+    : client_(std::move(client)) {
   if (target && target->users_.enter()) target_ = std::move(target);
 }
 
@@ -66,13 +89,36 @@ ExportUse& ExportUse::operator=(ExportUse&& other) noexcept {
   if (this != &other) {
     leave();
     target_ = std::move(other.target_);
+    client_ = std::move(other.client_);
   }
   return *this;
 }
 
+// The gate that a user of a clone is inside of is that of the origin.
 void ExportUse::leave() noexcept {
-  if (target_) target_->users_.leave();
-  target_.reset();
+  if (!target_) return;
+  const std::shared_ptr<Export> used = std::move(target_);
+  if (used->origin()) used->origin()->clones_->give_back(used);
+  (used->origin() ? *used->origin() : *used).users_.leave();
+}
+
+void ExportUse::open_clone() {
+  if (target_->cloned()) target_ = target_->clones_->take(target_, client_);
+}
+
+std::string ExportUse::name() const {
+  return target_->cloned() ? clone_name(*target_, client_) : target_->name();
+}
+
+// The disk is nobody else's: another connection would get another one.
+bool ExportUse::of_one_connection() const noexcept {
+  return (target_->cloned() || target_->origin()) && client_.empty();
+}
+
+uint16_t ExportUse::transmission_flags(wire::Headers headers) const noexcept {
+  const unsigned flags = target_->transmission_flags(headers);
+  return static_cast<uint16_t>(of_one_connection() ? flags & ~unsigned{wire::kCanMultiConn}
+                                                   : flags);
 }
 
 void ExportTable::add(std::shared_ptr<Export> added) {
@@ -94,7 +140,15 @@ ExportUse ExportTable::find(std::string_view name) const {
   const auto found = exports_.find(name);
   if (found != exports_.end()) return ExportUse(found->second);
   if (name.empty() && exports_.size() == 1) return ExportUse(exports_.begin()->second);
-  return {};
+  return find_clone(name);
+}
+
+ExportUse ExportTable::find_clone(std::string_view name) const {
+  const size_t slash = name.rfind('/');
+  if (slash == std::string_view::npos || !is_client_name(name.substr(slash + 1))) return {};
+  const auto found = exports_.find(name.substr(0, slash));
+  if (found == exports_.end() || !found->second->cloned()) return {};
+  return ExportUse(found->second, std::string(name.substr(slash + 1)));
 }
 
 std::vector<std::shared_ptr<Export>> ExportTable::all() const {

@@ -206,9 +206,10 @@ Negotiation::Next Negotiation::export_name(Data data) {
   if (!found || !may_use(*found)) {
     return end("it asked for an export that does not exist, or that it may not use");
   }
+  if (!open_clone(found)) return end("no clone could be made for it");
   choose(std::move(found));
   const auto answer = wire::encode_export_name_reply(
-      agreed_.target->size(), agreed_.target->transmission_flags(agreed_.headers));
+      agreed_.target->size(), agreed_.target.transmission_flags(agreed_.headers));
   const size_t length = no_zeroes_ ? wire::kExportNameReplyShort : answer.size();
   out_.insert(out_.end(), answer.begin(), answer.begin() + static_cast<ptrdiff_t>(length));
   return Next::kTransmission;
@@ -235,13 +236,28 @@ Negotiation::Next Negotiation::list(Data data) {
   return Next::kOption;
 }
 
+// The client's own disk, where each gets one. False: there is none, and the log says why.
+bool Negotiation::open_clone(ExportUse& use) {
+  try {
+    use.open_clone();
+    return true;
+  } catch (const std::exception& e) {
+    base::log_warning("NBD export '{}': no clone could be made: {}", use.name(), e.what());
+    return false;
+  }
+}
+
 // Empty: there is no such export, and the client has been told.
-ExportUse Negotiation::describe_export(Data data) {
+ExportUse Negotiation::describe_export(Data data, Purpose purpose) {
   const wire::InfoRequest request = wire::decode_info_request(data);
   ExportUse found = find(request.name);
   if (!found) return {};
+  if (purpose == Purpose::kUse && !open_clone(found)) {
+    reply_text(OptionReply::kErrUnknown, "no clone could be made; the server's log says why");
+    return {};
+  }
   reply(OptionReply::kInfo,
-        wire::encode_info_export(found->size(), found->transmission_flags(agreed_.headers)));
+        wire::encode_info_export(found->size(), found.transmission_flags(agreed_.headers)));
   const auto text_info = [this](wire::Info type, const std::string& text) {
     std::vector<std::byte> out(2);
     base::store_be(out.data(), static_cast<uint16_t>(type));
@@ -252,7 +268,7 @@ ExportUse Negotiation::describe_export(Data data) {
   const auto wants = [&request](wire::Info type) {
     return request.wants(static_cast<uint16_t>(type));
   };
-  if (wants(wire::Info::kName)) text_info(wire::Info::kName, found->name());
+  if (wants(wire::Info::kName)) text_info(wire::Info::kName, found.name());
   if (wants(wire::Info::kDescription) && !found->description().empty()) {
     text_info(wire::Info::kDescription, found->description());
   }
@@ -266,12 +282,12 @@ ExportUse Negotiation::describe_export(Data data) {
 }
 
 Negotiation::Next Negotiation::info(Data data) {
-  (void)describe_export(data);
+  (void)describe_export(data, Purpose::kInfo);
   return Next::kOption;
 }
 
 Negotiation::Next Negotiation::go(Data data) {
-  ExportUse found = describe_export(data);
+  ExportUse found = describe_export(data, Purpose::kUse);
   if (!found) return Next::kOption;
   choose(std::move(found));
   return Next::kTransmission;
@@ -279,7 +295,7 @@ Negotiation::Next Negotiation::go(Data data) {
 
 void Negotiation::choose(ExportUse chosen) {
   // Contexts are selected for one export; for another they mean nothing.
-  if (contexts_for_.lock() != chosen.shared()) agreed_.contexts = 0;
+  if (contexts_for_ != chosen.name()) agreed_.contexts = 0;
   agreed_.target = std::move(chosen);
 }
 
@@ -337,7 +353,7 @@ Negotiation::Next Negotiation::set_meta_context(Data data) {
   const auto found = find(request.name);
   if (!found) return Next::kOption;
   for (const std::string_view query : request.queries) agreed_.contexts |= match_set_query(query);
-  contexts_for_ = found.shared();
+  contexts_for_ = found.name();
   describe_contexts(agreed_.contexts, true);
   return Next::kOption;
 }

@@ -84,7 +84,9 @@ class Negotiation {
   Next list_meta_context(Data data);
   Next set_meta_context(Data data);
 
-  ExportUse describe_export(Data data);
+  enum class Purpose { kInfo, kUse };
+  ExportUse describe_export(Data data, Purpose purpose);
+  static bool open_clone(ExportUse& use);
   void describe_contexts(ContextMask mask, bool with_ids);
   void choose(ExportUse chosen);
   void forget_contexts() noexcept;
@@ -108,8 +110,8 @@ class Negotiation {
 
   bool no_zeroes_ = false;
   Agreement agreed_;
-  // The export that the selected contexts are for.
-  std::weak_ptr<Export> contexts_for_;
+  // The export that the selected contexts are for, by its full name.
+  std::optional<std::string> contexts_for_;
 };
 
 }  // namespace minivmm::nbd

@@ -2,6 +2,7 @@
 #include "nbd-server/server.h"
 
 #include <cerrno>
+#include <utility>
 
 #include "base/error.h"
 #include "nbd-server/core.h"
@@ -17,6 +18,14 @@ void Server::add_export(std::string name, block::Handle handle, ExportOptions op
   if (!handle) throw base::Error(EINVAL, "an NBD export needs an open handle");
   core_->add_export(
       std::make_shared<Export>(std::move(name), std::move(handle), std::move(options)));
+}
+
+void Server::add_clone_export(std::string name, block::Handle base,
+                              std::shared_ptr<CloneSource> clones, ExportOptions options) {
+  if (!base) throw base::Error(EINVAL, "an NBD export needs an open handle");
+  options.writable = true;
+  core_->add_export(std::make_shared<Export>(std::move(name), std::move(base), std::move(options),
+                                             std::move(clones)));
 }
 
 void Server::remove_export(const std::string& name, base::Clock::time_point deadline) {

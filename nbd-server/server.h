@@ -50,6 +50,18 @@ struct ExportOptions {
   std::vector<std::string> allow = {};
 };
 
+// Makes the private disks of a clone export. Shared by the server; fibers of any loop, many at
+// once.
+class CloneSource {
+ public:
+  virtual ~CloneSource() = default;
+  // A disk of its own for a client, with the content and size of the export's node. `client`: the
+  // name that it gave itself, or empty. Throws.
+  virtual block::Handle open(const std::string& client) = 0;
+  // The disk is not used any more. Throws what went wrong; the handle is closed all the same.
+  virtual void close(block::Handle disk, const std::string& client) = 0;
+};
+
 struct ListenOptions {
   // "nbd://HOST[:PORT]", "nbd://[V6]:PORT", "nbd+unix:///?socket=PATH". Port 0 takes a free one.
   // An empty host is the loopback address. Ignored where `fd` is given.
@@ -72,6 +84,12 @@ class Server {
   // protocol cannot carry (over 4096 bytes, NUL), EROFS if `writable` is asked of a handle that
   // is not, ESHUTDOWN after stop(). Then the handle is destroyed (see Handle).
   void add_export(std::string name, block::Handle handle, ExportOptions options = {});
+
+  // Publishes a node that each client gets its own disk of, which it may write to: each connection,
+  // or, where a client asks for NAME/CLIENT, all connections that ask for that. `base` is held for
+  // as long as the export is there. Any thread. Throws as add_export.
+  void add_clone_export(std::string name, block::Handle base, std::shared_ptr<CloneSource> clones,
+                        ExportOptions options = {});
 
   // Withdraws an export: its clients' further requests fail with ESHUTDOWN, those in flight are
   // finished until the deadline, then the clients are cut off and the handle is closed. Throws

@@ -24,15 +24,15 @@ constexpr uint64_t kPage = 4096;
 
 }  // namespace
 
-MemoryNode::MemoryNode(const NodeConfig& config, uint64_t size)
+MemoryNode::MemoryNode(const NodeConfig& config, uint64_t size, uint64_t capacity)
     : Node(config.node_name, "memory", config.read_only) {
-  if (size > kMaxSize) throw Error(EINVAL, "memory: size: at most 1 TiB");
+  if (std::max(size, capacity) > kMaxSize) throw Error(EINVAL, "memory: size: at most 1 TiB");
   // Room to grow, so that a resize never moves what requests are copying from.
-  capacity_ = base::align_up(std::max<uint64_t>(size, 1), kPage);
+  capacity_ = base::align_up(std::max<uint64_t>({size, capacity, 1}), kPage);
   void* data = ::mmap(nullptr, capacity_, PROT_READ | PROT_WRITE,
                       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) {
-    throw base::errno_error(errno, fmt::format("memory: cannot map {} bytes", size));
+    throw base::errno_error(errno, fmt::format("memory: cannot map {} bytes", capacity_));
   }
   data_ = static_cast<std::byte*>(data);
   set_size(size);

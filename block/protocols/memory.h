@@ -15,8 +15,9 @@ namespace minivmm::block {
 
 class MemoryNode final : public Node {
  public:
-  // Throws ENOMEM. `size` at most 1 TiB.
-  MemoryNode(const NodeConfig& config, uint64_t size);
+  // Throws ENOMEM. `size` at most 1 TiB. It can grow to `capacity`, at least its size; address
+  // space is taken for that, memory only for what is written.
+  MemoryNode(const NodeConfig& config, uint64_t size, uint64_t capacity = 0);
   ~MemoryNode() override;
 
  private:

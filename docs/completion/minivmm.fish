@@ -60,7 +60,7 @@ complete -c minivmm -n "__minivmm_in boot serve" -l backing-root -x -a "(__fish_
 complete -c minivmm -n "__minivmm_in boot serve" -l nbd -x -a "nbd://127.0.0.1 nbd+unix:///?socket= fd: systemd" -d "Listen for NBD clients"
 complete -c minivmm -n "__minivmm_in boot serve" -l nbd-allow-remote -d "Listen beyond loopback"
 complete -c minivmm -n "__minivmm_in boot serve" -l fuse -x -a "(__minivmm_keys mode= uid= gid= allow_other)" -d "Mount a directory with the exports"
-complete -c minivmm -n "__minivmm_in boot serve" -l export -x -a "(__minivmm_keys name= description= writable allow= nbd fuse)" -d "Publish a node"
+complete -c minivmm -n "__minivmm_in boot serve" -l export -x -a "(__minivmm_keys name= description= writable allow= nbd fuse clone clone= clone-limit= clone-total= clone-dir=)" -d "Publish a node"
 complete -c minivmm -n "__minivmm_in boot serve" -l io-threads -x -d "Event loops"
 complete -c minivmm -n "__minivmm_in boot serve" -l io-backend -x -a "auto io_uring epoll" -d "How I/O is done"
 complete -c minivmm -n "__minivmm_in boot serve" -l ready-fd -x -d "Descriptor that is told READY"
