@@ -26,6 +26,7 @@ struct UsageError {
 int run_boot(const std::vector<std::string>& arguments);
 int run_serve(const std::vector<std::string>& arguments);
 int run_image(const std::vector<std::string>& arguments);
+int run_nbd(const std::vector<std::string>& arguments);
 int run_check_host(const std::vector<std::string>& arguments);
 // Not for users: the child of `boot` (bootdisk/channel.h).
 int run_find_kernel();

@@ -221,7 +221,11 @@ void check_exports(const control::Config& config) {
 
 uint64_t number_value(const po::variables_map& values, const std::string& name, uint64_t min,
                       uint64_t max) {
-  const std::string& text = values[name].as<std::string>();
+  return parse_number(name, values[name].as<std::string>(), min, max);
+}
+
+uint64_t parse_number(const std::string& name, const std::string& text, uint64_t min,
+                      uint64_t max) {
   uint64_t number = 0;
   const char* end = text.data() + text.size();
   const auto parsed = std::from_chars(text.data(), end, number);

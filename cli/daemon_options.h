@@ -27,6 +27,9 @@ bool parse(const std::vector<std::string>& arguments, const std::string& usage,
 uint64_t number_value(const boost::program_options::variables_map& values, const std::string& name,
                       uint64_t min, uint64_t max);
 
+// The same for a text.
+uint64_t parse_number(const std::string& name, const std::string& text, uint64_t min, uint64_t max);
+
 // Throws base::Error that names the option.
 control::Config make_config(const boost::program_options::variables_map& values);
 

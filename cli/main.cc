@@ -24,6 +24,7 @@ constexpr Command kCommands[] = {
     {"boot", "run a guest on disks, and serve the same disks over NBD and FUSE", &run_boot},
     {"serve", "serve disks over NBD and FUSE without a guest", &run_serve},
     {"image", "create, inspect and check disk images (qemu-img's arguments)", &run_image},
+    {"nbd", "look at NBD servers, and use their exports as block devices", &run_nbd},
     {"check-host", "what this machine offers, and what to do about what it lacks", &run_check_host},
 };
 

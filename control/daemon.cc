@@ -177,7 +177,8 @@ void Daemon::publish(const Export& wanted) {
         wanted.name,
         graph_->attach(wanted.node_name, fmt::format("NBD clone export '{}'", wanted.name),
                        Permissions::backing()),
-        std::make_shared<CloneMaker>(*graph_, wanted), {.description = wanted.description});
+        std::make_shared<CloneMaker>(*graph_, wanted),
+        {.description = wanted.description, .allow = wanted.allow});
     return;
   }
   if (wanted.nbd && nbd_) {

@@ -76,14 +76,30 @@ _minivmm_image_values() {
 }
 # --- image commands: end ---
 
+# --- nbd commands: written by docs/update-image-commands ---
+_minivmm_nbd_commands="connect info list"
+_minivmm_nbd_options() {
+  case $1 in
+    connect) echo "-N --name -C --connections -b --block-size -t --timeout -R --read-only -p --persist --hold -h --help" ;;
+    info) echo "--json --size -h --help" ;;
+    list) echo "-l --long --json -h --help" ;;
+  esac
+}
+_minivmm_nbd_values() {
+  case $1:$2 in
+  esac
+}
+# --- nbd commands: end ---
+
 # The options of a command, as its --help has them.
 _minivmm_options() {
   case $1 in
     boot) echo "$_minivmm_guest $_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
     serve) echo "$_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
     check-host) echo "--output --help -h" ;;
-    image) echo "--help -h" ;;
+    image | nbd) echo "--help -h" ;;
     "image "*) _minivmm_image_options "${1#image }" ;;
+    "nbd "*) _minivmm_nbd_options "${1#nbd }" ;;
     *) echo "--help -h --version -V" ;;
   esac
 }
@@ -141,7 +157,7 @@ _minivmm() {
 
   command=
   ((${#words[@]} > 2)) && command=${words[1]}
-  [[ $command == image && ${#words[@]} -gt 3 ]] && command="image ${words[2]}"
+  [[ $command == image || $command == nbd ]] && ((${#words[@]} > 3)) && command+=" ${words[2]}"
   if [[ $cur == --*=* ]]; then
     prev=${cur%%=*} cur=${cur#*=}
   elif [[ $cur == -* ]]; then
@@ -151,8 +167,9 @@ _minivmm() {
 
   local words_for=
   case $command in
-    "") words_for="boot serve image check-host" prev= ;;
+    "") words_for="boot serve image nbd check-host" prev= ;;
     image) words_for=$_minivmm_image_commands prev= ;;
+    nbd) words_for=$_minivmm_nbd_commands prev= ;;
   esac
   case $command:$prev in
     *:--disk) _minivmm_keyed "$cur" "$_minivmm_disk_keys" file ;;
@@ -179,6 +196,8 @@ _minivmm() {
         compopt -o filenames 2>/dev/null
         mapfile -t COMPREPLY < <(compgen -f -- "$cur")
       fi ;;
+    nbd\ *:-?*) ;;
+    nbd\ *) words_for="nbd:// nbd+unix:///?socket= /dev/nbd"; compopt -o nospace 2>/dev/null ;;
     *:--kernel | *:--initrd | *:--pid-file | image\ *)
       compopt -o filenames 2>/dev/null
       mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;

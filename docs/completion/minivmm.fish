@@ -5,16 +5,16 @@
 function __minivmm_in
     set -l words (commandline -opc)
     set -l command $words[2]
-    if test "$command" = image; and set -q words[3]
-        set command image-$words[3]
+    if contains -- "$command" image nbd; and set -q words[3]
+        set command $command-$words[3]
     end
     contains -- "$command" $argv
 end
 
-# `image` and its commands: their options have texts of their own.
+# The commands of `image` and `nbd`: their options have texts of their own.
 function __minivmm_in_image
     set -l words (commandline -opc)
-    test "$words[2]" = image; and set -q words[3]
+    contains -- "$words[2]" image nbd; and set -q words[3]
 end
 
 # The keys that may follow the last comma of the word.
@@ -33,6 +33,7 @@ end
 complete -c minivmm -n "__fish_use_subcommand" -f -a boot -d "Run a guest on disks, and serve them"
 complete -c minivmm -n "__fish_use_subcommand" -f -a serve -d "Serve disks over NBD and FUSE"
 complete -c minivmm -n "__fish_use_subcommand" -f -a image -d "Create, inspect and check disk images"
+complete -c minivmm -n "__fish_use_subcommand" -f -a nbd -d "Look at NBD servers, and use them"
 complete -c minivmm -n "__fish_use_subcommand" -f -a check-host -d "What this machine offers"
 complete -c minivmm -n "__fish_use_subcommand" -s V -l version -d "Show the version"
 complete -c minivmm -n "not __minivmm_in_image" -s h -l help -d "Show the options"
@@ -247,3 +248,21 @@ complete -c minivmm -n "__minivmm_in image-resize" -s q -l quiet -d "print nothi
 complete -c minivmm -n "__minivmm_in image-resize" -l object -x -d "a password or key that images are opened or made with by ..."
 complete -c minivmm -n "__minivmm_in image-resize" -s h -l help -d "this text"
 # --- image commands: end ---
+
+# --- nbd commands: written by docs/update-image-commands ---
+complete -c minivmm -n "__minivmm_in nbd" -f -a "connect info list"
+complete -c minivmm -n "__minivmm_in nbd-connect" -s N -l name -x -d "the export, if the URI does not say it"
+complete -c minivmm -n "__minivmm_in nbd-connect" -s C -l connections -x -d "several connections, where the server allows them"
+complete -c minivmm -n "__minivmm_in nbd-connect" -s b -l block-size -x -d "of the device"
+complete -c minivmm -n "__minivmm_in nbd-connect" -s t -l timeout -x -d "a request without an answer for so long fails"
+complete -c minivmm -n "__minivmm_in nbd-connect" -s R -l read-only -d "nobody can write to the device"
+complete -c minivmm -n "__minivmm_in nbd-connect" -s p -l persist -d "stay, and connect anew when a connection breaks"
+complete -c minivmm -n "__minivmm_in nbd-connect" -l hold -x -d "how long requests wait for a new connection"
+complete -c minivmm -n "__minivmm_in nbd-connect" -s h -l help -d "this text"
+complete -c minivmm -n "__minivmm_in nbd-info" -l json -d "for programs, with nbdinfo's names"
+complete -c minivmm -n "__minivmm_in nbd-info" -l size -d "only the size, in bytes"
+complete -c minivmm -n "__minivmm_in nbd-info" -s h -l help -d "this text"
+complete -c minivmm -n "__minivmm_in nbd-list" -s l -l long -d "all that minivmm nbd info shows, of each of them"
+complete -c minivmm -n "__minivmm_in nbd-list" -l json -d "the same for programs"
+complete -c minivmm -n "__minivmm_in nbd-list" -s h -l help -d "this text"
+# --- nbd commands: end ---

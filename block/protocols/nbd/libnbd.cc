@@ -56,6 +56,18 @@ Libnbd load() {
   library.find("nbd_aio_zero", out.aio_zero);
   library.find("nbd_aio_cache", out.aio_cache);
   library.find("nbd_aio_block_status", out.aio_block_status);
+  library.find("nbd_set_opt_mode", out.set_opt_mode);
+  library.find("nbd_set_full_info", out.set_full_info);
+  library.find("nbd_set_uri_allow_local_file", out.set_uri_allow_local_file);
+  library.find("nbd_connect_uri", out.connect_uri);
+  library.find("nbd_opt_info", out.opt_info);
+  library.find("nbd_opt_list", out.opt_list);
+  library.find("nbd_opt_list_meta_context", out.opt_list_meta_context);
+  library.find("nbd_get_canonical_export_name", out.get_canonical_export_name);
+  library.find("nbd_get_export_description", out.get_export_description);
+  library.find("nbd_get_structured_replies_negotiated", out.get_structured_replies_negotiated);
+  library.find("nbd_is_rotational", out.is_rotational);
+  library.find("nbd_can_df", out.can_df);
   return out;
 }
 

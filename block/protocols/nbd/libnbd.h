@@ -54,6 +54,18 @@ struct Libnbd {
   decltype(&::nbd_aio_zero) aio_zero;
   decltype(&::nbd_aio_cache) aio_cache;
   decltype(&::nbd_aio_block_status) aio_block_status;
+  decltype(&::nbd_set_opt_mode) set_opt_mode;
+  decltype(&::nbd_set_full_info) set_full_info;
+  decltype(&::nbd_set_uri_allow_local_file) set_uri_allow_local_file;
+  decltype(&::nbd_connect_uri) connect_uri;
+  decltype(&::nbd_opt_info) opt_info;
+  decltype(&::nbd_opt_list) opt_list;
+  decltype(&::nbd_opt_list_meta_context) opt_list_meta_context;
+  decltype(&::nbd_get_canonical_export_name) get_canonical_export_name;
+  decltype(&::nbd_get_export_description) get_export_description;
+  decltype(&::nbd_get_structured_replies_negotiated) get_structured_replies_negotiated;
+  decltype(&::nbd_is_rotational) is_rotational;
+  decltype(&::nbd_can_df) can_df;
 };
 
 // Loads the library at the first call, which reads files: not on a fiber. Throws ENOTSUP saying

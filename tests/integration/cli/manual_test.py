@@ -41,9 +41,11 @@ def listed_commands(*command):
     return re.findall(r"(?m)^  ([a-z-]+) {2,}", text)
 
 
-# All of them, whichever there are; those of image have one page.
-PAGES = {name: (name,) for name in listed_commands() if name != "image"}
-PAGES["image"] = tuple(f"image {name}" for name in listed_commands("image"))
+# All of them, whichever there are; those of image and of nbd have one page.
+GROUPS = ("image", "nbd")
+PAGES = {name: (name,) for name in listed_commands() if name not in GROUPS}
+for group in GROUPS:
+    PAGES[group] = tuple(f"{group} {name}" for name in listed_commands(group))
 COMMANDS = tuple(command for commands in PAGES.values() for command in commands)
 
 
@@ -137,7 +139,8 @@ class Bash(unittest.TestCase):
     def test_commands(self):
         self.assertEqual(self.complete("minivmm "), set(listed_commands()))
         self.assertEqual(self.complete("minivmm se"), {"serve"})
-        self.assertEqual(self.complete("minivmm image "), set(listed_commands("image")))
+        for group in GROUPS:
+            self.assertEqual(self.complete(f"minivmm {group} "), set(listed_commands(group)))
 
     def test_keys_of_a_disk(self):
         offered = self.complete("minivmm serve --disk a.qcow2,id=x,")
@@ -174,15 +177,16 @@ class Zsh(unittest.TestCase):
         arrays["help"] = {"-h", "--help"}
         for command in COMMANDS:
             with self.subTest(command=command):
-                if command.startswith("image "):
-                    self.assertEqual(self.image_options(text, command[6:]), help_options(command))
+                group, _, name = command.partition(" ")
+                if group in GROUPS:
+                    self.assertEqual(self.group_options(text, group, name), help_options(command))
                     continue
                 line = re.search(rf"(?m)^ +{command.split()[-1]}\) _arguments (?:-s )?(.*)$", text)
                 used = re.findall(r"\$(\w+)", line.group(1))
                 self.assertEqual(set().union(*(arrays[a] for a in used)), help_options(command))
 
-    def image_options(self, text, name):
-        text = text[text.index("\n_minivmm_image() {"):]
+    def group_options(self, text, group, name):
+        text = text[text.index(f"\n_minivmm_{group}() {{"):]
         body = re.search(rf"(?ms)^    {name}\) _arguments -s(.*?);;$", text).group(1)
         heads = re.findall(r"(?m)^ +'(?:\([^)]*\)'\{([^}]*)\}|\*?(-[^\[]*)\[)", body)
         return {name for head in heads for name in "".join(head).split(",")}
@@ -207,7 +211,7 @@ class Fish(unittest.TestCase):
             options = {"--" + o for o in re.findall(r" -l ([a-z-]+)", head)}
             options |= {"-" + o for o in re.findall(r" -s ([a-zA-Z])", head)}
             for command, known in offered.items():
-                if where is None and command.startswith("image "):
+                if where is None and command.split()[0] in GROUPS:
                     continue
                 if where is None or command.replace(" ", "-") in where.group(1).split():
                     known |= options

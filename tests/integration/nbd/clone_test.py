@@ -70,8 +70,8 @@ class Clones(Scene):
             self.assertEqual(client.read(0, 100 * 4096), bytes(wanted))
         for client in clients[:50]:
             client.close()
-        wait_until(lambda: self.state(server).count("\n  node 'golden.clone") == 150, 10,
-                   "three nodes of each of 50 clones")
+        wait_until(lambda: self.state(server).count("user NBD clone 'golden'") == 50, 10,
+                   "50 clones are left")
         for client in clients[50:]:
             client.close()
         self.wait_without_clones(server)

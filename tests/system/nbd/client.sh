@@ -4,6 +4,7 @@
 # lines are what the test looks at.
 cd "$1" || exit 1
 . ./settings  # PORT
+M=/work/minivmm
 say() { echo "CLIENT $*"; }
 try() { # NAME COMMAND...
   local name=$1
@@ -20,17 +21,43 @@ ifconfig lo 127.0.0.1 up
 ifconfig eth0 10.0.2.15 netmask 255.255.255.0 up
 mkdir -p /mnt/nbd
 
+# With one connection by the reference client, with several by ours.
 attach() { # NAME CONNECTIONS OPTIONS...
   local name=$1 connections=$2
   shift 2
-  try "attach $name $connections" /sbin/nbd-client -N "$name" -C "$connections" "$@" 10.0.2.2 "$PORT" \
-    /dev/nbd0
-  for i in $(seq 50); do
-    [ "$(cat /sys/block/nbd0/size)" != 0 ] && break
-    sleep 0.1
-  done
+  if [ "$connections" = 1 ]; then
+    try "attach $name $connections" /sbin/nbd-client -N "$name" -C "$connections" "$@" 10.0.2.2 \
+      "$PORT" /dev/nbd0
+    for i in $(seq 50); do
+      [ "$(cat /sys/block/nbd0/size)" != 0 ] && break
+      sleep 0.1
+    done
+  else
+    try "attach $name $connections" $M nbd connect -C "$connections" "$@" \
+      "nbd://10.0.2.2:$PORT/$name" /dev/nbd0
+    [ "$(cat /sys/block/nbd0/size)" != 0 ] || say "attach $name FAILED: no size"
+  fi
 }
-detach() { try "detach $1" /sbin/nbd-client -d /dev/nbd0; }
+detach() { # NAME CONNECTIONS
+  if [ "$2" = 1 ]; then
+    try "detach $1" /sbin/nbd-client -d /dev/nbd0
+  else
+    try "detach $1" $M nbd disconnect /dev/nbd0
+    [ -e /sys/block/nbd0/pid ] && say "detach $1 FAILED: still connected"
+  fi
+}
+refuse() { # NAME WORDS COMMAND...
+  local name=$1 words=$2
+  shift 2
+  if "$@" > out 2>&1; then
+    say "refuse $name FAILED"
+  elif grep -q "$words" out; then
+    say "refuse $name ok"
+  else
+    say "refuse $name FAILED"
+    sed 's/^/CLIENT out /' out
+  fi
+}
 sums() { (cd /mnt/nbd && sha256sum small large part | sha256sum | cut -c1-64); }
 
 for connections in 1 4; do
@@ -56,7 +83,7 @@ for connections in 1 4; do
   try "fstrim $name" fstrim -v /mnt/nbd
   try "umount $name" umount /mnt/nbd
   try "e2fsck $name" /sbin/e2fsck -f -n /dev/nbd0
-  detach $name
+  detach $name $connections
 
   # Again, read-only and with nothing cached.
   attach $name $connections -R
@@ -64,7 +91,7 @@ for connections in 1 4; do
   [ "$(sums)" = "$before" ] && say "$name content ok" || say "$name content FAILED"
   say "$name sum $(sha256sum < /mnt/nbd/large | cut -c1-64)"
   try "umount again $name" umount /mnt/nbd
-  detach "$name again"
+  detach "$name again" $connections
 done
 
 attach readonly 1
@@ -74,5 +101,48 @@ if dd if=/dev/zero of=/dev/nbd0 bs=4k count=1 conv=fsync > out 2>&1; then
 else
   say "readonly write refused"
 fi
-detach readonly
+refuse busy "in use already" $M nbd connect "nbd://10.0.2.2:$PORT/readonly" /dev/nbd0
+detach readonly 1
+refuse "no device" "is not connected" $M nbd disconnect /dev/nbd0
+refuse unknown "no export 'nosuch'" $M nbd connect "nbd://10.0.2.2:$PORT/nosuch" /dev/nbd0
+
+# The kernel chooses a device; the block size is what was asked for.
+device=$($M nbd connect -b 4096 -R -t 30 -N readonly "10.0.2.2:$PORT")
+say "free $device $(cat /sys/block/nbd0/queue/logical_block_size) $(cat /sys/block/nbd0/ro)"
+try "detach free" $M nbd disconnect "$device"
+
+# A server that is killed and comes back, on this machine: requests wait for it.
+serve() {
+  $M serve --disk /tmp/here.raw,format=raw,id=here --export here,writable \
+    --nbd 'nbd+unix:///?socket=/tmp/here.sock' --ready-fd 3 3> /tmp/ready 2> /tmp/serve.log &
+  server=$!
+  for i in $(seq 100); do
+    grep -q READY /tmp/ready 2> /dev/null && break
+    sleep 0.1
+  done
+}
+dd if=/dev/zero of=/tmp/here.raw bs=1M count=8 2> /dev/null
+serve
+$M nbd connect --persist --hold 60 'nbd+unix:///here?socket=/tmp/here.sock' /dev/nbd0 > /tmp/kept 2>&1 &
+keeper=$!
+for i in $(seq 100); do
+  grep -q /dev/nbd0 /tmp/kept && break
+  sleep 0.1
+done
+try "persist write" dd if=/dev/urandom of=/dev/nbd0 bs=64k count=4 conv=fsync
+before=$(dd if=/dev/nbd0 bs=64k count=4 iflag=direct 2> /dev/null | sha256sum)
+kill -9 $server
+wait $server 2> /dev/null
+rm -f /tmp/ready
+(sleep 1; dd if=/dev/nbd0 bs=64k count=4 iflag=direct 2> /dev/null | sha256sum > /tmp/after) &
+reader=$!
+sleep 2
+serve
+wait $reader
+[ "$before" = "$(cat /tmp/after)" ] && say "persist content ok" || say "persist content FAILED"
+try "persist connected" grep "connected again" /tmp/kept
+try "detach persist" $M nbd disconnect /dev/nbd0
+wait $keeper
+say "persist status $?"
+kill $server
 say end

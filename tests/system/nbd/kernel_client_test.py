@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""The Linux kernel's own NBD client on our server: a file system on /dev/nbd0 with one and with four
-connections. The client is Debian's stock kernel on an emulated machine whose network ends at this
+"""The Linux kernel's own NBD client on our server, attached by nbd-client and by `minivmm nbd`: a
+file system on /dev/nbd0 with one and with four connections, and a server that is killed meanwhile. The client is Debian's stock kernel on an emulated machine whose network ends at this
 host's loopback; client.sh is what it does."""
 
 import os
@@ -16,6 +16,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.join(HERE, "..", "linux"))
 from stock import PACKAGES, StockKernel
 from emulated_host import EmulatedHost, linux
+from harness.daemon import minivmm
 from harness.scene import MIB, run
 
 LIMIT = 240.0
@@ -37,8 +38,10 @@ class KernelClient(StockKernel):
             path = shutil.which(program)
             self.assertIsNotNone(path, f"{program} is not installed")
             tree.program(path, f"sbin/{program}")
+        subprocess.run(["strip", "-o", self.path("minivmm"), minivmm()], check=True)
+        tree.program(self.path("minivmm"), "work/minivmm")
         return EmulatedHost(
-            self.dir, PACKAGES, tree, size=96 * MIB, modules=("virtio_net", "nbd"),
+            self.dir, PACKAGES, tree, size=160 * MIB, modules=("virtio_net", "nbd"),
             devices=("-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,romfile="))
 
     def file_sum(self, image):
@@ -78,6 +81,13 @@ class KernelClient(StockKernel):
                 said(step.format(name, connections) + " ok")
         said("readonly ro 1")
         said("readonly write refused")
+        for what in ("busy", "no device", "unknown"):
+            said(f"refuse {what} ok")
+        said("free /dev/nbd0 4096 1")
+        for step in ("detach free", "persist write", "persist content", "persist connected",
+                     "detach persist"):
+            said(f"{step} ok")
+        said("persist status 0")
         said("end")
         self.assertEqual(server.stop(), 0, server.errors.text())
         for name in ("disk1", "disk4"):

@@ -1,0 +1,159 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "block/protocols/nbd/survey.h"
+
+#include <algorithm>
+#include <cerrno>
+#include <cstdlib>
+#include <memory>
+
+#include <fmt/core.h>
+
+#include "base/error.h"
+#include "block/protocols/nbd/libnbd.h"
+
+namespace minivmm::block {
+namespace {
+
+using base::Error;
+using base::NbdUri;
+
+// A server may list without end.
+constexpr size_t kMostExports = 100'000;
+
+// A blocking connection whose handshake goes step by step.
+class Talk {
+ public:
+  explicit Talk(const NbdUri& uri) : nbd_(libnbd()), uri_(uri), handle_(nbd_.create()) {
+    if (handle_ == nullptr) fail();
+    if (uri_.host.empty() && !uri_.is_unix() && !uri_.is_vsock()) uri_.host = "localhost";
+    check(nbd_.set_opt_mode(handle_, true));
+    check(nbd_.set_full_info(handle_, true));
+    // The URI is the user's own word.
+    check(nbd_.set_uri_allow_local_file(handle_, true));
+    check(nbd_.connect_uri(handle_, uri_.text().c_str()));
+  }
+  ~Talk() { nbd_.close(handle_); }
+  Talk(const Talk&) = delete;
+  Talk& operator=(const Talk&) = delete;
+
+  const Libnbd& nbd() const noexcept { return nbd_; }
+  nbd_handle* handle() const noexcept { return handle_; }
+  const NbdUri& uri() const noexcept { return uri_; }
+  // Of a call that gives -1 where it failed.
+  template <typename T>
+  T check(T result) const {
+    if (result == -1) fail();
+    return result;
+  }
+  std::string text(char* given) const {
+    if (given == nullptr) return {};
+    const std::unique_ptr<char, decltype(&::free)> owned(given, &::free);
+    return owned.get();
+  }
+
+ private:
+  [[noreturn]] void fail() const {
+    const int err = nbd_.get_errno();
+    const char* const why = nbd_.get_error();
+    throw Error(err != 0 ? err : EIO,
+                fmt::format("{}: {}", uri_.text(), why != nullptr ? why : "no answer"));
+  }
+
+  const Libnbd& nbd_;
+  NbdUri uri_;
+  nbd_handle* const handle_;
+};
+
+using Names = std::vector<std::pair<std::string, std::string>>;
+
+int add_name(void* names, const char* name, const char* description) noexcept {
+  auto& list = *static_cast<Names*>(names);
+  if (list.size() < kMostExports) list.emplace_back(name, description);
+  return 0;
+}
+
+int add_context(void* contexts, const char* name) noexcept {
+  static_cast<std::vector<std::string>*>(contexts)->emplace_back(name);
+  return 0;
+}
+
+Names list_names(const Talk& talk) {
+  Names names;
+  talk.check(talk.nbd().opt_list(
+      talk.handle(),
+      nbd_list_callback{.callback = &add_name, .user_data = &names, .free = nullptr}));
+  return names;
+}
+
+NbdExportSurvey survey_export(const Talk& talk) {
+  const Libnbd& nbd = talk.nbd();
+  nbd_handle* const h = talk.handle();
+  NbdExportSurvey out;
+  // Before the contexts: a server of the older kind has neither.
+  talk.check(nbd.opt_info(h));
+  out.size = static_cast<uint64_t>(talk.check(nbd.get_size(h)));
+  out.name = talk.text(nbd.get_canonical_export_name(h));
+  if (out.name.empty()) out.name = talk.uri().export_name;
+  out.description = talk.text(nbd.get_export_description(h));
+  NbdUri uri = talk.uri();
+  uri.export_name = out.name;
+  out.uri = uri.text();
+  const struct {
+    const char* name;
+    decltype(Libnbd::can_fua) ask;
+  } abilities[] = {
+      {"is_rotational", nbd.is_rotational},
+      {"is_read_only", nbd.is_read_only},
+      {"can_cache", nbd.can_cache},
+      {"can_df", nbd.can_df},
+      {"can_fast_zero", nbd.can_fast_zero},
+      {"can_flush", nbd.can_flush},
+      {"can_fua", nbd.can_fua},
+      {"can_multi_conn", nbd.can_multi_conn},
+      {"can_trim", nbd.can_trim},
+      {"can_zero", nbd.can_zero},
+  };
+  for (const auto& each : abilities) out.abilities.emplace_back(each.name, each.ask(h) == 1);
+  const auto block = [&](int which) {
+    return static_cast<uint64_t>(std::max<int64_t>(nbd.get_block_size(h, which), 0));
+  };
+  out.minimum_block = block(LIBNBD_SIZE_MINIMUM);
+  out.preferred_block = block(LIBNBD_SIZE_PREFERRED);
+  out.maximum_block = block(LIBNBD_SIZE_MAXIMUM);
+  if (nbd.get_structured_replies_negotiated(h) == 1) {
+    (void)nbd.opt_list_meta_context(
+        h, nbd_context_callback{
+               .callback = &add_context, .user_data = &out.contexts, .free = nullptr});
+  }
+  return out;
+}
+
+}  // namespace
+
+NbdServerSurvey survey_nbd_server(const NbdUri& uri, bool all) {
+  const Talk talk(uri);
+  const Libnbd& nbd = talk.nbd();
+  NbdServerSurvey out;
+  out.protocol = nbd.get_protocol(talk.handle());
+  out.tls = nbd.get_tls_negotiated(talk.handle()) == 1;
+  out.structured = nbd.get_structured_replies_negotiated(talk.handle()) == 1;
+  if (!all) {
+    out.exports.push_back(survey_export(talk));
+    return out;
+  }
+  for (const auto& [name, description] : list_names(talk)) {
+    talk.check(nbd.set_export_name(talk.handle(), name.c_str()));
+    try {
+      out.exports.push_back(survey_export(talk));
+    } catch (const Error&) {
+      // Listed, and not for us: its name is all that there is to tell.
+      out.exports.emplace_back().name = name;
+    }
+    if (out.exports.back().description.empty()) out.exports.back().description = description;
+  }
+  return out;
+}
+
+Names list_nbd_exports(const NbdUri& uri) { return list_names(Talk(uri)); }
+
+}  // namespace minivmm::block

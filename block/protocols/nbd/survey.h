@@ -1,0 +1,45 @@
+// SPDX-License-Identifier: Apache-2.0
+// What an NBD server says of itself and of its exports, for people and tools. Blocking: not on a
+// fiber.
+#pragma once
+
+#include <string>
+
+#include <cstdint>
+#include <functional>
+#include <utility>
+#include <vector>
+
+#include "base/nbd_uri.h"
+
+namespace minivmm::block {
+
+struct NbdExportSurvey {
+  std::string name;
+  std::string description;
+  std::string uri;
+  uint64_t size = 0;
+  std::vector<std::string> contexts;
+  // "is_read_only", "can_trim", ... in the order in which nbdinfo has them.
+  std::vector<std::pair<const char*, bool>> abilities;
+  // 0: not told.
+  uint64_t minimum_block = 0;
+  uint64_t preferred_block = 0;
+  uint64_t maximum_block = 0;
+};
+
+struct NbdServerSurvey {
+  std::string protocol;
+  bool tls = false;
+  bool structured = false;
+  std::vector<NbdExportSurvey> exports;
+};
+
+// The export that the URI names, or, with `all`, every one that the server lists. Throws what the
+// server or the system said.
+NbdServerSurvey survey_nbd_server(const base::NbdUri& uri, bool all);
+
+// Names and descriptions only.
+std::vector<std::pair<std::string, std::string>> list_nbd_exports(const base::NbdUri& uri);
+
+}  // namespace minivmm::block

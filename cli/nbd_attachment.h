@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+// A connection to an NBD server that has entered transmission with simple replies, which is what
+// the kernel's driver goes on with. Blocking.
+#pragma once
+
+#include <string>
+
+#include <chrono>
+#include <cstdint>
+
+#include "base/nbd_uri.h"
+#include "base/unique_fd.h"
+
+namespace minivmm::cli {
+
+struct NbdAttachment {
+  base::UniqueFd socket;
+  uint64_t size = 0;
+  uint16_t flags = 0;          // of transmission
+  uint32_t minimum_block = 1;  // bytes
+};
+
+// Throws what the server or the system said; ENOTSUP for TLS, which the kernel does not do.
+NbdAttachment attach_to_nbd(const base::NbdUri& uri, std::chrono::seconds limit);
+
+}  // namespace minivmm::cli
