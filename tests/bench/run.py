@@ -65,7 +65,7 @@ def measure(tools, workplace, made, case, entry, arguments, seed):
         running.stop()
     if result.get("errors"):
         raise processes.Failed(f"{result['errors']} requests failed")
-    result["ramp"] = arguments.ramp
+    result.setdefault("ramp", arguments.ramp)
     return result
 
 

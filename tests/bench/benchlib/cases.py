@@ -3,6 +3,7 @@
 
 import dataclasses
 import re
+import shutil
 
 from . import loads, servers, vmm
 
@@ -40,11 +41,13 @@ class Group:
 
 @dataclasses.dataclass(frozen=True)
 class Goal:
-    """`ours` must reach `ratio` times the best of the entries that match `peers`."""
+    """`ours` must reach `ratio` times the best of the entries that match `peers`; of `cpu`, the
+    server's CPU time a request, it may have at most `ratio` times theirs."""
     case: str
     ours: str
     peers: str
     ratio: float
+    cpu: bool = False
 
 
 def _name(text, connections, choices):
@@ -56,9 +59,10 @@ def _random(prefix, depths, connections=(1,)):
             for rw in ("randread", "randwrite") for d in depths for c in connections]
 
 
-def _sequential(prefix, connections=(1,)):
-    return [Case(_name(f"{prefix}/{rw} 256k", c, connections), rw, 256 << 10, 8, c, "large")
-            for rw in ("read", "write") for c in connections]
+def _sequential(prefix, connections=(1,), sizes=(256,)):
+    return [Case(_name(f"{prefix}/{rw} {f'{kib}k' if kib < 1024 else f'{kib >> 10}m'}", c,
+                       connections), rw, kib << 10, 8, c, "large")
+            for rw in ("read", "write") for kib in sizes for c in connections]
 
 
 def _entries(load, *of):
@@ -66,12 +70,28 @@ def _entries(load, *of):
 
 
 def nbd_group(tools):
-    cases = _random("nbd", (1, 32), (1, 4)) + _sequential("nbd", (1, 4))
+    cases = _random("nbd", (1, 32, 128), (1, 4)) + _sequential("nbd", (1, 4), (256, 4096))
     entries = _entries(loads.nbd, servers.OurNbd(tools), servers.QemuNbd(tools, "threads"),
                        servers.QemuNbd(tools, "io_uring"), servers.Nbdkit(tools),
                        servers.Bare(tools, spin=False))
     spinning = servers.Bare(tools, spin=True)
     return Group(cases, entries + [Entry(spinning.name, spinning, loads.nbd, only="d1 c1$")])
+
+
+def nbd_tcp_group(tools):
+    """The same by TCP on loopback, where the socket costs more than the server."""
+    cases = _random("nbd-tcp", (1, 32, 128), (1, 4)) + _sequential("nbd-tcp", (1, 4), (256, 4096))
+    kinds = [servers.OurNbd(tools), servers.QemuNbd(tools, "threads"), servers.Nbdkit(tools),
+             servers.Bare(tools, spin=False)]
+    return Group(cases, _entries(loads.nbd, *(s.over_tcp() for s in kinds)))
+
+
+def nbd_copy_group(tools):
+    if not shutil.which("nbdcopy"):
+        return Group([], [])
+    cases = [Case(f"nbd-copy/{rw}", rw, 256 << 10, 64, 4, "large") for rw in ("read", "write")]
+    return Group(cases, _entries(loads.copy, servers.OurNbd(tools),
+                                 servers.QemuNbd(tools, "threads"), servers.Nbdkit(tools)))
 
 
 def fuse_group(tools):
@@ -92,7 +112,7 @@ def qcow2_group(tools):
     for aio in ("threads", "io_uring"):
         theirs = servers.QemuNbd(tools, aio)
         entries.append(Entry(f"{theirs.name} qcow2", theirs, loads.nbd, "qcow2", "qcow2"))
-    return Group(_random("qcow2", (1, 32)), entries)
+    return Group(_random("qcow2", (1, 32, 128)), entries)
 
 
 def runtime_group(tools):
@@ -103,16 +123,22 @@ def runtime_group(tools):
 
 
 def groups(tools):
-    return [runtime_group(tools), nbd_group(tools), fuse_group(tools), qcow2_group(tools),
+    return [runtime_group(tools), nbd_group(tools), nbd_tcp_group(tools), nbd_copy_group(tools),
+            fuse_group(tools), qcow2_group(tools),
             Group(vmm.cases(Case), [Entry(m.name, m, vmm.load) for m in vmm.machines(tools)])]
 
 
 GOALS = [
     Goal(r"^runtime/", "minivmm graph", r"^fio/", 0.9),
-    Goal(r"^nbd/rand.* d32 ", "minivmm", r"^qemu-nbd/", 3.0),
-    Goal(r"^nbd/rand.* d32 ", "minivmm", r"^nbdkit$", 2.0),
-    Goal(r"^nbd/rand.* d1 ", "minivmm", r"^(qemu-nbd/|nbdkit$)", 0.95),
-    Goal(r"^nbd/(read|write) ", "minivmm", r"^qemu-nbd/", 2.0),
+    # Everywhere at least the best peer.
+    Goal(r"^(nbd|nbd-tcp|nbd-copy)/", "minivmm", r"^(qemu-nbd/|nbdkit$)", 1.0),
+    Goal(r"^nbd/randread 4k d32 c1$", "minivmm", r"^qemu-nbd/", 5.0),
+    Goal(r"^nbd/randread 4k d32 c1$", "minivmm", r"^nbdkit$", 3.0),
+    Goal(r"^nbd/randread 4k d32 ", "minivmm", r"^bare$", 0.6),
+    Goal(r"^nbd/randread 4k d32 ", "minivmm", r"^nbdkit$", 0.5, cpu=True),
+    Goal(r"^nbd/randread 4k d1 c1$", "minivmm", r"^bare/spin$", 0.85),
+    Goal(r"^nbd/read (256k|4m) ", "minivmm", r"^bare$", 0.85),
+    Goal(r"^nbd/(read|write) (256k|4m) ", "minivmm", r"^qemu-nbd/", 2.5),
     Goal(r"^fuse/rand.* d32$", "minivmm", r"^qsd/", 2.0),
     Goal(r"^qcow2/", "minivmm qcow2", r"^minivmm raw$", 0.9),
 ]

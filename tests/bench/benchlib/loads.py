@@ -2,7 +2,9 @@
 """Measures one case on one started server."""
 
 import json
+import os
 import shutil
+import time
 
 from . import processes
 
@@ -43,6 +45,7 @@ def _load(command, seconds, running):
     after = running.child.cpu_seconds() if running.child else 0
     result = json.loads(out)
     result["server_cpu_seconds"] = after - before
+    result["server_peak_mib"] = running.child.peak_mib() if running.child else 0
     return result
 
 
@@ -51,6 +54,20 @@ def nbd(tools, case, running, seconds, ramp, seed):
                f"--depth={case.depth}", f"--connections={case.connections}",
                f"--seconds={seconds}", f"--ramp={ramp}", f"--seed={seed}"]
     return _load(command, seconds, running)
+
+
+def copy(_tools, case, running, _seconds, _ramp, _seed):
+    """All of the image by nbdcopy, out of the server or into it."""
+    names = [running.where, "null:"] if case.rw == "read" else [running.image, running.where]
+    size = os.path.getsize(running.image)
+    before = running.child.cpu_seconds()
+    began = time.monotonic()
+    processes.run(["nbdcopy", *names], timeout=300)
+    seconds = time.monotonic() - began
+    blocks = size / (256 << 10)  # nbdcopy's requests
+    return {"value": size / seconds / 1e6, "unit": "MB/s", "errors": 0, "seconds": seconds,
+            "requests": blocks, "server_cpu_seconds": running.child.cpu_seconds() - before,
+            "server_peak_mib": running.child.peak_mib(), "ramp": 0}
 
 
 def file(tools, case, running, seconds, ramp, seed):

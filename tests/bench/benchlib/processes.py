@@ -67,6 +67,17 @@ class Child:
             return 0.0
         return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
+    def peak_mib(self):
+        """The most memory that it had so far."""
+        try:
+            with open(f"/proc/{self.pid}/status", encoding="utf-8") as f:
+                for line in f:
+                    if line.startswith("VmHWM:"):
+                        return int(line.split()[1]) / 1024
+        except OSError:
+            pass
+        return 0.0
+
     def stop(self, timeout=5.0):
         """SIGTERM, then SIGKILL. Returns whether it ended by itself."""
         gentle = True

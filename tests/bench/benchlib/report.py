@@ -18,6 +18,7 @@ class Summary:
     p50_us: float = 0.0
     server_us: float = 0.0  # server CPU a request
     unit: str = "iops"
+    peak_mib: float = 0.0  # the server's memory at its most
 
 
 def _median_of(results, key):
@@ -44,7 +45,8 @@ def summarise(results):
         low, high = values[0], values[-1]
     return Summary(statistics.median(values), low, high, len(values),
                    _median_of(results, lambda r: r.get("latency_us", {}).get("p50")),
-                   _median_of(results, _server_us), results[0].get("unit", "iops"))
+                   _median_of(results, _server_us), results[0].get("unit", "iops"),
+                   _median_of(results, lambda r: r.get("server_peak_mib")))
 
 
 @dataclasses.dataclass
@@ -56,6 +58,19 @@ class Verdict:
     passed: bool
 
 
+def _compare(goal, case, row):
+    def value(summary):
+        return summary.server_us if goal.cpu else summary.median
+    peers = {n: value(s) for n, s in row.items() if re.search(goal.peers, n) and value(s)}
+    if not peers or not value(row[goal.ours]):
+        return None
+    best = (min if goal.cpu else max)(peers, key=peers.get)
+    ratio = value(row[goal.ours]) / peers[best]
+    passed = ratio <= goal.ratio if goal.cpu else ratio >= goal.ratio
+    text = f"{goal.ours} / {best}" + (", CPU, at most" if goal.cpu else "")
+    return Verdict(case, text, ratio, goal.ratio, passed)
+
+
 def judge(table):
     """`table` is {case: {entry: Summary}}. A goal whose parts were not measured is left out."""
     verdicts = []
@@ -63,13 +78,9 @@ def judge(table):
         for case, row in table.items():
             if not re.search(goal.case, case) or goal.ours not in row:
                 continue
-            peers = {n: s.median for n, s in row.items() if re.search(goal.peers, n)}
-            if not peers:
-                continue
-            best = max(peers, key=peers.get)
-            ratio = row[goal.ours].median / peers[best]
-            verdicts.append(Verdict(case, f"{goal.ours} / {best}", ratio, goal.ratio,
-                                    ratio >= goal.ratio))
+            verdict = _compare(goal, case, row)
+            if verdict:
+                verdicts.append(verdict)
     for case, entry, most, unit in LIMITS:
         if entry in table.get(case, {}):
             value = table[case][entry].median
@@ -87,6 +98,8 @@ def print_table(table):
             extra = f"  p50 {s.p50_us:8.1f} us" if s.p50_us else ""
             if s.server_us:
                 extra += f"  server {s.server_us:6.2f} us CPU a request"
+            if s.peak_mib:
+                extra += f", {s.peak_mib:.0f} MiB"
             print(f"  {entry:24} {s.median:12,.{digits}f}  [{s.low:,.{digits}f} .. "
                   f"{s.high:,.{digits}f}]{extra}")
 

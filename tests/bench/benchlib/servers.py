@@ -12,10 +12,10 @@ import socket
 from . import processes
 
 
-def _accepts(path):
-    s = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+def _accepts(family, address):
+    s = socket.socket(family, socket.SOCK_STREAM)
     try:
-        s.connect(path)
+        s.connect(address)
         return True
     except OSError:
         return False
@@ -43,9 +43,10 @@ class Server:
 class Running:
     """A started server: `where` is a URI or a path for the load generator."""
 
-    def __init__(self, child, where, workplace, mount=None, log=None):
+    def __init__(self, child, where, workplace, mount=None, log=None, image=None):
         self.child = child
         self.where = where
+        self.image = image
         self._workplace = workplace
         self._mount = mount
         self._log = log
@@ -59,22 +60,51 @@ class Running:
             os.unlink(self._log)
 
 
+def _free_port():
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return s.getsockname()[1]
+
+
+class Place:
+    """Where an NBD server listens: a unix socket, or a port of loopback."""
+
+    def __init__(self, workplace, tcp):
+        self.port = _free_port() if tcp else None
+        self.path = None if tcp else workplace.new("nbd.sock")
+
+    def uri(self, export=""):
+        if self.port:
+            return f"nbd://127.0.0.1:{self.port}/{export}".rstrip("/")
+        return f"nbd+unix:///{export}?socket={self.path}"
+
+    def listens(self):
+        if self.port:
+            return _accepts(socket.AF_INET, ("127.0.0.1", self.port))
+        return os.path.exists(self.path) and _accepts(socket.AF_UNIX, self.path)
+
+
 class NbdServer(Server):
     export = ""
+    tcp = False
 
-    def command(self, sock, image, image_format):
+    def over_tcp(self):
+        self.tcp = True
+        return self
+
+    def command(self, place, image, image_format):
         raise NotImplementedError
 
     def start(self, workplace, image, image_format):
-        sock = workplace.new("nbd.sock")
+        place = Place(workplace, self.tcp)
         log = workplace.new("log")
-        child = processes.Child(self.command(sock, image, image_format), log)
+        child = processes.Child(self.command(place, image, image_format), log)
         try:
-            child.wait_until(lambda: os.path.exists(sock) and _accepts(sock))
+            child.wait_until(place.listens)
         except processes.Failed:
             child.stop()
             raise
-        return Running(child, f"nbd+unix:///{self.export}?socket={sock}", workplace, log=log)
+        return Running(child, place.uri(self.export), workplace, log=log, image=image)
 
 
 class OurNbd(NbdServer):
@@ -85,9 +115,9 @@ class OurNbd(NbdServer):
     def missing(self):
         return self.tools.lacks_minivmm()
 
-    def command(self, sock, image, image_format):
+    def command(self, place, image, image_format):
         return [self.tools.minivmm, "serve", "--disk", f"{image},id=disk0,format={image_format}",
-                "--nbd", f"nbd+unix:///?socket={sock}", "--export", "disk0,writable"]
+                "--nbd", place.uri(), "--export", "disk0,writable"]
 
 
 class QemuNbd(NbdServer):
@@ -99,8 +129,9 @@ class QemuNbd(NbdServer):
     def missing(self):
         return None if shutil.which("qemu-nbd") else "qemu-nbd is not installed"
 
-    def command(self, sock, image, image_format):
-        return ["qemu-nbd", "-t", "-f", image_format, "-k", sock, "-e", "16",
+    def command(self, place, image, image_format):
+        where = ["-b", "127.0.0.1", "-p", place.port] if place.port else ["-k", place.path]
+        return ["qemu-nbd", "-t", "-f", image_format, *where, "-e", "16",
                 "--cache=writeback", f"--aio={self.aio}", image]
 
 
@@ -110,8 +141,9 @@ class Nbdkit(NbdServer):
     def missing(self):
         return None if shutil.which("nbdkit") else "nbdkit is not installed"
 
-    def command(self, sock, image, image_format):
-        return ["nbdkit", "-f", "-U", sock, "file", image]
+    def command(self, place, image, image_format):
+        where = ["-i", "127.0.0.1", "-p", place.port] if place.port else ["-U", place.path]
+        return ["nbdkit", "-f", *where, "file", image]
 
 
 class Bare(NbdServer):
@@ -125,10 +157,9 @@ class Bare(NbdServer):
     def missing(self):
         return self.tools.lacks("bare_server")
 
-    def command(self, sock, image, image_format):
+    def command(self, place, image, image_format):
         spin = ["--spin-us=50"] if self.spin else []
-        return [self.tools.tool("bare_server"), f"--file={image}",
-                f"--listen=nbd+unix:///?socket={sock}"] + spin
+        return [self.tools.tool("bare_server"), f"--file={image}", f"--listen={place.uri()}"] + spin
 
 
 class OurFuse(Server):
