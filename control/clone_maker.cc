@@ -49,9 +49,14 @@ Options file_options(const std::string& node_name, const base::UniqueFd& fd) {
   return file;
 }
 
+// By a thread that may: those of the loops open nothing once clients come.
+base::UniqueFd make_nameless_file(const std::string& folder) {
+  return base::Pool::errands().run([&] { return nameless_file(folder); });
+}
+
 // Gives an image that is complete its name, so that the name is there after a power loss, too.
 void link_file(int fd, const std::string& path) {
-  base::Pool::syscalls().run([&] {
+  base::Pool::errands().run([&] {
     const std::string from = fmt::format("/proc/self/fd/{}", fd);
     if (::linkat(AT_FDCWD, from.c_str(), AT_FDCWD, path.c_str(), AT_SYMLINK_FOLLOW) != 0) {
       throw base::errno_error(errno, fmt::format("{}: cannot be made", path));
@@ -62,6 +67,18 @@ void link_file(int fd, const std::string& path) {
       throw base::errno_error(errno, fmt::format("{}: cannot be made durable", path));
     }
   });
+}
+
+// What a clone that is kept records as its backing file; empty where that is no file of this host,
+// or not all of it.
+std::string recorded_name(block::Node& base) {
+  const bool whole =
+      base.driver() == std::string_view("qcow2") ||
+      (base.driver() == std::string_view("raw") && base.children().at(0)->size() == base.size());
+  std::error_code ignored;
+  const std::string file = base.filename();
+  if (!whole || file.empty() || !std::filesystem::exists(file, ignored)) return {};
+  return std::filesystem::absolute(file).string();
 }
 
 }  // namespace
@@ -104,23 +121,12 @@ CloneMaker::CloneMaker(block::Graph& graph, const Export& wanted)
       export_name_(wanted.name),
       options_(*wanted.clone),
       base_(graph.find(wanted.node_name)),
+      recorded_base_(recorded_name(*base_)),
       space_(std::make_shared<block::SpaceBudget>(options_.total)) {}
 
 std::string CloneMaker::kept_path(const std::string& client) const {
   if (options_.directory.empty() || client.empty()) return {};
   return fmt::format("{}/{}@{}.qcow2", options_.directory, export_name_, client);
-}
-
-// What a clone that is kept records as its backing file; empty where that is no file of this host,
-// or not all of it.
-std::string CloneMaker::recorded_base() const {
-  const bool whole = base_->driver() == std::string_view("qcow2") ||
-                     (base_->driver() == std::string_view("raw") &&
-                      base_->children().at(0)->size() == base_->size());
-  std::error_code ignored;
-  const std::string file = base_->filename();
-  if (!whole || file.empty() || !std::filesystem::exists(file, ignored)) return {};
-  return std::filesystem::absolute(file).string();
 }
 
 block::qcow2::CreateOptions CloneMaker::create_options() const {
@@ -134,12 +140,12 @@ block::qcow2::CreateOptions CloneMaker::create_options() const {
 
 // Makes the image of a client that has none yet.
 void CloneMaker::make_kept_file(const std::string& name, const std::string& path) {
-  const bool there = base::Pool::syscalls().run([&] { return ::access(path.c_str(), F_OK) == 0; });
+  const bool there = base::Pool::errands().run([&] { return ::access(path.c_str(), F_OK) == 0; });
   if (there) return;
   block::qcow2::CreateOptions options = create_options();
-  options.backing_file = recorded_base();
+  options.backing_file = recorded_base_;
   if (!options.backing_file.empty()) options.backing_format = base_->driver();
-  const base::UniqueFd fd = nameless_file(options_.directory);
+  const base::UniqueFd fd = make_nameless_file(options_.directory);
   {
     Nodes nodes(graph_);
     format_overlay(nodes.add(file_options(file_of(name), fd)), options);
@@ -152,7 +158,7 @@ void CloneMaker::require_same_base(const block::Node& overlay, const std::string
   const auto* const image = dynamic_cast<const block::Qcow2Node*>(&overlay);
   const std::string recorded = image != nullptr ? image->header().backing_file : std::string();
   const uint64_t size = base::align_up(base_->size(), uint64_t{512});
-  if (overlay.size() == size && recorded == recorded_base()) return;
+  if (overlay.size() == size && recorded == recorded_base_) return;
   throw Error(EINVAL, fmt::format("{}: was made for another base ('{}', {} bytes): remove it, or "
                                   "serve what it was made for",
                                   path, recorded, overlay.size()));
@@ -173,7 +179,7 @@ std::shared_ptr<block::Node> CloneMaker::add_file(Nodes& nodes, const std::strin
     return nodes.adopt(
         std::make_shared<block::MemoryNode>(block::NodeConfig{file_of(name), false}, 0, room));
   }
-  const base::UniqueFd fd = nameless_file(temporary_folder());
+  const base::UniqueFd fd = make_nameless_file(temporary_folder());
   Options file = file_options(file_of(name), fd);
   // It does not outlive this process, so there is nothing to make durable.
   file.set("cache.no-flush", "on");

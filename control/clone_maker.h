@@ -25,7 +25,7 @@ namespace minivmm::control {
 
 class CloneMaker final : public nbd::CloneSource {
  public:
-  // `wanted.clone` is set; its node exists.
+  // `wanted.clone` is set; its node exists. Before I/O threads are confined.
   CloneMaker(block::Graph& graph, const Export& wanted);
 
   block::Handle open(const std::string& client) override;
@@ -39,7 +39,6 @@ class CloneMaker final : public nbd::CloneSource {
                                         const std::string& kept);
   void make_kept_file(const std::string& name, const std::string& path);
   block::qcow2::CreateOptions create_options() const;
-  std::string recorded_base() const;
   void require_same_base(const block::Node& overlay, const std::string& path) const;
   // Empty: this client's is not kept.
   std::string kept_path(const std::string& client) const;
@@ -48,6 +47,7 @@ class CloneMaker final : public nbd::CloneSource {
   const std::string export_name_;
   const CloneOptions options_;
   const std::shared_ptr<block::Node> base_;
+  const std::string recorded_base_;  // as a kept clone names it; empty: not at all
   const std::shared_ptr<block::SpaceBudget> space_;
   std::atomic<uint64_t> next_{0};
 };

@@ -307,7 +307,8 @@ std::shared_ptr<Node> open_file(Graph&, const NodeConfig& config, Options& optio
   host.direct = options.take_bool("cache.direct", false);
   const bool no_flush = options.take_bool("cache.no-flush", false);
   host.locking = static_cast<Locking>(options.take_choice("locking", {"auto", "on", "off"}, 0));
-  auto file = base::Pool::syscalls().run([&] { return HostFile::open(host); });
+  // Also once the threads of the loops and of the other pools open nothing any more.
+  auto file = base::Pool::errands().run([&] { return HostFile::open(host); });
   return std::make_shared<FileNode>(config, std::move(file), no_flush);
 }
 

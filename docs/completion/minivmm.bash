@@ -80,7 +80,7 @@ _minivmm_image_values() {
 _minivmm_nbd_commands="connect info list"
 _minivmm_nbd_options() {
   case $1 in
-    connect) echo "-N --name -C --connections -b --block-size -t --timeout -R --read-only -p --persist --hold -h --help" ;;
+    connect) echo "-N --export-name -C --connections -b --block-size -t --timeout -R --read-only -p --persist --hold -h --help" ;;
     info) echo "--json --size -h --help" ;;
     list) echo "-l --long --json -h --help" ;;
   esac

@@ -251,7 +251,7 @@ complete -c minivmm -n "__minivmm_in image-resize" -s h -l help -d "this text"
 
 # --- nbd commands: written by docs/update-image-commands ---
 complete -c minivmm -n "__minivmm_in nbd" -f -a "connect info list"
-complete -c minivmm -n "__minivmm_in nbd-connect" -s N -l name -x -d "the export, if the URI does not say it"
+complete -c minivmm -n "__minivmm_in nbd-connect" -s N -l export-name -x -d "the export, if the URI does not say it"
 complete -c minivmm -n "__minivmm_in nbd-connect" -s C -l connections -x -d "several connections, where the server allows them"
 complete -c minivmm -n "__minivmm_in nbd-connect" -s b -l block-size -x -d "of the device"
 complete -c minivmm -n "__minivmm_in nbd-connect" -s t -l timeout -x -d "a request without an answer for so long fails"

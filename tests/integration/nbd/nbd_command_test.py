@@ -50,7 +50,7 @@ class Beside(Scene):
         for name in ("a", "b"):
             self.compare(name)
         self.assertEqual(self.nbd("list", self.uri()), "a: the first\nb\n")
-        self.assertIn("no export 'c'", self.nbd("info", self.uri("c"), status=1))
+        self.assertIn("No such file", self.nbd("info", self.uri("c"), status=1))
 
     @unittest.skipUnless(have("qemu-nbd"), "qemu-nbd is not installed")
     def test_qemu_nbd(self):
