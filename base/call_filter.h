@@ -22,14 +22,17 @@ class CallFilter {
   // signal its process, end.
   CallFilter();
 
+  // False in builds with sanitizers, whose runtimes open files in the middle of everything: there a
+  // filter has no effect.
+  static bool in_effect() noexcept;
+
   CallFilter& allow(std::initializer_list<unsigned> calls);
   // ioctl with requests of this type (bits 8 to 15 of the request).
   CallFilter& allow_requests(uint8_t type);
   // Threads, which get this filter too; not processes.
   CallFilter& allow_threads();
 
-  // Filters the calling thread. Without effect, which is said, where the system has no filters, and
-  // in builds with sanitizers, whose runtimes open files in the middle of everything.
+  // Filters the calling thread. Where the system has no filters, that is said.
   void apply(const std::string& thread) noexcept;
 
  private:

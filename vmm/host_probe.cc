@@ -99,11 +99,15 @@ std::string_view linux_arguments_without_hardware() noexcept {
   //
   // The rest is for speed, at 1.7 million instructions a second. A stock kernel spends minutes on
   // what the blacklist names: looking up a symbol for each traced function, tracefs, reading its
-  // own type information. Nobody could use it, since no program runs.
+  // own type information. Nobody could use it, since no program runs. And a timer interrupt takes
+  // thousands of instructions, 250 times a second: a kernel that believes its processor to be ten
+  // times as fast asks for each one ten times as late, and catches up by kvmclock, which is right.
+  // Its short delays it gets from lpj= (2.5 GHz).
   return "noxsave clearcpuid=smap,smep,xsave,cx16,umip,fsgsbase,popcnt,movbe,rdrand,rdseed,invpcid,"
          "pcid,pge,rdtscp,rdpid,clflushopt,clwb,ssse3,sse4_1,sse4_2,avx,avx2,aes,pclmulqdq,sha_ni,"
          "erms,fsrm mitigations=off nowatchdog noreplace-smp rodata=off init_on_alloc=0 lsm= "
-         "audit=0 psi=0 cgroup_disable=memory cryptomgr.notests initcall_blacklist="
+         "audit=0 psi=0 cgroup_disable=memory cryptomgr.notests clocksource=kvm-clock "
+         "tsc_early_khz=30000000 lpj=10000000 initcall_blacklist="
          "ftrace_check_for_weak_functions,trace_eval_init,tracer_init_tracefs,init_dynamic_event,"
          "init_kprobe_trace,init_uprobe_trace,cubictcp_register,bpf_tcp_ca_kfunc_init,kfunc_init,"
          "bpf_rstat_kfunc_init,bpf_key_sig_kfuncs_init,bpf_prog_test_run_init";

@@ -22,6 +22,9 @@ import tempfile
 import time
 
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.insert(0, HERE)
+from benchlib.memory import resident_less_guest  # noqa: E402
+
 GUEST_MIB = 256
 LIMIT = 180.0  # seconds, a boot
 MARK = b"INNER init"
@@ -31,19 +34,6 @@ INIT = "#!/bin/sh\necho INNER init\nsleep 1000\n"
 QEMU = "qemu-system-x86_64"
 QEMU_FILES = "/usr/share/qemu"
 GOALS = (("first output, ms", 1 / 3), ("init, ms", 1 / 3), ("memory, MiB", 1 / 4))
-
-
-def resident_less_guest(pid, guest_bytes):
-    """Resident bytes of all mappings but those of the guest's size or more."""
-    total = size = 0
-    with open(f"/proc/{pid}/smaps", encoding="ascii", errors="replace") as f:
-        for line in f:
-            head = re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line)
-            if head:
-                size = int(head.group(2), 16) - int(head.group(1), 16)
-            elif line.startswith("Rss:") and size < guest_bytes:
-                total += int(line.split()[1]) * 1024
-    return total
 
 
 def commands(folder, minivmm):
@@ -146,6 +136,8 @@ def emulated(folder, minivmm, rounds):
         if os.path.exists(path):
             tree.file(path, os.path.realpath(path))
     tree.file("work/boot_run.py", os.path.abspath(__file__))
+    for name in ("__init__.py", "memory.py"):
+        tree.file(f"work/benchlib/{name}", os.path.join(HERE, "benchlib", name))
     for name in ("vmlinuz", "initrd.img", "root.raw", "root.qcow2"):
         tree.file(f"work/{name}", os.path.join(folder, name))
     tree.text("work/outer.sh", "cd /work && PATH=$PATH:/usr/bin exec python3 boot_run.py --here "

@@ -20,7 +20,7 @@ CACHE = os.path.dirname(PACKAGES)
 NO_SOURCE = 3  # build-kernel's exit status
 BUILD_LIMIT = 1500.0
 BOOT_LIMIT = 300.0
-STOCK_LIMIT = 1500.0  # a billion instructions one by one: 5 minutes on an idle machine
+STOCK_LIMIT = 1500.0  # some hundred million instructions one by one
 
 
 class OwnKernel(Scene):

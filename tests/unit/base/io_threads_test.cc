@@ -21,6 +21,7 @@
 
 #include <gtest/gtest.h>
 
+#include "base/call_filter.h"
 #include "base/io.h"
 #include "base/loop_group.h"
 #include "base/pool.h"
@@ -28,12 +29,6 @@
 
 namespace minivmm::base {
 namespace {
-
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
 
 void expect(bool good, const char* what) {
   if (good) return;
@@ -112,13 +107,13 @@ INSTANTIATE_TEST_SUITE_P(Backends, IoThreads,
                          });
 
 TEST_P(IoThreads, WorkWithWhatIsOpenAndOpenNothing) {
-  if (kSanitized) GTEST_SKIP() << "sanitizers need more than a filter allows";
+  if (!CallFilter::in_effect()) GTEST_SKIP() << "sanitizers need more than a filter allows";
   testing::FLAGS_gtest_death_test_style = "threadsafe";
   EXPECT_EXIT(check_loop(GetParam()), testing::ExitedWithCode(0), "");
 }
 
 TEST(IoThreads, ThoseThatTellTheKernelOfPagesDoNothingElse) {
-  if (kSanitized) GTEST_SKIP() << "sanitizers need more than a filter allows";
+  if (!CallFilter::in_effect()) GTEST_SKIP() << "sanitizers need more than a filter allows";
   const auto body = [] {
     confine_io_threads();
     std::thread([] {

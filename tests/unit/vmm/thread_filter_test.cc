@@ -15,19 +15,14 @@
 #include <gtest/gtest.h>
 #include <termios.h>
 
+#include "base/call_filter.h"
 #include "base/unique_fd.h"
 
 namespace minivmm::vmm {
 namespace {
 
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kSanitized = true;
-#else
-constexpr bool kSanitized = false;
-#endif
-
 void confined(ThreadKind kind, const std::function<void()>& body) {
-  if (kSanitized) GTEST_SKIP() << "sanitizers need more than a filter allows";
+  if (!base::CallFilter::in_effect()) GTEST_SKIP() << "sanitizers need more than a filter allows";
   std::thread([&] {
     confine_thread(kind, "test");
     body();
