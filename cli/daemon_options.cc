@@ -60,8 +60,9 @@ po::options_description front_end_options() {
   // clang-format off
   out.add_options()
     ("nbd", po::value<Strings>()->composing()->value_name("URI"),
-     "listen for NBD clients: nbd://127.0.0.1[:PORT], nbd+unix:///?socket=PATH, fd:N, or "
-     "systemd for the sockets that a service manager hands over. Keys behind it: tls-creds=ID, "
+     "listen for NBD clients: nbd://127.0.0.1[:PORT], nbd+unix:///?socket=PATH, "
+     "nbd+vsock://CID[:PORT], fd:N, systemd for the sockets that a service manager hands over, or "
+     "stdio for the one client that standard input is. Keys behind it: tls-creds=ID, "
      "tls=required|optional")
     ("nbd-allow-remote", "let --nbd listen beyond loopback: whoever reaches it can read")
     ("fuse", po::value<Strings>()->composing()->value_name("DIR[,KEY=VALUE...]"),

@@ -21,10 +21,10 @@ const Personality& personality() noexcept { return current(); }
 
 void set_personality(Personality personality) { current() = std::move(personality); }
 
-bool is_qemu_img_name(std::string_view argv0) noexcept {
+bool is_called(std::string_view argv0, std::string_view name) noexcept {
   const size_t slash = argv0.rfind('/');
   if (slash != std::string_view::npos) argv0.remove_prefix(slash + 1);
-  return argv0 == "qemu-img";
+  return argv0 == name;
 }
 
 void print_error(std::string_view text) {

@@ -17,8 +17,10 @@ struct Personality {
 const Personality& personality() noexcept;
 void set_personality(Personality personality);
 
-// True for "qemu-img", "/usr/local/bin/qemu-img".
-bool is_qemu_img_name(std::string_view argv0) noexcept;
+inline constexpr const char* kQemuNbd = "qemu-nbd";
+
+// True of "qemu-img" for "qemu-img" and "/usr/local/bin/qemu-img".
+bool is_called(std::string_view argv0, std::string_view name) noexcept;
 
 // "minivmm: text" on standard error, after what standard output still holds.
 void print_error(std::string_view text);

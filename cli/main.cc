@@ -46,6 +46,7 @@ void print_help(std::FILE* to) {
 
 int dispatch(const std::vector<std::string>& arguments) {
   if (personality().drop_in) return run_image(arguments);
+  if (personality().program == kQemuNbd) return run_qemu_nbd(arguments);
   if (arguments.empty()) {
     print_help(stderr);
     return 1;
@@ -89,8 +90,9 @@ int guarded_main(const std::vector<std::string>& arguments) {
     return dispatch(arguments);
   } catch (const UsageError& e) {
     print_error(e.message);
-    const char* const help = personality().drop_in
-                                 ? "Try 'qemu-img --help' for more information"
+    const std::string& name = personality().program;
+    const std::string help = name != "minivmm"
+                                 ? fmt::format("Try '{} --help' for more information", name)
                                  : "Try 'minivmm --help' or 'minivmm COMMAND --help'.";
     fmt::print(stderr, "{}\n", help);
   } catch (const std::exception& e) {
@@ -102,8 +104,11 @@ int guarded_main(const std::vector<std::string>& arguments) {
 }  // namespace minivmm::cli
 
 int main(int argc, char** argv) {
-  if (argc > 0 && minivmm::cli::is_qemu_img_name(argv[0])) {
+  if (argc > 0 && minivmm::cli::is_called(argv[0], "qemu-img")) {
     minivmm::cli::set_personality({.program = "qemu-img", .drop_in = true});
+  }
+  if (argc > 0 && minivmm::cli::is_called(argv[0], minivmm::cli::kQemuNbd)) {
+    minivmm::cli::set_personality({.program = minivmm::cli::kQemuNbd});
   }
   return minivmm::cli::guarded_main({argv + (argc > 0 ? 1 : 0), argv + argc});
 }

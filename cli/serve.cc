@@ -24,17 +24,29 @@ constexpr const char* kUsage =
     "file.filename=sd.img \\\n"
     "      --nbd 'nbd+unix:///?socket=part.sock' --export part,writable\n\n";
 
+po::options_description serve_options() {
+  po::options_description out("Service", 100, 60);
+  out.add_options()("once", "end when the last NBD client has left")(
+      "persistent", "stay when the last NBD client has left, which is so if nothing is said");
+  return out;
+}
+
 }  // namespace
 
 int run_serve(const std::vector<std::string>& arguments) {
   po::options_description options;
-  options.add(graph_options()).add(front_end_options()).add(process_options());
+  options.add(serve_options()).add(graph_options()).add(front_end_options()).add(process_options());
   po::variables_map values;
   if (!parse(arguments, kUsage, options, values)) return 0;
   control::Config config = make_config(values);
   if (config.exports.empty()) {
     throw UsageError{"nothing to serve: give --disk IMAGE, --export NODE, and --nbd or --fuse"};
   }
+  if (values.count("once") != 0 && values.count("persistent") != 0) {
+    throw UsageError{"--once and --persistent exclude each other"};
+  }
+  config.once = values.count("once") != 0;
+  if (config.once && config.nbd.empty()) throw UsageError{"--once goes with --nbd"};
   return control::Daemon(std::move(config)).run();
 }
 

@@ -67,7 +67,8 @@ struct Export {
 // `--nbd URI[,tls-creds=ID][,tls=required|optional]`, or an inherited socket.
 struct NbdListener {
   std::string uri;
-  int fd = -1;
+  int fd = -1;         // a listening socket, or a connected one, of which the client is served
+  bool stdio = false;  // standard input is a connected socket
   nbd::TlsOptions tls = {};
 };
 
@@ -104,6 +105,8 @@ struct Config {
   std::vector<Export> exports;
   std::vector<NbdListener> nbd;
   bool nbd_allow_remote = false;
+  unsigned nbd_clients = 0;  // connections at once; 0: the server's own bound
+  bool once = false;         // end when the last NBD client has left
   std::vector<FuseMount> fuse;
   std::optional<Boot> boot;
   // Filters of system calls for threads that guests and clients talk to.

@@ -37,7 +37,9 @@ constexpr std::chrono::seconds kLastFlushes{5};
 }  // namespace
 
 Daemon::Daemon(Config config)
-    : config_(std::move(config)), unmounted_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+    : config_(std::move(config)),
+      left_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      unmounted_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
 
 Daemon::~Daemon() = default;
 
@@ -124,7 +126,7 @@ void Daemon::start() {
   loops_ = std::make_unique<base::LoopGroup>(config_.io_threads, config_.io_backend);
   graph_ = std::make_unique<block::Graph>(config_.open_policy);
   open_nodes();
-  if (!config_.nbd.empty()) nbd_ = std::make_unique<nbd::Server>(*loops_);
+  make_nbd();
   for (const FuseMount& mount : config_.fuse) {
     mounts_.push_back(std::make_unique<fuse::Mount>(*loops_, mount.directory, mount.options));
     mounts_.back()->on_unmounted([this] {
@@ -182,9 +184,11 @@ void Daemon::publish(const Export& wanted) {
     return;
   }
   if (wanted.nbd && nbd_) {
-    nbd_->add_export(
-        wanted.name, attach("NBD"),
-        {.description = wanted.description, .writable = wanted.writable, .allow = wanted.allow});
+    nbd_->add_export(wanted.name, attach("NBD"),
+                     {.description = wanted.description,
+                      .writable = wanted.writable,
+                      .allow = wanted.allow,
+                      .multi_conn = config_.nbd_clients != 1});
   }
   if (wanted.fuse) {
     for (auto& mount : mounts_) {
@@ -199,12 +203,43 @@ void Daemon::open_fuse() {
   });
 }
 
+void Daemon::make_nbd() {
+  if (config_.nbd.empty()) return;
+  nbd::ServerOptions options;
+  if (config_.nbd_clients != 0) options.max_connections = config_.nbd_clients;
+  const bool all_connected =
+      std::all_of(config_.nbd.begin(), config_.nbd.end(), [](const NbdListener& each) {
+        return each.stdio || (each.fd >= 0 && is_connected_socket(each.fd));
+      });
+  // Where nobody else can come there is nothing to wait for.
+  if (config_.once || all_connected) {
+    options.on_last_left = [this, all_connected](bool entered) {
+      if (!entered && !all_connected) return;
+      const uint64_t one = 1;
+      (void)!::write(left_.get(), &one, sizeof one);
+    };
+  }
+  nbd_ = std::make_unique<nbd::Server>(*loops_, options);
+}
+
+// True: it was no listener but a client.
+bool Daemon::serve_connected(const NbdListener& wanted) {
+  if (wanted.stdio) {
+    nbd_->serve(take_standard_socket());
+    return true;
+  }
+  if (wanted.fd < 0 || !is_connected_socket(wanted.fd)) return false;
+  nbd_->serve(base::UniqueFd(wanted.fd));
+  return true;
+}
+
 void Daemon::open_nbd() {
   if (!nbd_) return;
   const bool writable = std::any_of(config_.exports.begin(), config_.exports.end(),
                                     [](const Export& e) { return e.writable && e.nbd; });
   on_loop("listen", [&] {
     for (const NbdListener& wanted : config_.nbd) {
+      if (serve_connected(wanted)) continue;
       nbd::ListenOptions options;
       options.uri = wanted.uri;
       options.allow_remote = config_.nbd_allow_remote;
@@ -259,9 +294,11 @@ void Daemon::announce() {
 void Daemon::wait_for_end() {
   pollfd fds[] = {{signals_.fd(), POLLIN, 0},
                   {unmounted_.get(), POLLIN, 0},
-                  {guest_ ? guest_->machine().ended_fd() : -1, POLLIN, 0}};
+                  {guest_ ? guest_->machine().ended_fd() : -1, POLLIN, 0},
+                  {left_.get(), POLLIN, 0}};
   while (!ending_) {
-    if (::poll(fds, 3, -1) < 0) continue;  // EINTR
+    if (::poll(fds, 4, -1) < 0) continue;  // EINTR
+    if ((fds[3].revents & POLLIN) != 0) return;
     if ((fds[2].revents & POLLIN) != 0) {
       if (!restart_guest()) return;
       fds[2].fd = guest_->machine().ended_fd();

@@ -50,7 +50,9 @@ class Daemon {
   }
   void start();
   void open_nodes();
+  void make_nbd();
   void open_nbd();
+  bool serve_connected(const NbdListener& wanted);
   void confine();
   void open_fuse();
   void publish(const Export& wanted);
@@ -89,6 +91,7 @@ class Daemon {
   std::unique_ptr<SerialPort> serial_port_;
   std::unique_ptr<Guest> guest_;
   bool restart_failed_ = false;
+  base::UniqueFd left_;       // an eventfd: the last NBD client has left, and that is the end
   base::UniqueFd unmounted_;  // an eventfd: somebody else unmounted one of ours
 };
 

@@ -101,4 +101,25 @@ std::vector<int> inherited_sockets() {
   return fds;
 }
 
+bool is_connected_socket(int fd) noexcept {
+  sockaddr_storage address{};
+  socklen_t length = sizeof address;
+  return ::getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) == 0;
+}
+
+base::UniqueFd take_standard_socket() {
+  if (!is_connected_socket(STDIN_FILENO)) {
+    throw base::Error(ENOTSOCK,
+                      "--nbd stdio: standard input is not a connected socket, as inetd "
+                      "gives it");
+  }
+  base::UniqueFd out(::fcntl(STDIN_FILENO, F_DUPFD_CLOEXEC, 3));
+  const base::UniqueFd nothing(::open("/dev/null", O_RDWR | O_CLOEXEC));
+  if (!out || !nothing) throw base::errno_error(errno, "--nbd stdio");
+  const bool both = is_connected_socket(STDOUT_FILENO);
+  ::dup2(nothing.get(), STDIN_FILENO);
+  if (both) ::dup2(nothing.get(), STDOUT_FILENO);
+  return out;
+}
+
 }  // namespace minivmm::control

@@ -41,6 +41,13 @@ void take_given_fd(const std::string& option, int fd);
 // opened would get its number, and then the log. Throws if it cannot.
 void notify_ready_fd(int fd);
 
+// True for a socket with somebody at its other end.
+bool is_connected_socket(int fd) noexcept;
+
+// Standard input as inetd gives it: a connected socket, which is standard output, too. It is
+// replaced by /dev/null there. Throws ENOTSOCK.
+base::UniqueFd take_standard_socket();
+
 // The listening sockets handed over by the protocol of sd_listen_fds(3) (LISTEN_PID, LISTEN_FDS);
 // empty if there are none.
 std::vector<int> inherited_sockets();

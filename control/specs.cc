@@ -378,6 +378,8 @@ NbdListener parse_nbd(std::string_view text) {
       Options number;
       number.set("fd", first.substr(kFd.size()));
       listener.fd = static_cast<int>(number.take_uint("fd", 0, 0, INT_MAX));
+    } else if (first == "stdio") {
+      listener.stdio = true;
     } else {
       listener.uri = first;
     }

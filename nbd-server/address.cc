@@ -2,6 +2,7 @@
 #include "nbd-server/address.h"
 
 #include <arpa/inet.h>
+#include <linux/vm_sockets.h>
 #include <netinet/in.h>
 #include <sys/un.h>
 
@@ -23,6 +24,10 @@ const sockaddr_in& as_v4(const sockaddr_storage& a) {
 }
 const sockaddr_in6& as_v6(const sockaddr_storage& a) {
   return reinterpret_cast<const sockaddr_in6&>(a);
+}
+
+const sockaddr_vm& as_vsock(const sockaddr_storage& a) {
+  return reinterpret_cast<const sockaddr_vm&>(a);
 }
 
 std::string host_text(const sockaddr_storage& a) {
@@ -67,8 +72,12 @@ Uri uri_of_socket(int fd) {
   } else if (address.ss_family == AF_INET || address.ss_family == AF_INET6) {
     out.host = host_text(address);
     out.port = port_of(address);
+  } else if (address.ss_family == AF_VSOCK) {
+    out.vsock_cid = as_vsock(address).svm_cid;
+    out.vsock_port = as_vsock(address).svm_port;
   } else {
-    throw base::Error(EINVAL, fmt::format("descriptor {} is neither a unix nor a TCP socket", fd));
+    throw base::Error(EINVAL,
+                      fmt::format("descriptor {} is neither a unix, TCP nor vsock socket", fd));
   }
   return out;
 }
@@ -81,6 +90,9 @@ std::string peer_text(int fd) {
     const bool v4 = address.ss_family == AF_INET;
     return fmt::format("{}{}{}:{}", v4 ? "" : "[", host_text(address), v4 ? "" : "]",
                        port_of(address));
+  }
+  if (address.ss_family == AF_VSOCK) {
+    return fmt::format("vsock {}:{}", as_vsock(address).svm_cid, as_vsock(address).svm_port);
   }
   ucred who{};
   socklen_t size = sizeof who;

@@ -33,7 +33,7 @@ struct BoundSocket {
   base::UniqueFd fd;  // listening, non-blocking
   Uri address;        // without an export name; the port is the real one
   SocketFile file;    // of a unix socket
-  bool tcp = false;
+  bool tcp = false;   // or vsock: others may reach it
 };
 
 // Listens on a unix socket that only this user can connect to (mode 0600). The file appears when
@@ -44,6 +44,10 @@ BoundSocket bind_unix(const std::string& path);
 // Listens on a TCP address; on loopback where `address.host` is empty. Throws EACCES where the
 // address is beyond loopback and `allow_remote` is false.
 BoundSocket bind_tcp(const Uri& address, bool allow_remote);
+
+// Listens on a vsock address; VMADDR_CID_ANY (4294967295) is every one of this machine's. Throws
+// EACCES where it is reachable from elsewhere and `allow_remote` is false.
+BoundSocket bind_vsock(const Uri& address, bool allow_remote);
 
 // Takes over a socket that listens already. Throws EINVAL for anything else.
 BoundSocket adopt(base::UniqueFd fd);

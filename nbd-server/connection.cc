@@ -65,6 +65,11 @@ void Connection::end_soon() {
   });
 }
 
+bool Connection::entered() const {
+  const std::lock_guard lock(mutex_);
+  return export_ != nullptr;
+}
+
 bool Connection::uses(const Export& target) const {
   const std::lock_guard lock(mutex_);
   return export_.get() == &target || (export_ && export_->origin().get() == &target);

@@ -43,6 +43,8 @@ class Connection : public std::enable_shared_from_this<Connection> {
     return counters_.in_flight.load(std::memory_order_relaxed);
   }
   bool uses(const Export& target) const;
+  // It has chosen an export, whatever became of it then.
+  bool entered() const;
   // "client 3 (process 4711) of 'disk0': 2 requests in flight, 1234 done, 0 errors".
   std::string describe() const;
 

@@ -128,8 +128,10 @@ std::string Server::Core::listen(ListenOptions options) {
                                             "exports bring their own",
                                             options.uri));
     }
-    listener->socket = uri.is_unix() ? bind_unix(uri.socket_path)
-                                     : bind_tcp(uri, options.allow_remote || encrypted);
+    const bool allow_remote = options.allow_remote || encrypted;
+    listener->socket = uri.is_unix()    ? bind_unix(uri.socket_path)
+                       : uri.is_vsock() ? bind_vsock(uri, allow_remote)
+                                        : bind_tcp(uri, allow_remote);
   }
   listener->socket.address.tls = encrypted;
   listener->loop = &loops_.next();
@@ -242,8 +244,13 @@ void Server::Core::serve(base::UniqueFd connected, Security security) {
 
 void Server::Core::run_client(Connection& client, base::EventLoop& loop) {
   client.run({options_, exports_, *resources_[loop.index()], budget_});
-  const std::lock_guard lock(mutex_);
-  clients_.erase(client.id());
+  bool last = false;
+  {
+    const std::lock_guard lock(mutex_);
+    clients_.erase(client.id());
+    last = clients_.empty();
+  }
+  if (last && options_.on_last_left) options_.on_last_left(client.entered());
 }
 
 bool Server::Core::full() const {

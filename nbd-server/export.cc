@@ -54,6 +54,7 @@ uint16_t Export::transmission_flags(wire::Headers headers) const noexcept {
   // One graph serves every connection, so a flush on one covers what was written on all.
   unsigned flags =
       wire::kHasFlags | wire::kSendFlush | wire::kSendFua | wire::kCanMultiConn | wire::kSendCache;
+  if (!options_.multi_conn) flags &= ~unsigned{wire::kCanMultiConn};
   if (headers != wire::Headers::kSimple) flags |= wire::kSendDf;
   if (headers == wire::Headers::kExtended) flags |= wire::kBlockStatusPayload;
   if (writable()) {

@@ -15,6 +15,7 @@
 
 #include <chrono>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -40,6 +41,8 @@ struct ServerOptions {
   std::chrono::milliseconds stall_limit{30'000};
   // Further clients are not accepted until one leaves.
   unsigned max_connections = 4096;
+  // Called when a client has left and no other is there; whether it had chosen an export. Any loop.
+  std::function<void(bool entered)> on_last_left = {};
 };
 
 struct ExportOptions {
@@ -48,6 +51,8 @@ struct ExportOptions {
   // Who may use it, by the names that TLS has proved: a certificate's distinguished name
   // ("O=Example,CN=alice") or a key's user; "*" for everybody with one. Empty: everybody.
   std::vector<std::string> allow = {};
+  // Several connections may be one client's (CAN_MULTI_CONN).
+  bool multi_conn = true;
 };
 
 // Makes the private disks of a clone export. Shared by the server; fibers of any loop, many at

@@ -95,7 +95,7 @@ _minivmm_nbd_values() {
 _minivmm_options() {
   case $1 in
     boot) echo "$_minivmm_guest $_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
-    serve) echo "$_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
+    serve) echo "--once --persistent $_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
     check-host) echo "--output --help -h" ;;
     image | nbd) echo "--help -h" ;;
     "image "*) _minivmm_image_options "${1#image }" ;;

@@ -59,6 +59,8 @@ complete -c minivmm -n "__minivmm_in boot serve" -l blockdev -x -d "Node by QEMU
 complete -c minivmm -n "__minivmm_in boot serve" -l object -x -a "secret,id= tls-creds-x509,id= tls-creds-psk,id=" -d "Password, key or TLS credentials by an id"
 complete -c minivmm -n "__minivmm_in boot serve" -l backing-root -x -a "(__fish_complete_directories)" -d "Where backing files may lie"
 complete -c minivmm -n "__minivmm_in boot serve" -l nbd -x -a "nbd://127.0.0.1 nbd+unix:///?socket= fd: systemd" -d "Listen for NBD clients"
+complete -c minivmm -n "__minivmm_in serve" -l once -d "End when the last NBD client has left"
+complete -c minivmm -n "__minivmm_in serve" -l persistent -d "Stay when the last NBD client has left"
 complete -c minivmm -n "__minivmm_in boot serve" -l nbd-allow-remote -d "Listen beyond loopback"
 complete -c minivmm -n "__minivmm_in boot serve" -l fuse -x -a "(__minivmm_keys mode= uid= gid= allow_other)" -d "Mount a directory with the exports"
 complete -c minivmm -n "__minivmm_in boot serve" -l export -x -a "(__minivmm_keys name= description= writable allow= nbd fuse clone clone= clone-limit= clone-total= clone-dir=)" -d "Publish a node"

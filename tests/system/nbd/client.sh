@@ -145,4 +145,18 @@ try "detach persist" $M nbd disconnect /dev/nbd0
 wait $keeper
 say "persist status $?"
 kill $server
+wait $server
+
+# By vsock, on this machine's own loopback.
+rm -f /tmp/ready
+$M serve --disk /tmp/here.raw,format=raw,id=here --export here --nbd nbd+vsock://1:4321 \
+  --ready-fd 3 3> /tmp/ready 2> /tmp/vsock.log &
+server=$!
+for i in $(seq 100); do
+  grep -q READY /tmp/ready 2> /dev/null && break
+  sleep 0.1
+done
+say "vsock $(/sbin/nbdinfo --size nbd+vsock://1:4321/here 2>&1)"
+try "vsock uri" grep -F "NBD export at nbd+vsock://1:4321/here" /tmp/vsock.log
+kill $server
 say end

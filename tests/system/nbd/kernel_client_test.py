@@ -1,8 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """The Linux kernel's own NBD client on our server, attached by nbd-client and by `minivmm nbd`: a
-file system on /dev/nbd0 with one and with four connections, and a server that is killed meanwhile. The client is Debian's stock kernel on an emulated machine whose network ends at this
-host's loopback; client.sh is what it does."""
+file system on /dev/nbd0 with one and with four connections, and a server that is killed meanwhile.
+The client is Debian's stock kernel on an emulated machine whose network ends at this host's loopback;
+client.sh is what it does."""
 
 import os
 import re
@@ -34,14 +35,14 @@ class KernelClient(StockKernel):
         tree = linux.root(self.busybox)
         tree.file("work/outer.sh", os.path.join(HERE, "client.sh"))
         tree.text("work/settings", f"PORT={port}\n")
-        for program in ("nbd-client", "mke2fs", "e2fsck"):
+        for program in ("nbd-client", "nbdinfo", "mke2fs", "e2fsck"):
             path = shutil.which(program)
             self.assertIsNotNone(path, f"{program} is not installed")
             tree.program(path, f"sbin/{program}")
         subprocess.run(["strip", "-o", self.path("minivmm"), minivmm()], check=True)
         tree.program(self.path("minivmm"), "work/minivmm")
         return EmulatedHost(
-            self.dir, PACKAGES, tree, size=160 * MIB, modules=("virtio_net", "nbd"),
+            self.dir, PACKAGES, tree, size=160 * MIB, modules=("virtio_net", "nbd", "vsock_loopback"),
             devices=("-netdev", "user,id=n", "-device", "virtio-net-pci,netdev=n,romfile="))
 
     def file_sum(self, image):
@@ -88,6 +89,8 @@ class KernelClient(StockKernel):
                      "detach persist"):
             said(f"{step} ok")
         said("persist status 0")
+        said(f"vsock {8 * MIB}")
+        said("vsock uri ok")
         said("end")
         self.assertEqual(server.stop(), 0, server.errors.text())
         for name in ("disk1", "disk4"):

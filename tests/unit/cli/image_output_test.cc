@@ -11,11 +11,11 @@ namespace minivmm::cli {
 namespace {
 
 TEST(ImagePersonality, OnlyTheNameItselfCounts) {
-  EXPECT_TRUE(is_qemu_img_name("qemu-img"));
-  EXPECT_TRUE(is_qemu_img_name("/usr/bin/qemu-img"));
-  EXPECT_FALSE(is_qemu_img_name("/opt/qemu-img/minivmm"));
-  EXPECT_FALSE(is_qemu_img_name("qemu-img.old"));
-  EXPECT_FALSE(is_qemu_img_name(""));
+  EXPECT_TRUE(is_called("qemu-img", "qemu-img"));
+  EXPECT_TRUE(is_called("/usr/bin/qemu-img", "qemu-img"));
+  EXPECT_FALSE(is_called("/opt/qemu-img/minivmm", "qemu-img"));
+  EXPECT_FALSE(is_called("qemu-img.old", "qemu-img"));
+  EXPECT_FALSE(is_called("", "qemu-img"));
 }
 
 TEST(ImageMeasure, SizesAreQemuImgs) {
