@@ -3,8 +3,10 @@
 
 #include <fcntl.h>
 #include <linux/falloc.h>
+#include <linux/magic.h>
 #include <sys/stat.h>
 #include <sys/uio.h>
+#include <sys/vfs.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -33,12 +35,19 @@ constexpr uint64_t kMaxInlineWrite = 512 * 1024;
 // The loop's other fibers get their turn after so much of a cached read.
 constexpr uint64_t kMaxInlineRead = 1 << 20;
 
+bool is_in_memory(int fd) noexcept {
+  struct statfs system {};
+  return ::fstatfs(fd, &system) == 0 &&
+         (system.f_type == TMPFS_MAGIC || system.f_type == RAMFS_MAGIC);
+}
+
 }  // namespace
 
 FileNode::FileNode(const NodeConfig& config, std::shared_ptr<HostFile> file, bool no_flush)
     : Node(config.node_name, file->is_device() ? "host_device" : "file", config.read_only),
       file_(std::move(file)),
-      no_flush_(no_flush) {
+      no_flush_(no_flush),
+      in_memory_(is_in_memory(file_->fd())) {
   set_size(file_->query_size());
   set_limits({.request_alignment = file_->offset_alignment(),
               .optimal_io = 4096,
@@ -67,8 +76,8 @@ bool FileNode::memory_is_aligned(IoSpan span) const noexcept {
 int64_t FileNode::read_inline(IoSpan to, uint64_t offset) noexcept {
   if (!nowait_reads_.load(std::memory_order_relaxed)) return 0;
   const auto count = static_cast<int>(std::min<size_t>(to.count(), IOV_MAX));
-  const ssize_t n =
-      ::preadv2(file_->fd(), to.data(), count, static_cast<off_t>(offset), RWF_NOWAIT);
+  const int flags = in_memory_ ? 0 : RWF_NOWAIT;
+  const ssize_t n = ::preadv2(file_->fd(), to.data(), count, static_cast<off_t>(offset), flags);
   if (n >= 0) return n;
   if (errno == EOPNOTSUPP || errno == ENOSYS || errno == EINVAL) {
     nowait_reads_.store(false, std::memory_order_relaxed);

@@ -7,7 +7,8 @@
 // How a request is done was chosen by measurement (buffered, page-cached, ext4): a 4 KiB pread
 // costs 0.65 us inline and 0.8 to 1.0 us through the ring, a pwrite 2.1 us inline and 4 to 64 us
 // through the ring, which hands buffered writes to a kernel thread. So buffered requests are tried
-// inline first: reads with RWF_NOWAIT, which fails rather than waits, writes plainly, with a
+// inline first: reads with RWF_NOWAIT, which fails rather than waits (plainly on tmpfs, which does
+// not know that and has nothing to wait for), writes plainly, with a
 // breaker that sends them through the ring for a while after one that blocked. O_DIRECT goes
 // through the ring.
 #pragma once
@@ -58,6 +59,7 @@ class FileNode final : public Node {
 
   const std::shared_ptr<HostFile> file_;
   const bool no_flush_;
+  const bool in_memory_;  // its file system has no disk: reads wait for none
   // What the file system turned out not to have.
   std::atomic<bool> nowait_reads_{true};
   std::atomic<bool> can_punch_{true};
