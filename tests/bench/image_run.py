@@ -59,6 +59,18 @@ def fill(path, size):
                 file.write(bytes(piece))
 
 
+def touch_memory(work, size):
+    """A virtual machine's host may have taken free memory back (balloon, free page reporting), and
+    whoever gets it then waits several times as long for each page. So each program finds `size`
+    bytes that were used a moment ago."""
+    path = os.path.join(work, "touched")
+    piece = bytes(1 << 20)
+    with open(path, "wb") as file:
+        for _ in range(size >> 20):
+            file.write(piece)
+    os.unlink(path)
+
+
 def run(command, work):
     """(seconds, peak memory in KiB)"""
     began = time.monotonic()
@@ -118,6 +130,8 @@ def measure(plan, work, arguments):
                 for made in case.made:
                     if os.path.exists(os.path.join(work, made)):
                         os.unlink(os.path.join(work, made))
+                if case.made:
+                    touch_memory(work, arguments.size << 20)
                 seconds, peak = run(case.programs[name], work)
                 case.times[name].append(seconds)
                 case.peaks[name] = max(case.peaks[name], peak)
