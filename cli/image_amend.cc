@@ -99,7 +99,6 @@ void amend_qcow2(ImageGraph& graph, OpenImage& image, block::Options& options) {
 void amend(ImageGraph& graph, const AmendRequest& request) {
   OpenImage image(graph, request.image,
                   {.writable = true, .trusted = true, .cache = request.cache});
-  warn_of_guess(image);
   auto list = CreateOptionList::for_amend(image.format());
   if (asks_for_help(request)) {
     fmt::print("{}", list.help());

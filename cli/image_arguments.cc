@@ -106,7 +106,15 @@ void add_secrets(const Strings& objects) {
   if (objects.empty()) return;
   // Now: a sandbox would not let it be loaded later.
   (void)block::crypto::gnutls();
-  for (const std::string& text : objects) block::crypto::add_object(text);
+  for (const std::string& text : objects) {
+    const std::string type = text.substr(0, text.find(','));
+    const bool known = type == "secret" || type.starts_with("tls-creds-");
+    if (personality().drop_in && type.find_first_of("={") == std::string::npos && !known) {
+      throw base::Error(EINVAL,
+                        fmt::format("Parameter 'qom-type' does not accept value '{}'", type));
+    }
+    block::crypto::add_object(text);
+  }
 }
 
 }  // namespace
@@ -185,14 +193,12 @@ uint64_t parse_size_as(const std::string& text, const char* what, uint64_t most)
     // Only digits: a number, but one that fits nothing.
     too_large = !text.empty() && text.find_first_not_of("0123456789") == std::string::npos;
     if (!too_large) {
-      // Two lines, each with the program's name, as qemu-img prints them.
-      const std::string prefix =
-          personality().drop_in ? fmt::format("{}: ", personality().program) : std::string();
-      throw base::Error(EINVAL,
-                        fmt::format("Invalid {} specified. You may use k, M, G, T, P or E suffixes "
-                                    "for\n{}kilobytes, megabytes, gigabytes, terabytes, petabytes "
-                                    "and exabytes.",
-                                    what, prefix));
+      throw base::Error(
+          EINVAL, two_messages(fmt::format("Invalid {} specified. You may use k, M, G, T, P or E "
+                                           "suffixes for",
+                                           what),
+                               "kilobytes, megabytes, gigabytes, terabytes, petabytes and "
+                               "exabytes."));
     }
   }
   if (too_large || size > most) {

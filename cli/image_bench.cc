@@ -80,9 +80,9 @@ void check_aio(const po::variables_map& values, const CacheMode& cache) {
   if (aio.empty() || aio == "threads" || aio == "io_uring") return;
   if (aio != "native") throw Error(EINVAL, fmt::format("Invalid aio option: {}", aio));
   if (cache.direct) return;
-  throw Error(
-      EINVAL,
-      "aio=native was specified, but it requires cache.direct=on, which was not specified.");
+  throw Error(EINVAL, fmt::format("Could not open '{}': aio=native was specified, but it requires "
+                                  "cache.direct=on, which was not specified.",
+                                  one_file_name(values)));
 }
 
 BenchRequest read_request(const po::variables_map& values) {
@@ -91,7 +91,7 @@ BenchRequest read_request(const po::variables_map& values) {
   // A depth of 0 would never end.
   out.depth = number(values, "depth", "Invalid queue depth specified", out.depth, 65536, 1);
   out.size = size_value(values, "buffer-size", "buffer size", INT_MAX).value_or(out.size);
-  out.step = size_value(values, "step-size", "step size", INT_MAX).value_or(0);
+  out.step = size_value(values, "step-size", "step_size", INT_MAX).value_or(0);
   out.offset = size_value(values, "offset", "offset").value_or(0);
   out.pattern = static_cast<uint8_t>(
       number(values, "pattern", "Invalid pattern byte specified", 0, UINT8_MAX));
@@ -110,7 +110,11 @@ BenchRequest read_request(const po::variables_map& values) {
   out.mode.writable = out.write;
   out.mode.trusted = true;
   out.mode.force_share = is_set(values, "force-share");
-  out.mode.cache = target_cache(values, "writeback");
+  try {
+    out.mode.cache = target_cache(values, "writeback");
+  } catch (const Error&) {
+    throw Error(EINVAL, "Invalid cache mode");
+  }
   return out;
 }
 

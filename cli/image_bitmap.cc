@@ -85,7 +85,7 @@ BitmapRequest read_request(const po::variables_map& values) {
   out.granularity = size_value(values, "granularity", "granularity").value_or(0);
   const Strings names = given_names(values);
   if (names.size() != 2) throw Error(EINVAL, "Expecting filename and bitmap name");
-  out.image = {names[0], text_value(values, "format"), is_set(values, "image-opts")};
+  out.image = named_image(values, names[0]);
   out.bitmap = names[1];
   if (out.actions.empty()) {
     throw Error(EINVAL,
@@ -120,7 +120,14 @@ void carry_out(const Action& action, const BitmapRequest& request, block::Node& 
   if (bitmaps == nullptr) refuse_without_bitmaps(action, request.bitmap, node);
   const std::string& name = request.bitmap;
   if (action.name == "add") {
-    bitmaps->add(name, request.granularity, true);
+    try {
+      bitmaps->add(name, request.granularity, true);
+    } catch (Error& e) {
+      if (e.err() == ENOTSUP) {
+        e.prepend(fmt::format("Can't make bitmap '{}' persistent in '{}'", name, node.name()));
+      }
+      throw;
+    }
   } else if (action.name == "remove") {
     bitmaps->remove(name);
   } else if (action.name == "clear") {

@@ -59,7 +59,7 @@ ImageSyntax image_check_syntax() {
       {
           {"repair,r", "leaks|all", "repair what is found: lost space, or everything"},
       },
-      "sfToqU");
+      "sfToiqU");
 }
 
 namespace {
@@ -158,10 +158,10 @@ std::string repaired_text(const Outcome& outcome) {
 }
 
 // Fiber.
-Outcome check(block::Edge& file, const std::string& path, const std::string& format,
-              std::optional<Repair> repair) {
+Outcome check(block::Edge& file, const NamedFile& image, std::optional<Repair> repair) {
   Outcome out;
-  out.format = image_format(file, path, format);
+  out.format = image_format(file, image.path, image.format);
+  if (repair && image.format.empty() && out.format == "raw") warn_of_guess(image.path);
   if (out.format != "qcow2") return out;
   const auto report = [](const std::string& line) { fmt::print(stderr, "{}\n", printable(line)); };
   try {
@@ -174,59 +174,62 @@ Outcome check(block::Edge& file, const std::string& path, const std::string& for
       out.corruptions_fixed = done.corruptions_fixed;
     }
   } catch (Error& e) {
-    e.prepend(path);
+    e.prepend(image.path);
     throw;
   }
   return out;
+}
+
+// What was found, as it was asked for; returns the exit status.
+int tell(const Outcome& outcome, const std::string& path, OutputFormat output, bool quiet) {
+  if (!outcome.result) {
+    print_error("This image format does not support checks");
+    return kNoChecks;
+  }
+  if (!quiet && output == OutputFormat::kJson) fmt::print("{}", json_text(outcome, path));
+  if (!quiet && output == OutputFormat::kHuman) {
+    if (outcome.repaired()) fmt::print("{}", repaired_text(outcome));
+    fmt::print("{}", human_text(*outcome.result));
+  }
+  if (outcome.result->check_errors != 0) print_error("Check failed");
+  return exit_status(*outcome.result);
 }
 
 }  // namespace
 
 int run_image_check(const po::variables_map& values) {
   const OutputFormat output = output_format(values);
-  const std::string path = host_path(one_file_name(values));
+  const ImageName name = one_image(values);
+  const NamedFile image = named_file(name);
   const std::optional<Repair> repair = repair_mode(values);
   const CacheMode cache = source_cache(values);
   const FileAccess access{.writable = repair.has_value(),
                           .locked = !is_set(values, "force-share"),
                           .direct = cache.direct};
-  const std::string format = text_value(values, "format");
-  const std::string name = one_file_name(values);
-  require_openable(path, name);
+  require_openable(image.path, name.text);
+  if (repair && !access.locked) {
+    throw Error(EINVAL, fmt::format("Could not open '{}': force-share=on can only be used with "
+                                    "read-only images",
+                                    name.text));
+  }
   Outcome outcome;
   const auto work = [&](ImageGraph& graph) {
-    outcome = graph.use_file(path, access,
-                             [&](block::Edge& file) { return check(file, path, format, repair); });
+    outcome = graph.use_file(image.file, access,
+                             [&](block::Edge& file) { return check(file, image, repair); });
   };
   try {
     if (repair) {
       ImageGraph graph;  // the sandbox is for those that only read
       graph.run([&] { work(graph); });
     } else {
-      Sandbox sandbox(values, {ImageName{name, format}}, Sandbox::Backing::kNotNeeded);
+      Sandbox sandbox(values, {name}, Sandbox::Backing::kNotNeeded);
       sandbox.run(work);
     }
   } catch (Error& e) {
-    if (e.err() == EBUSY) refuse_open(e, path, name, false);
+    if (e.err() == EBUSY || personality().drop_in) refuse_open(e, image.path, name.text, false);
     throw;
   }
-  if (!outcome.result) {
-    print_error("This image format does not support checks");
-    return kNoChecks;
-  }
-  const CheckResult& result = *outcome.result;
-  if (!is_set(values, "quiet")) {
-    if (output == OutputFormat::kJson) {
-      fmt::print("{}", json_text(outcome, path));
-    } else {
-      if (outcome.repaired()) fmt::print("{}", repaired_text(outcome));
-      fmt::print("{}", human_text(result));
-    }
-  }
-  if (result.check_errors != 0) {
-    print_error("Check failed");
-  }
-  return exit_status(result);
+  return tell(outcome, name.text, output, is_set(values, "quiet"));
 }
 
 }  // namespace minivmm::cli

@@ -12,6 +12,7 @@
 #include "cli/image_commands.h"
 #include "cli/image_header.h"
 #include "cli/image_loops.h"
+#include "cli/image_named_file.h"
 #include "cli/image_open.h"
 #include "cli/image_personality.h"
 #include "cli/image_progress.h"
@@ -45,8 +46,8 @@ ImageSyntax image_commit_syntax() {
 namespace {
 
 struct CommitRequest {
-  std::string name;
-  std::string format;
+  ImageName image;
+  NamedFile file;
   std::string base;
   CacheMode cache;
   uint64_t rate = 0;
@@ -57,11 +58,8 @@ struct CommitRequest {
 
 CommitRequest read_request(const po::variables_map& values) {
   CommitRequest out;
-  out.name = one_file_name(values);
-  if (is_set(values, "image-opts")) {
-    throw Error(ENOTSUP, "--image-opts is not supported here: the chain is found by file names");
-  }
-  out.format = text_value(values, "format");
+  out.image = one_image(values);
+  out.file = named_path(out.image);
   out.base = text_value(values, "base");
   out.cache = target_cache(values, "writeback");
   out.rate = size_value(values, "rate", "rate limit").value_or(0);
@@ -83,7 +81,11 @@ size_t find_base(const std::vector<ChainLink>& chain, const CommitRequest& reque
     }
   }
   throw Error(EINVAL, fmt::format("Did not find '{}' in the backing chain of '{}'", request.base,
-                                  request.name));
+                                  request.image.text));
+}
+
+ImageName name_of(const ChainLink& link) {
+  return {.text = link.path, .format = link.format, .inode = link.inode};
 }
 
 void copy_down(ImageGraph& graph, const std::vector<ChainLink>& chain, size_t base_at,
@@ -91,16 +93,15 @@ void copy_down(ImageGraph& graph, const std::vector<ChainLink>& chain, size_t ba
   std::vector<std::unique_ptr<OpenImage>> layers;
   std::vector<block::Edge*> edges;
   for (size_t i = 0; i < base_at; ++i) {
-    const ImageName name{chain[i].path, chain[i].format};
-    layers.push_back(std::make_unique<OpenImage>(
-        graph, name, OpenMode{.with_backing = false, .cache = request.cache}));
+    layers.push_back(
+        std::make_unique<OpenImage>(graph, i == 0 ? request.image : name_of(chain[i]),
+                                    OpenMode{.with_backing = false, .cache = request.cache}));
     edges.push_back(&layers.back()->edge());
   }
-  OpenImage base(graph, {chain[base_at].path, chain[base_at].format},
-                 {.writable = true, .cache = request.cache});
+  OpenImage base(graph, name_of(chain[base_at]), {.writable = true, .cache = request.cache});
   if (base.edge().size() < edges[0]->size()) base.edge().truncate(edges[0]->size());
   block::LayersSource source(std::move(edges));
-  block::CopyJob job(source, request.name, base.edge(), base.name(), {.rate = request.rate});
+  block::CopyJob job(source, request.image.text, base.edge(), base.name(), {.rate = request.rate});
   const auto style = ProgressMeter::choose(request.progress, request.quiet);
   const uint64_t total = style == ProgressMeter::Style::kNone ? 0 : block::count_data(source);
   ProgressMeter meter(
@@ -116,14 +117,14 @@ void copy_down(ImageGraph& graph, const std::vector<ChainLink>& chain, size_t ba
 
 // Fiber.
 void commit(ImageGraph& graph, const CommitRequest& request) {
-  const std::string path = host_path(request.name);
+  const std::string& path = request.file.path;
   std::vector<ChainLink> chain;
   try {
-    chain = find_chain(graph, path, request.format, {.writable = true});
+    chain = find_chain(graph, {path, request.file.format}, {.writable = true});
   } catch (Error& e) {
-    e.prepend(fmt::format("Could not open '{}'", request.name));
-    throw;
+    refuse_open(e, path, request.image.text, true);
   }
+  if (request.file.format.empty() && chain[0].format == "raw") warn_of_guess(request.image.text);
   const size_t base_at = find_base(chain, request);
   try {
     copy_down(graph, chain, base_at, request);
@@ -136,7 +137,7 @@ void commit(ImageGraph& graph, const CommitRequest& request) {
     print_warning(
         fmt::format("{}: everything is in its backing file now, but the image itself "
                     "could not be emptied",
-                    request.name));
+                    request.image.text));
   }
 }
 

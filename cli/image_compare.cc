@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // minivmm image compare
+#include <algorithm>
 #include <cerrno>
 #include <cstdio>
 
@@ -66,9 +67,8 @@ CompareRequest read_request(const po::variables_map& values) {
   CompareRequest out;
   const Strings names = given_names(values);
   if (names.size() != 2) throw UsageError{"Expecting two image file names"};
-  const bool options = is_set(values, "image-opts");
-  out.first = {names[0], text_value(values, "format"), options};
-  out.second = {names[1], text_value(values, "second-format"), options};
+  out.first = named_image(values, names[0]);
+  out.second = named_image(values, names[1], "second-format");
   out.mode.force_share = is_set(values, "force-share");
   out.mode.cache = source_cache(values);
   out.strict = is_set(values, "strict");
@@ -99,12 +99,9 @@ int tell(const CompareRequest& request, const std::optional<Difference>& found) 
 int compare(ImageGraph& graph, const CompareRequest& request) {
   OpenImage first(graph, request.first, request.mode);
   OpenImage second(graph, request.second, request.mode);
-  if (first.size() != second.size()) {
-    if (request.strict) {
-      say(request, "Strict mode: Image size mismatch!");
-      return kDifferent;
-    }
-    say(request, "Warning: Image size mismatch!");
+  if (first.size() != second.size() && request.strict) {
+    say(request, "Strict mode: Image size mismatch!");
+    return kDifferent;
   }
   CompareJob job({&first.edge(), request.first.text, first.size()},
                  {&second.edge(), request.second.text, second.size()}, request.strict);
@@ -119,6 +116,11 @@ int compare(ImageGraph& graph, const CompareRequest& request) {
     found = job.run(graph.loops(), 0);
     // qemu-img's progress ends where it stopped; only what was compared to the end is at 100%.
     if (!found) meter.finish();
+  }
+  // Where what both have is the same.
+  const uint64_t shorter = std::min(first.size(), second.size());
+  if (first.size() != second.size() && (!found || found->offset >= shorter)) {
+    say(request, "Warning: Image size mismatch!");
   }
   return tell(request, found);
 }

@@ -64,7 +64,7 @@ void open_sources(ImageGraph& graph, const ConvertRequest& request, Sources& out
   for (const ImageName& name : request.sources) {
     const OpenMode mode{.force_share = request.force_share,
                         .cache = request.source_cache,
-                        .options = request.snapshot};
+                        .snapshot = request.snapshot};
     out.images.push_back(std::make_unique<OpenImage>(graph, name, mode));
   }
   std::string backing;
@@ -95,7 +95,8 @@ std::unique_ptr<TargetImage> open_target(ImageGraph& graph, const ConvertRequest
   image.format = request.target_format;
   image.options = CreateOptionList(request.target_format);
   for (const std::string& text : request.create_options) image.options.parse(text);
-  if (!image.options.has("size")) image.options.set("size", fmt::format("{}", size));
+  // Whatever -o says of it, as qemu-img.
+  image.options.set("size", fmt::format("{}", size));
   set_backing(image, request.backing, request.backing_format);
   if (request.compress && request.target_format != "qcow2") {
     throw Error(ENOTSUP, "Compression not supported for this file format");
@@ -153,12 +154,14 @@ void convert(ImageGraph& graph, const ConvertRequest& request) {
   open_sources(graph, request, sources);
   if (request.bitmaps) {
     check_source_bitmaps(*sources.images.front(), request.skip_broken_bitmaps);
-    if (!request.skip_create && request.target_format != "qcow2") {
+    const bool old = sets_option(request, "compat=0.10") || sets_option(request, "compat=v2");
+    if (!request.skip_create && (request.target_format != "qcow2" || old)) {
       throw Error(ENOTSUP, fmt::format("Format driver '{}' does not support bitmaps",
                                        request.target_format));
     }
   }
   const std::unique_ptr<TargetImage> target = open_target(graph, request, sources.size);
+  if (request.bitmaps) require_bitmaps(target->edge());
   if (target->image().size() < sources.size) {
     throw Error(ENOSPC, "output file is smaller than input file");
   }
@@ -184,7 +187,7 @@ void convert(ImageGraph& graph, const ConvertRequest& request) {
 }  // namespace
 
 int run_image_convert(const po::variables_map& values) {
-  if (print_create_options(values, optional_text(values, "output-format").value_or("raw")))
+  if (print_create_options(values, optional_text(values, "output-format").value_or("raw"), true))
     return 0;
   const ConvertRequest request = read_convert_request(values);
   ImageGraph graph({}, job_loops());

@@ -6,6 +6,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/formats/qcow2/qcow2_node.h"
 #include "block/graph/dirty_bitmaps.h"
 #include "cli/image_arguments.h"
 #include "cli/image_personality.h"
@@ -29,6 +30,14 @@ void check_source_bitmaps(OpenImage& source, bool skip_broken) {
     }
     print_warning(fmt::format("Skipping inconsistent bitmap '{}'", printable(info.name)));
   }
+}
+
+void require_bitmaps(block::Edge& target) {
+  const auto* image = dynamic_cast<const block::Qcow2Node*>(&target.node());
+  const bool old = image != nullptr && image->header().version < 3;
+  if (target.node().dirty_bitmaps() != nullptr && !old) return;
+  throw Error(ENOTSUP,
+              fmt::format("Format driver '{}' does not support bitmaps", target.node().driver()));
 }
 
 void copy_bitmaps(OpenImage& source, block::Edge& target) {

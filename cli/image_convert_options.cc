@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli/image_convert_options.h"
 
+#include <algorithm>
 #include <cerrno>
 
 #include <fmt/core.h>
@@ -45,28 +46,14 @@ unsigned read_requests(const po::variables_map& values) {
                                   kMostRequests));
 }
 
-// "name or number", or "snapshot.id=ID,snapshot.name=NAME", as options of the qcow2 driver.
-std::vector<std::pair<std::string, std::string>> snapshot_options(const std::string& text) {
-  if (!text.starts_with("snapshot.")) return {{"snapshot", text}};
-  block::Options parsed = block::Options::from_text(text);
-  std::vector<std::pair<std::string, std::string>> out;
-  for (const char* key : {"id", "name"}) {
-    const std::string option = std::string("snapshot.") + key;
-    if (const auto value = parsed.take_string(option)) {
-      out.emplace_back(std::string("snapshot-") + key, *value);
-    }
-  }
-  if (out.empty()) throw Error(EINVAL, fmt::format("Failed in parsing snapshot param '{}'", text));
-  return out;
-}
-
 // Options that exclude or need each other, in qemu-img's order.
 void check_together(const po::variables_map& values, const ConvertRequest& request) {
   if (request.backing && request.target_format != "qcow2") {
     throw Error(EINVAL, fmt::format("Backing file not supported for file format '{}'",
                                     request.target_format));
   }
-  if (request.backing && !request.backing_format) {
+  const bool names_backing = request.backing || sets_option(request, "backing_file=");
+  if (names_backing && !request.backing_format && !sets_option(request, "backing_fmt=")) {
     throw Error(EINVAL, "Use of backing file requires explicit backing format");
   }
   if (request.target_is_options && !request.skip_create) {
@@ -80,6 +67,12 @@ void check_together(const po::variables_map& values, const ConvertRequest& reque
   }
   if (request.copy_range && request.compress) {
     throw Error(EINVAL, "Cannot enable copy offloading when -c is used");
+  }
+  if (request.salvage && request.copy_range) {
+    throw Error(EINVAL, "Cannot use copy offloading in salvaging mode");
+  }
+  if (request.target_is_options && values.count("output-format") != 0) {
+    throw Error(EINVAL, "--image-opts and --format are mutually exclusive");
   }
   if (request.target_is_zero && !request.skip_create) {
     throw Error(EINVAL, "--target-is-zero requires use of -n flag");
@@ -126,6 +119,13 @@ ImageSyntax image_convert_syntax() {
           {"rate,r", "BYTES", "bytes of data a second, at most"},
       },
       "ftTipqU");
+}
+
+bool sets_option(const ConvertRequest& request, std::string_view beginning) {
+  return std::any_of(request.create_options.begin(), request.create_options.end(),
+                     [&](const std::string& text) {
+                       return ("," + text).find(fmt::format(",{}", beginning)) != std::string::npos;
+                     });
 }
 
 ConvertRequest read_convert_request(const po::variables_map& values) {

@@ -36,11 +36,14 @@ struct ConvertRequest {
   bool salvage = false;
   bool bitmaps = false;
   bool skip_broken_bitmaps = false;
-  std::vector<std::pair<std::string, std::string>> snapshot;  // OpenMode::options
+  NodeOptions snapshot;
   bool force_share = false;
   bool progress = false;
   bool quiet = false;
 };
+
+// True if an -o has something that begins so ("compat=v2").
+bool sets_option(const ConvertRequest& request, std::string_view beginning);
 
 // Throws base::Error in qemu-img's words.
 ConvertRequest read_convert_request(const boost::program_options::variables_map& values);

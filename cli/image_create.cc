@@ -78,7 +78,7 @@ NewImage read_request(const po::variables_map& values, const Strings& names) {
 }
 
 void create(ImageGraph& graph, NewImage& image, bool quiet) {
-  prepare_image(graph, image);
+  complete_image(graph, image);
   if (!quiet) {
     fmt::print("Formatting '{}', fmt={} {}\n", image.file_name, image.format,
                image.options.formatted());

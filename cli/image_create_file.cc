@@ -2,6 +2,8 @@
 #include "cli/image_create_file.h"
 
 #include <fcntl.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -21,6 +23,7 @@
 #include "cli/image_arguments.h"
 #include "cli/image_facts.h"
 #include "cli/image_open.h"
+#include "cli/image_personality.h"
 
 namespace minivmm::cli {
 
@@ -28,17 +31,18 @@ namespace qcow2 = block::qcow2;
 using base::Error;
 
 bool print_create_options(const boost::program_options::variables_map& values,
-                          std::string_view format) {
+                          std::string_view format, bool target_is_last) {
   for (const std::string& text : text_values(values, "options")) {
     if (!CreateOptionList::asks_for_help(text)) continue;
-    fmt::print("{}", CreateOptionList(format).help());
+    const size_t names = given_names(values).size();
+    fmt::print("{}", CreateOptionList(format).help(names > (target_is_last ? 1 : 0)));
     return true;
   }
   return false;
 }
 
-std::vector<std::pair<std::string, std::string>> NewImage::open_options() const {
-  std::vector<std::pair<std::string, std::string>> out;
+NodeOptions NewImage::open_options() const {
+  NodeOptions out;
   for (const char* name : {"key-secret", "encrypt.key-secret"}) {
     if (options.has(name)) out.emplace_back(name, options.get(name));
   }
@@ -66,6 +70,16 @@ void set_backing(NewImage& image, const std::optional<std::string>& backing,
 
 namespace {
 
+ImageFacts look_at_backing(ImageGraph& graph, const std::string& path, const std::string& format) {
+  try {
+    return inspect_image(graph, path, format, {.locked = false});
+  } catch (const Error& e) {
+    if (!personality().drop_in || e.err() != ENOENT) throw;
+    throw Error(ENOENT, fmt::format("Could not open '{}': {}\nCould not open backing image.", path,
+                                    base::errno_text(ENOENT)));
+  }
+}
+
 // The backing file must be there, and of the format that is recorded for it; it gives the size
 // where none was asked for. It is the user's word, so it may lie anywhere.
 void check_backing(ImageGraph& graph, NewImage& request) {
@@ -73,11 +87,14 @@ void check_backing(ImageGraph& graph, NewImage& request) {
   const std::string recorded = request.options.get("backing_file");
   const std::string format = request.options.get("backing_fmt");
   if (!request.options.has("backing_file")) {
-    if (!format.empty()) throw Error(EINVAL, "Backing format cannot be used without backing file");
-    return;
+    return;  // check_image() says whether that is right
   }
   if (recorded.empty()) throw Error(EINVAL, "Expected backing file name, got empty string");
   if (!format.empty() && !is_format(format)) {
+    if (personality().drop_in) {
+      throw Error(EINVAL,
+                  fmt::format("Unknown driver '{}'\nCould not open backing image.", format));
+    }
     throw Error(EINVAL, fmt::format("Unknown backing file format '{}' (qcow2, raw and luks are "
                                     "supported)",
                                     format));
@@ -92,21 +109,47 @@ void check_backing(ImageGraph& graph, NewImage& request) {
     if (format.empty()) throw Error(EINVAL, kNoFormat);
     return;
   }
-  const ImageFacts backing =
-      inspect_image_on_fiber(graph, host_path(path), format, {.locked = false});
+  const ImageFacts backing = look_at_backing(graph, host_path(path), format);
   if (format.empty()) {
-    throw Error(EINVAL, fmt::format("{}\nDetected format of {}: add -F {} if that is right.",
-                                    kNoFormat, backing.format, backing.format));
+    throw Error(EINVAL,
+                fmt::format("{}\nDetected format of {}{}.", kNoFormat, backing.format,
+                            hint(fmt::format(": add -F {} if that is right", backing.format))));
   }
   if (!request.options.has("size")) {
     request.options.set("size", fmt::format("{}", backing.virtual_size));
   }
 }
 
+// How the file system is to treat the file, while it is still empty. Not every one knows this, and
+// nothing of what is stored depends on it.
+void set_attributes(int fd, const CreateOptionList& options) {
+  int flags = 0;
+  if (options.is_on("nocow") && ::ioctl(fd, FS_IOC_GETFLAGS, &flags) == 0) {
+    flags |= FS_NOCOW_FL;
+    (void)::ioctl(fd, FS_IOC_SETFLAGS, &flags);
+  }
+  const uint64_t hint = options.bytes("extent_size_hint").value_or(0);
+  struct fsxattr more {};
+  if (hint == 0 || ::ioctl(fd, FS_IOC_FSGETXATTR, &more) != 0) return;
+  more.fsx_xflags |= FS_XFLAG_EXTSIZE;
+  more.fsx_extsize = static_cast<uint32_t>(std::min<uint64_t>(hint, UINT32_MAX));
+  if (::ioctl(fd, FS_IOC_FSSETXATTR, &more) != 0 && errno != EOPNOTSUPP && errno != ENOTTY) {
+    throw base::errno_error(errno, "Failed to set extent size hint");
+  }
+}
+
 // Makes the file if it is not there; true if it was not.
-bool make_file(const std::string& path) {
+bool make_file(const std::string& path, const CreateOptionList& options) {
   base::UniqueFd fd(::open(path.c_str(), O_RDWR | O_CREAT | O_EXCL | O_CLOEXEC, 0644));
-  if (fd) return true;
+  if (fd) {
+    try {
+      set_attributes(fd.get(), options);
+    } catch (...) {
+      ::unlink(path.c_str());
+      throw;
+    }
+    return true;
+  }
   // Not exclusively: a symbolic link may lead to a file that is yet to be made.
   if (errno == EEXIST) {
     fd.reset(::open(path.c_str(), O_RDWR | O_CREAT | O_CLOEXEC | O_NONBLOCK | O_NOCTTY, 0644));
@@ -145,6 +188,9 @@ void require_device_size(block::Edge& device, uint64_t size) {
 enum class Preallocation { kOff, kFalloc, kFull };
 
 Preallocation raw_preallocation(const CreateOptionList& options) {
+  if (options.get("preallocation") == "metadata") {
+    throw Error(ENOTSUP, "Unsupported preallocation mode: metadata");
+  }
   block::Options given = options.for_driver();
   return static_cast<Preallocation>(
       given.take_choice("preallocation", {"off", "falloc", "full"}, 0));
@@ -201,7 +247,7 @@ void write_qcow2(ImageGraph& graph, block::Edge& file, const NewImage& image) {
   if (same_file(path, image.path)) {
     throw Error(EINVAL, "The external data file cannot be the image itself");
   }
-  make_file(path);
+  make_file(path, image.options);
   graph.use_file(path, {.writable = true},
                  [&](block::Edge& data) { qcow2::create_image(file, options, &data); });
 }
@@ -216,9 +262,18 @@ block::luks::CreateOptions luks_options(const CreateOptionList& options) {
   return out;
 }
 
-void prepare_image(ImageGraph& graph, NewImage& image) {
+void complete_image(ImageGraph& graph, NewImage& image) {
   check_backing(graph, image);
   if (!image.options.has("size")) throw Error(EINVAL, "Image creation needs a size parameter");
+}
+
+namespace {
+
+// What can be found out before anything is made.
+void check_image(const NewImage& image) {
+  if (image.options.has("backing_fmt") && !image.options.has("backing_file")) {
+    throw Error(EINVAL, "Backing format cannot be used without backing file");
+  }
   if (image.format == "qcow2") {
     qcow2::check_create_options(qcow2_options(image.options));
   } else {
@@ -227,8 +282,11 @@ void prepare_image(ImageGraph& graph, NewImage& image) {
   }
 }
 
+}  // namespace
+
 bool make_image(ImageGraph& graph, const NewImage& image) {
-  const bool made = make_file(image.path);
+  check_image(image);
+  const bool made = make_file(image.path, image.options);
   try {
     graph.use_file(image.path, {.writable = true}, [&](block::Edge& file) {
       if (image.format == "qcow2") {

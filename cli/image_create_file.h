@@ -6,14 +6,13 @@
 #include <string_view>
 
 #include <optional>
-#include <utility>
 #include <vector>
 
 #include <boost/program_options.hpp>
 
 #include "block/formats/luks/luks_create.h"
 #include "cli/image_create_options.h"
-#include "cli/image_graph.h"
+#include "cli/image_open.h"
 
 namespace minivmm::cli {
 
@@ -21,16 +20,18 @@ struct NewImage {
   std::string file_name;  // as given
   std::string path;
   std::string format;
+  std::string purpose = {};  // in errors: "creating output image"; empty: "converting FORMAT"
   bool look_at_backing = true;
   CreateOptionList options{"raw"};
 
   // What opening it afterwards needs beside its name: the id of its secret.
-  std::vector<std::pair<std::string, std::string>> open_options() const;
+  NodeOptions open_options() const;
 };
 
-// True if an -o asked for the format's options, which are printed then.
+// True if an -o asked for the format's options, which are printed then; with those of a file where
+// the names that were given include the new image's. (`target_is_last`: behind others.)
 bool print_create_options(const boost::program_options::variables_map& values,
-                          std::string_view format);
+                          std::string_view format, bool target_is_last = false);
 
 // Sets what -b and -F say. Throws EINVAL where the format has no backing files.
 void set_backing(NewImage& image, const std::optional<std::string>& backing,
@@ -39,13 +40,13 @@ void set_backing(NewImage& image, const std::optional<std::string>& backing,
 // What the driver makes of the options of a luks image. Throws what is wrong with them.
 block::luks::CreateOptions luks_options(const CreateOptionList& options);
 
-// Checks everything that can be known to be wrong before a file is touched; fills in the size from
-// the backing file where none was asked for. Fiber of the graph's first loop.
-void prepare_image(ImageGraph& graph, NewImage& image);
+// Looks at the backing file, and fills in the size from it where none was asked for. Fiber of the
+// graph's first loop.
+void complete_image(ImageGraph& graph, NewImage& image);
 
-// Makes the file hold an empty image; what it held is lost. prepare_image went before. Returns true
-// if the file was not there before; after an error one that was not there is not there. Fiber of
-// the graph's first loop.
+// Makes the file hold an empty image; what it held is lost, unless something is wrong that can be
+// known before. complete_image went before. Returns true if the file was not there before; after an
+// error one that was not there is not there. Fiber of the graph's first loop.
 bool make_image(ImageGraph& graph, const NewImage& image);
 
 }  // namespace minivmm::cli

@@ -9,6 +9,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "cli/image_personality.h"
 
 namespace minivmm::cli {
 
@@ -17,9 +18,18 @@ using Kind = CreateOption::Kind;
 
 namespace {
 
+// What is not the format's but its file's.
+constexpr CreateOption kFilePreallocation{"preallocation", Kind::kText, "",
+                                          "Preallocation mode (allowed values: off, falloc, full)",
+                                          true};
+constexpr CreateOption kNoCow{"nocow", Kind::kBool, "",
+                              "Turn off copy-on-write (valid only on btrfs)", true};
+constexpr CreateOption kExtentSizeHint{"extent_size_hint", Kind::kSize, "",
+                                       "Extent size hint for the image file, 0 to disable", true};
+
 // In the order in which qemu-img prints them.
 constexpr CreateOption kQcow2Options[] = {
-    {"encryption", Kind::kBool, "", ""},
+    {"encryption", Kind::kBool, "", {}},
     {"encrypt.format", Kind::kText, "", "Encrypt the image, format choices: 'luks'"},
     {"encrypt.key-secret", Kind::kText, "", "ID of secret providing LUKS passphrase"},
     {"encrypt.cipher-alg", Kind::kText, "", "Name of encryption cipher algorithm"},
@@ -33,7 +43,7 @@ constexpr CreateOption kQcow2Options[] = {
     {"preallocation", Kind::kText, "",
      "Preallocation mode (allowed values: off, metadata, falloc, full)"},
     {"compression_type", Kind::kText, "zlib",
-     "Compression method used for image cluster compression (zlib, zstd)"},
+     "Compression method used for image cluster compression"},
     {"size", Kind::kSize, "", "Virtual disk size"},
     {"compat", Kind::kText, "", "Compatibility level (v2 [0.10] or v3 [1.1])"},
     {"backing_file", Kind::kText, "", "File name of a base image"},
@@ -42,15 +52,15 @@ constexpr CreateOption kQcow2Options[] = {
     {"data_file_raw", Kind::kBool, "", "The external data file must stay valid as a raw image"},
     {"lazy_refcounts", Kind::kBool, "off", "Postpone refcount updates"},
     {"refcount_bits", Kind::kNumber, "16", "Width of a reference count entry in bits"},
-    {"nocow", Kind::kBool, "", ""},
-    {"extent_size_hint", Kind::kSize, "", ""},
+    kNoCow,
+    kExtentSizeHint,
 };
 
 constexpr CreateOption kRawOptions[] = {
     {"size", Kind::kSize, "", "Virtual disk size"},
-    {"preallocation", Kind::kText, "", "Preallocation mode (allowed values: off, falloc, full)"},
-    {"nocow", Kind::kBool, "", ""},
-    {"extent_size_hint", Kind::kSize, "", ""},
+    kFilePreallocation,
+    kNoCow,
+    kExtentSizeHint,
 };
 
 constexpr CreateOption kLuksOptions[] = {
@@ -62,9 +72,9 @@ constexpr CreateOption kLuksOptions[] = {
     {"ivgen-hash-alg", Kind::kText, "", "Name of IV generator hash algorithm"},
     {"hash-alg", Kind::kText, "", "Name of encryption hash algorithm"},
     {"iter-time", Kind::kNumber, "", "Time to spend in PBKDF in milliseconds"},
-    {"preallocation", Kind::kText, "", "Preallocation mode (allowed values: off, falloc, full)"},
-    {"nocow", Kind::kBool, "", ""},
-    {"extent_size_hint", Kind::kSize, "", ""},
+    kFilePreallocation,
+    kNoCow,
+    kExtentSizeHint,
 };
 
 constexpr CreateOption kLuksAmendOptions[] = {
@@ -185,14 +195,15 @@ CreateOptionList::CreateOptionList(std::string_view format) {
     options_ = known.options;
     return;
   }
-  throw Error(EINVAL,
-              fmt::format("Unknown file format '{}' (qcow2, raw and luks can be created)", format));
+  throw Error(EINVAL, fmt::format("Unknown file format '{}'{}", format,
+                                  hint(" (qcow2, raw and luks can be created)")));
 }
 
 CreateOptionList CreateOptionList::for_amend(std::string_view format) {
   for (const Format& known : kAmendable) {
     if (known.name == format) return CreateOptionList(known.name, known.options);
   }
+  (void)CreateOptionList(format);  // there is no such format
   throw Error(ENOTSUP, fmt::format("Format driver '{}' does not support option amendment", format));
 }
 
@@ -204,18 +215,24 @@ bool CreateOptionList::asks_for_help(std::string_view text) {
   return false;
 }
 
-std::string CreateOptionList::help() const {
+std::string CreateOptionList::help(bool of_a_file) const {
   std::vector<const CreateOption*> sorted;
   for (const CreateOption& option : options_) {
-    if (!option.help.empty()) sorted.push_back(&option);
+    if (!option.help.empty() && (of_a_file || !option.of_file)) sorted.push_back(&option);
   }
   std::sort(sorted.begin(), sorted.end(),
             [](const auto* a, const auto* b) { return a->name < b->name; });
-  std::string out = amends_ ? fmt::format("Amend options for '{}':\n", format_)
-                            : fmt::format("Supported {} options:\n", format_);
+  std::string out = amends_     ? fmt::format("Amend options for '{}':\n", format_)
+                    : of_a_file ? std::string("Supported options:\n")
+                                : fmt::format("Supported {} options:\n", format_);
   for (const CreateOption* option : sorted) {
     const std::string left = fmt::format("{}={}", option->name, kind_text(option->kind));
     out += fmt::format("  {:<22} - {}\n", left, option->help);
+  }
+  if (!amends_ && !of_a_file) {
+    out +=
+        "\nThe protocol level may support further options.\n"
+        "Specify the target filename to include those options.\n";
   }
   return out;
 }
@@ -224,7 +241,17 @@ const CreateOption& CreateOptionList::option(std::string_view name) const {
   for (const CreateOption& known : options_) {
     if (known.name == name) return known;
   }
-  throw Error(EINVAL, fmt::format("Invalid parameter '{}'", name));
+  const std::string invalid = fmt::format("Invalid parameter '{}'", name);
+  if (amends_) {
+    for (const Format& format : kFormats) {
+      if (format.name != format_) continue;
+      for (const CreateOption& known : format.options) {
+        if (known.name != name) continue;
+        throw Error(EINVAL, invalid + "\nThis option is only supported for image creation");
+      }
+    }
+  }
+  throw Error(EINVAL, invalid);
 }
 
 void CreateOptionList::parse(std::string_view text) {
@@ -267,10 +294,15 @@ std::string CreateOptionList::get(std::string_view name) const {
   return value != nullptr ? value->text : std::string();
 }
 
-std::optional<uint64_t> CreateOptionList::size() const {
-  const Value* value = find("size");
+std::optional<uint64_t> CreateOptionList::bytes(std::string_view name) const {
+  const Value* value = find(name);
   if (value == nullptr) return std::nullopt;
-  return block::parse_size(value->text, "size");
+  return block::parse_size(value->text, name);
+}
+
+bool CreateOptionList::is_on(std::string_view name) const {
+  const Value* value = find(name);
+  return value != nullptr && parse_bool(value->text).value_or(false);
 }
 
 std::string CreateOptionList::formatted() const {
@@ -292,7 +324,9 @@ std::string CreateOptionList::formatted() const {
 block::Options CreateOptionList::for_driver() const {
   block::Options out;
   for (const Value& value : values_) {
-    if (!value.option->help.empty()) out.set(value.option->name, value.text);
+    const std::string_view name = value.option->name;
+    if (name == kNoCow.name || name == kExtentSizeHint.name) continue;
+    if (!value.option->help.empty()) out.set(name, value.text);
   }
   return out;
 }

@@ -21,6 +21,7 @@ struct CreateOption {
   Kind kind;
   std::string_view initial;  // printed where it is not given; empty: then not printed
   std::string_view help;     // empty: known, so that it can be refused by name, and not supported
+  bool of_file = false;      // it is not the format's but the file's
 };
 
 class CreateOptionList {
@@ -33,8 +34,8 @@ class CreateOptionList {
 
   // True if the text of an -o asks for the list of options ("help" or "?" in it).
   static bool asks_for_help(std::string_view text);
-  // "Supported qcow2 options:" and the rest.
-  std::string help() const;
+  // "Supported qcow2 options:" and the rest; with those of a file of this host where one is named.
+  std::string help(bool of_a_file = false) const;
 
   // "name=value,name=value", a comma in a value doubled, "name" alone for name=on; what is given
   // again replaces what was there. Throws EINVAL in qemu-img's words, or saying that the option is
@@ -45,11 +46,14 @@ class CreateOptionList {
   bool has(std::string_view name) const { return find(name) != nullptr; }
   // The text that was given; empty if none was.
   std::string get(std::string_view name) const;
-  std::optional<uint64_t> size() const;
+  // Of an option that is a size; nothing if it was not given.
+  std::optional<uint64_t> bytes(std::string_view name) const;
+  std::optional<uint64_t> size() const { return bytes("size"); }
+  bool is_on(std::string_view name) const;
 
   // "cluster_size=65536 size=1048576 ..." in qemu-img's order.
   std::string formatted() const;
-  // What was given and matters to the driver.
+  // What was given and matters to the driver; what is only of the file is made with it.
   block::Options for_driver() const;
 
  private:

@@ -14,6 +14,7 @@
 #include "cli/command.h"
 #include "cli/image_arguments.h"
 #include "cli/image_commands.h"
+#include "cli/image_facts.h"
 #include "cli/image_loops.h"
 #include "cli/image_personality.h"
 #include "cli/image_progress.h"
@@ -52,7 +53,7 @@ struct DdRequest {
   uint64_t skip = 0;
 };
 
-void read_operand(DdRequest& out, const std::string& text) {
+void read_operand(DdRequest& out, std::string& input, const std::string& text) {
   const size_t equals = text.find('=');
   const std::string name = text.substr(0, equals);
   const std::string value = equals == std::string::npos ? "" : text.substr(equals + 1);
@@ -60,7 +61,7 @@ void read_operand(DdRequest& out, const std::string& text) {
       (name != "if" && name != "of" && name != "bs" && name != "count" && name != "skip")) {
     throw Error(EINVAL, fmt::format("unrecognized operand {}", name));
   }
-  if (name == "if") out.input.text = value;
+  if (name == "if") input = value;
   if (name == "of") out.output = value;
   if (name == "count") out.count = parse_size_as(value, "count");
   if (name == "skip") out.skip = parse_size_as(value, "skip");
@@ -73,13 +74,17 @@ void read_operand(DdRequest& out, const std::string& text) {
 
 DdRequest read_request(const po::variables_map& values) {
   DdRequest out;
-  out.input = named_image(values, {});
   out.format = values.count("output-format") != 0 ? text_value(values, "output-format") : "raw";
+  if (personality().drop_in && !is_format(out.format)) {
+    throw Error(EINVAL, "Unknown file format");
+  }
   out.force_share = is_set(values, "force-share");
-  for (const std::string& operand : given_names(values)) read_operand(out, operand);
-  if (out.input.text.empty() || out.output.empty()) {
+  std::string input;
+  for (const std::string& operand : given_names(values)) read_operand(out, input, operand);
+  if (input.empty() || out.output.empty()) {
     throw Error(EINVAL, "Must specify both input and output files");
   }
+  out.input = named_image(values, input);
   return out;
 }
 
@@ -124,6 +129,7 @@ void copy(ImageGraph& graph, const DdRequest& request) {
   image.file_name = request.output;
   image.path = host_path(request.output);
   image.format = request.format;
+  image.purpose = "creating output image";
   image.options = CreateOptionList(request.format);
   image.options.set("size", fmt::format("{}", length));
   TargetImage target(graph, image, {});

@@ -14,6 +14,7 @@
 #include "block/formats/qcow2/encryption.h"
 #include "block/formats/qcow2/image_file.h"
 #include "block/formats/qcow2/listing.h"
+#include "cli/image_personality.h"
 
 namespace minivmm::cli {
 
@@ -27,8 +28,8 @@ bool is_format(std::string_view name) noexcept {
 std::string image_format(block::Edge& file, const std::string& path, const std::string& given) {
   if (is_format(given)) return given;
   if (!given.empty()) {
-    throw Error(EINVAL, fmt::format("{}: Unknown driver '{}' (qcow2, raw and luks are supported)",
-                                    path, given));
+    throw Error(EINVAL, fmt::format("{}: Unknown driver '{}'{}", path, given,
+                                    hint(" (qcow2, raw and luks are supported)")));
   }
   base::Buffer first(block::kProbeBytes);
   file.read(0, first.io());
@@ -85,15 +86,22 @@ ImageFacts inspect(block::Edge& file, const std::string& path, const std::string
 }  // namespace
 
 ImageFacts inspect_image(ImageGraph& graph, const std::string& path, const std::string& format,
-                         FileAccess access) {
-  return graph.with_file(path, access,
-                         [&](block::Edge& file) { return inspect(file, path, format); });
-}
-
-ImageFacts inspect_image_on_fiber(ImageGraph& graph, const std::string& path,
-                                  const std::string& format, FileAccess access) {
+                         const FileAccess& access) {
   return graph.use_file(path, access,
                         [&](block::Edge& file) { return inspect(file, path, format); });
+}
+
+ImageFacts inspect_image(ImageGraph& graph, const NamedFile& image, const FileAccess& access) {
+  ImageFacts out = graph.use_file(image.file, access, [&](block::Edge& file) {
+    return inspect(file, image.path, image.format);
+  });
+  if (out.format != "raw") return out;
+  // A part of a file.
+  block::Options range = image.image;
+  const uint64_t offset = range.take_size("offset").value_or(0);
+  out.virtual_size -= std::min(offset, out.virtual_size);
+  if (const auto size = range.take_size("size")) out.virtual_size = *size;
+  return out;
 }
 
 }  // namespace minivmm::cli

@@ -13,7 +13,7 @@
 #include "block/crypto/luks1_header.h"
 #include "block/formats/qcow2/header.h"
 #include "block/formats/qcow2/tables.h"
-#include "cli/image_graph.h"
+#include "cli/image_named_file.h"
 
 namespace minivmm::cli {
 
@@ -39,11 +39,9 @@ bool is_format(std::string_view name) noexcept;
 // format that is not supported. Fiber.
 std::string image_format(block::Edge& file, const std::string& path, const std::string& given);
 
-// Throws base::Error that begins with the path.
+// Fiber of the graph's first loop. Throws base::Error that begins with the path.
 ImageFacts inspect_image(ImageGraph& graph, const std::string& path, const std::string& format,
-                         FileAccess access);
-// The same, for those that are on a fiber of the graph's first loop.
-ImageFacts inspect_image_on_fiber(ImageGraph& graph, const std::string& path,
-                                  const std::string& format, FileAccess access);
+                         const FileAccess& access);
+ImageFacts inspect_image(ImageGraph& graph, const NamedFile& image, const FileAccess& access);
 
 }  // namespace minivmm::cli

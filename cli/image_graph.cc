@@ -20,13 +20,18 @@ ImageGraph::ImageGraph(block::OpenPolicy policy, unsigned loops, base::BackendCh
 
 ImageGraph::~ImageGraph() = default;
 
-ImageGraph::OpenFile::OpenFile(block::Graph& graph, const std::string& path, FileAccess access)
+ImageGraph::OpenFile::OpenFile(block::Graph& graph, block::Options options,
+                               const FileAccess& access)
     : graph_(graph) {
-  block::Options options;
-  options.set("read-only", access.writable ? "off" : "on");
-  if (set_protocol(options, "", path)) {
-    options.set("locking", access.locked ? "auto" : "off");
-    options.set("cache.direct", access.direct ? "on" : "off");
+  const auto set_unless_given = [&](const char* key, const char* value) {
+    if (!options.has(key)) options.set(key, value);
+  };
+  set_unless_given("read-only", access.writable ? "off" : "on");
+  if (const std::string driver = options.peek("driver").value_or("");
+      driver == "file" || driver == "host_device") {
+    if (!access.locked) set_unless_given("locking", "off");
+    if (access.direct && !options.has("cache")) options.set("cache.direct", "on");
+    if (!access.inode.empty()) options.set("inode", access.inode);
   }
   std::shared_ptr<block::Node> node = graph.add(std::move(options));
   node_name_ = node->name();
@@ -78,6 +83,12 @@ std::string uri_of_old_form(const std::string& name) {
 }
 
 }  // namespace
+
+block::Options file_options(const std::string& path) {
+  block::Options out;
+  set_protocol(out, "", path);
+  return out;
+}
 
 bool set_protocol(block::Options& options, const std::string& prefix, const std::string& path) {
   const bool is_file = !base::is_nbd_uri(path);

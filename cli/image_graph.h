@@ -21,6 +21,7 @@ struct FileAccess {
   // Unlocked, a file that others write to can be read (qemu-img's -U).
   bool locked = true;
   bool direct = false;
+  std::string inode = {};  // DEVICE:INODE that the file has to be; empty: whichever it is
 };
 
 class ImageGraph {
@@ -41,22 +42,21 @@ class ImageGraph {
     return loops_.loop(0).call("image command", std::forward<Body>(body));
   }
 
-  // Fiber. The same as with_file, for those that are on one already.
+  // Opens the host file `path` alone, without its format, calls body(edge), and closes the file,
+  // reporting what that finds. Returns what `body` does. Fiber.
   template <typename Body>
-  auto use_file(const std::string& path, FileAccess access, Body&& body)
+  auto use_file(const std::string& path, const FileAccess& access, Body&& body)
       -> std::invoke_result_t<Body, block::Edge&>;
-
-  // Opens the host file `path` alone, without its format, calls body(edge) on a fiber, and closes
-  // the file, reporting what that finds. Returns what `body` does.
+  // The same with a file that is described by options; what `access` asks for is added to them.
   template <typename Body>
-  auto with_file(const std::string& path, FileAccess access, Body&& body)
+  auto use_file(block::Options file, const FileAccess& access, Body&& body)
       -> std::invoke_result_t<Body, block::Edge&>;
 
  private:
   // Fiber. The file while `body` runs.
   class OpenFile {
    public:
-    OpenFile(block::Graph& graph, const std::string& path, FileAccess access);
+    OpenFile(block::Graph& graph, block::Options options, const FileAccess& access);
     ~OpenFile();
     OpenFile(const OpenFile&) = delete;
     OpenFile& operator=(const OpenFile&) = delete;
@@ -73,16 +73,19 @@ class ImageGraph {
   std::unique_ptr<block::Graph> graph_;
 };
 
+// The options that open the host file `path`, or an NBD disk, alone.
+block::Options file_options(const std::string& path);
+
 template <typename Body>
-auto ImageGraph::with_file(const std::string& path, FileAccess access, Body&& body)
+auto ImageGraph::use_file(const std::string& path, const FileAccess& access, Body&& body)
     -> std::invoke_result_t<Body, block::Edge&> {
-  return run([&] { return use_file(path, access, std::forward<Body>(body)); });
+  return use_file(file_options(path), access, std::forward<Body>(body));
 }
 
 template <typename Body>
-auto ImageGraph::use_file(const std::string& path, FileAccess access, Body&& body)
+auto ImageGraph::use_file(block::Options options, const FileAccess& access, Body&& body)
     -> std::invoke_result_t<Body, block::Edge&> {
-  OpenFile file(*graph_, path, access);
+  OpenFile file(*graph_, std::move(options), access);
   if constexpr (std::is_void_v<std::invoke_result_t<Body, block::Edge&>>) {
     body(file.edge());
     file.close();

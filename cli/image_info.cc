@@ -39,7 +39,7 @@ ImageSyntax image_info_syntax() {
       {
           {"backing-chain", nullptr, "the backing files as well, from the image downwards"},
       },
-      "sfoU");
+      "sfoiU");
 }
 
 namespace {
@@ -52,27 +52,37 @@ std::string real_path(const std::string& path) {
 
 std::string chain_text(const std::vector<ImageFacts>& chain) {
   std::string out;
-  for (const ImageFacts& link : chain) out += printable(link.path) + " -> ";
+  // Of an absurd chain its beginning says enough.
+  for (size_t i = 0; i < std::min<size_t>(chain.size(), 16); ++i) {
+    out += printable(chain[i].path) + " -> ";
+  }
   return out;
 }
 
+// What went wrong with a backing file, which its message names.
+struct BrokenChain : Error {
+  using Error::Error;
+  explicit BrokenChain(const Error& error) : Error(error) {}
+};
+
 // From the image downwards, as far as it goes. Images are not trusted: each link is opened only
 // where the policy allows it.
-std::vector<ImageFacts> inspect_chain(ImageGraph& graph, std::string path, std::string format,
+std::vector<ImageFacts> inspect_chain(ImageGraph& graph, const NamedFile& image,
                                       FileAccess access) {
-  std::vector<ImageFacts> chain;
+  std::vector<ImageFacts> chain{inspect_image(graph, image, access)};
+  std::string path = image.path;
   Strings seen;
   for (;;) {
-    chain.push_back(inspect_image_on_fiber(graph, path, format, access));
     seen.push_back(real_path(path));
     const ImageFacts& last = chain.back();
     if (!last.has_backing()) return chain;
-    if (personality().drop_in) {
-      format = last.qcow2->backing_format;
-    } else {
-      block::Options link = block::backing_options(graph.policy(), path, last.qcow2->backing_file,
-                                                   last.qcow2->backing_format);
+    std::string format = last.qcow2->backing_format;
+    if (!personality().drop_in) {
+      block::Options link =
+          block::backing_options(graph.policy(), path, last.qcow2->backing_file, format);
       format = link.take_string("driver").value_or("");
+      // The file that was allowed and no other that has its name by now.
+      access.inode = link.take_string("file.inode").value_or("");
     }
     path = last.full_backing_path();
     if (std::find(seen.begin(), seen.end(), real_path(path)) != seen.end()) {
@@ -80,8 +90,14 @@ std::vector<ImageFacts> inspect_chain(ImageGraph& graph, std::string path, std::
                                      printable(path), chain_text(chain)));
     }
     if (chain.size() >= block::kMaxGraphDepth) {
-      throw Error(ELOOP, fmt::format("{}: the backing chain is longer than {} images",
-                                     chain.front().path, block::kMaxGraphDepth));
+      throw Error(ELOOP, fmt::format("the backing chain is longer than {} images: {}...",
+                                     block::kMaxGraphDepth, chain_text(chain)));
+    }
+    try {
+      require_openable(path, path);
+      chain.push_back(inspect_image(graph, path, format, access));
+    } catch (Error& e) {
+      throw BrokenChain(e);
     }
   }
 }
@@ -99,12 +115,11 @@ std::string human_text(const std::vector<ImageFacts>& chain) {
 
 int run_image_info(const po::variables_map& values) {
   const OutputFormat output = output_format(values);
-  const std::string path = host_path(one_file_name(values));
-  const std::string format = text_value(values, "format");
+  const ImageName name = one_image(values);
   const bool whole_chain = is_set(values, "backing-chain");
-  const std::string name = one_file_name(values);
-  require_openable(path, name);
-  Sandbox sandbox(values, {ImageName{name, format}},
+  const NamedFile image = whole_chain ? named_path(name) : named_file(name);
+  require_openable(image.path, name.text);
+  Sandbox sandbox(values, {name},
                   whole_chain ? Sandbox::Backing::kAsked : Sandbox::Backing::kNotNeeded);
   std::vector<ImageFacts> chain;
   // What is being written to is looked at all the same, except as qemu-img.
@@ -112,13 +127,15 @@ int run_image_info(const po::variables_map& values) {
   try {
     sandbox.run([&](ImageGraph& graph) {
       if (whole_chain) {
-        chain = inspect_chain(graph, path, format, access);
+        chain = inspect_chain(graph, image, access);
       } else {
-        chain.push_back(inspect_image_on_fiber(graph, path, format, access));
+        chain.push_back(inspect_image(graph, image, access));
       }
     });
+  } catch (const BrokenChain&) {
+    throw;
   } catch (Error& e) {
-    if (e.err() == EBUSY) refuse_open(e, path, name, false);
+    if (e.err() == EBUSY || personality().drop_in) refuse_open(e, image.path, name.text, false);
     throw;
   }
   if (output == OutputFormat::kHuman) {

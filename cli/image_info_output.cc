@@ -135,9 +135,18 @@ Json to_json(const ImageFacts& facts) {
   return out;
 }
 
-// Names may be any bytes; JSON is UTF-8.
+// Names may be any bytes; JSON is UTF-8. An empty list is two lines, as qemu-img prints it.
 std::string dump(const Json& json) {
-  return json.dump(4, ' ', false, Json::error_handler_t::replace) + "\n";
+  std::string out = json.dump(4, ' ', false, Json::error_handler_t::replace) + "\n";
+  constexpr std::string_view kEmpty = ": []";  // no name has a line's end after that
+  for (size_t at = out.find(kEmpty); at != std::string::npos; at = out.find(kEmpty, at + 1)) {
+    const std::string_view rest = std::string_view(out).substr(at + kEmpty.size());
+    if (!rest.starts_with("\n") && !rest.starts_with(",\n")) continue;
+    const size_t line = out.rfind('\n', at) + 1;
+    const size_t indent = out.find_first_not_of(' ', line) - line;
+    out.insert(at + 3, "\n" + std::string(indent, ' '));
+  }
+  return out;
 }
 
 // "    refcount bits: 16": a tree as qemu-img prints it, dashes as spaces.

@@ -1,17 +1,20 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli/image_lock_holders.h"
 
+#include <fcntl.h>
 #include <sys/stat.h>
 #include <sys/sysmacros.h>
 #include <unistd.h>
 
 #include <cstdlib>
 #include <fstream>
+#include <map>
 #include <memory>
 
 #include <dirent.h>
 #include <fmt/core.h>
 
+#include "base/unique_fd.h"
 #include "cli/image_arguments.h"
 
 namespace minivmm::cli {
@@ -63,14 +66,38 @@ LockHolders find_lock_holders(const std::string& path) {
     const std::string process = fmt::format("/proc/{}", pid);
     if (!holds_lock(process, id, out.hidden)) continue;
     LockHolder holder{pid, {}};
-    std::ifstream(process + "/comm") >> holder.command;
+    std::ifstream name(process + "/comm");
+    std::getline(name, holder.command);
     out.found.push_back(std::move(holder));
   }
   return out;
 }
 
+namespace {
+
+// By path; those that were there when a sandbox was entered.
+std::map<std::string, LockHolders>& remembered() {
+  static std::map<std::string, LockHolders> instance;
+  return instance;
+}
+
+bool is_locked(const std::string& path) {
+  const base::UniqueFd fd(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK | O_NOCTTY));
+  struct flock range {};
+  range.l_type = F_WRLCK;  // conflicts with every other
+  range.l_whence = SEEK_SET;
+  return fd && ::fcntl(fd.get(), F_OFD_GETLK, &range) == 0 && range.l_type != F_UNLCK;
+}
+
+}  // namespace
+
+void remember_lock_holders(const std::string& path) {
+  if (is_locked(path)) remembered()[path] = find_lock_holders(path);
+}
+
 std::string lock_holders_text(const std::string& path) {
-  const LockHolders holders = find_lock_holders(path);
+  const auto known = remembered().find(path);
+  const LockHolders holders = known != remembered().end() ? known->second : find_lock_holders(path);
   if (holders.found.empty()) {
     return holders.hidden ? "who has it cannot be seen from here"
                           : "who had it has let go of it meanwhile, or is on another host";

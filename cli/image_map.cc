@@ -117,11 +117,12 @@ void print_table(block::Edge& disk, const MapRequest& request, bool missing, uin
 
 void print_json(block::Edge& disk, const MapRequest& request, bool missing, uint64_t end) {
   const char* before = "[";
+  if (request.start >= end) fmt::print("[{}", map_json(MapEntry{.start = request.start}));
   walk(disk, request.image.text, missing, request.start, end, [&](const MapEntry& entry) {
     fmt::print("{}{}", before, map_json(entry));
     before = ",\n";
   });
-  fmt::print("{}]\n", *before == '[' ? "[" : "");
+  fmt::print("]\n");
 }
 
 std::string draw(block::Edge& disk, const MapRequest& request, bool missing, uint64_t end) {

@@ -38,7 +38,9 @@ ImageSyntax image_measure_syntax() {
           {"output-format,O", "FORMAT", "the new image's format: qcow2 or raw (the default)"},
           {"options,o", "NAME=VALUE,...", "options of the new image, as of `image create`"},
           {"size", "SIZE", "of a new, empty disk, instead of a file's"},
-          {"snapshot,l", "SNAPSHOT", "not supported: internal snapshots cannot be read"},
+          {"snapshot,l", "SNAPSHOT",
+           "of a snapshot and not of the disk: its number or name, or "
+           "snapshot.id=ID,snapshot.name=NAME"},
       },
       "sfoiU");
 }
@@ -56,6 +58,7 @@ struct MeasureRequest {
   CreateOptionList options{"raw"};
   std::optional<uint64_t> size;
   ImageName image;
+  NodeOptions snapshot;
   OutputFormat output = OutputFormat::kHuman;
 };
 
@@ -64,10 +67,14 @@ MeasureRequest read_request(const po::variables_map& values) {
   out.output = output_format(values);
   const Strings names = given_names(values);
   out.size = size_value(values, "size", "image size");
-  if (values.count("snapshot") != 0) {
-    throw Error(ENOTSUP, "-l is not supported: internal snapshots cannot be read");
+  if (const auto snapshot = optional_text(values, "snapshot")) {
+    out.snapshot = snapshot_options(*snapshot);
   }
-  if (names.size() > 1) throw UsageError{"At most one filename argument is allowed."};
+  if (names.empty() &&
+      (!out.snapshot.empty() || values.count("format") != 0 || is_set(values, "image-opts"))) {
+    throw Error(EINVAL, "--image-opts, -f, and -l require a filename argument.");
+  }
+  if (names.size() > 1) throw Error(EINVAL, "At most one filename argument is allowed.");
   if (out.size && !names.empty()) {
     throw Error(EINVAL, "--size N cannot be used together with a filename.");
   }
@@ -79,7 +86,12 @@ MeasureRequest read_request(const po::variables_map& values) {
     throw Error(EINVAL, fmt::format("Unknown file format '{}'", out.format));
   }
   out.options = CreateOptionList(out.format);
-  for (const std::string& text : text_values(values, "options")) out.options.parse(text);
+  try {
+    for (const std::string& text : text_values(values, "options")) out.options.parse(text);
+  } catch (const Error& e) {
+    throw Error(EINVAL, two_messages(e.what(), fmt::format("Invalid options for file format '{}'",
+                                                           out.format)));
+  }
   if (!names.empty()) {
     out.image = named_image(values, names[0]);
   }
@@ -186,14 +198,17 @@ int run_image_measure(const po::variables_map& values) {
     measured = measure(request, nullptr, *request.size);
   } else {
     Sandbox sandbox(values, {request.image}, Sandbox::Backing::kIfTrusted);
-    const OpenMode mode = sandbox.open_mode({.force_share = is_set(values, "force-share")});
+    const OpenMode mode = sandbox.open_mode(
+        {.force_share = is_set(values, "force-share"), .snapshot = request.snapshot});
     sandbox.run([&](ImageGraph& graph) {
       OpenImage image(graph, request.image, mode);
       measured = measure(request, &image.edge(), image.size());
       if (request.format != "qcow2" || image.format() != "qcow2") return;
       const std::string file = image.edge().node().filename();
       image.close();
-      const ImageFacts facts = inspect_image_on_fiber(graph, file, "qcow2", {.locked = false});
+      const ImageFacts facts = inspect_image(graph, file, "qcow2", {.locked = false});
+      const std::string compat = request.options.get("compat");
+      if (compat == "0.10" || compat == "v2") return;  // there will be none
       measured.bitmaps = bitmap_bytes(facts, shape_of(request.options));
     });
   }

@@ -9,6 +9,7 @@
 #include <cerrno>
 #include <cstdio>
 #include <exception>
+#include <span>
 
 #include <fmt/core.h>
 
@@ -21,6 +22,7 @@
 #include "cli/image_arguments.h"
 #include "cli/image_facts.h"
 #include "cli/image_lock_holders.h"
+#include "cli/image_named_file.h"
 #include "cli/image_personality.h"
 
 namespace minivmm::cli {
@@ -49,8 +51,39 @@ CacheMode source_cache(const po::variables_map& values) {
   return parse_cache_mode(text_value(values, "source-cache"), "source cache", "writeback");
 }
 
-ImageName named_image(const po::variables_map& values, std::string text) {
-  return {std::move(text), text_value(values, "format"), is_set(values, "image-opts")};
+NodeOptions snapshot_options(const std::string& text) {
+  if (!text.starts_with("snapshot.")) return {{"snapshot", text}};
+  const std::string wrong = fmt::format("Failed in parsing snapshot param '{}'", text);
+  Options parsed = Options::from_text(text);
+  NodeOptions out;
+  for (const char* key : {"id", "name"}) {
+    const std::string option = std::string("snapshot.") + key;
+    if (const auto value = parsed.take_string(option)) {
+      out.emplace_back(std::string("snapshot-") + key, *value);
+    }
+  }
+  const auto child = parsed.take_child("snapshot");
+  if (child && child->options && !child->options->empty()) {
+    const std::string key = "snapshot." + child->options->keys().front();
+    throw Error(EINVAL, two_messages(fmt::format("Invalid parameter '{}'", key), wrong));
+  }
+  if (out.empty()) throw Error(EINVAL, wrong);
+  return out;
+}
+
+ImageName named_image(const po::variables_map& values, std::string text,
+                      const char* format_option) {
+  // As QEMU: a path may be the options themselves.
+  constexpr std::string_view kJson = "json:";
+  if (!is_set(values, "image-opts") && text.starts_with(kJson)) {
+    return {text.substr(kJson.size()), text_value(values, format_option), true};
+  }
+  std::string format = text_value(values, format_option);
+  const bool is_options = is_set(values, "image-opts");
+  if (is_options && !format.empty()) {
+    throw Error(EINVAL, "--image-opts and --format are mutually exclusive");
+  }
+  return {std::move(text), std::move(format), is_options};
 }
 
 ImageName one_image(const po::variables_map& values) {
@@ -103,13 +136,15 @@ std::string chain_text(const std::vector<ChainLink>& chain) {
   return out;
 }
 
-ChainLink look_at(ImageGraph& graph, const std::string& path, const std::string& format,
-                  bool writable) {
-  if (personality().drop_in) try_to_open(path, writable);
-  const ImageFacts facts = inspect_image_on_fiber(graph, path, format, {.locked = false});
-  ChainLink out{path, facts.format, facts.virtual_size};
+ChainLink look_at(ImageGraph& graph, const FileToOpen& file, const OpenMode& mode, bool writable) {
+  if (personality().drop_in) try_to_open(file.path, writable);
+  const ImageFacts facts =
+      inspect_image(graph, file.path, file.format,
+                    {.locked = false, .direct = mode.cache.direct, .inode = file.inode});
+  ChainLink out{file.path, facts.format, facts.virtual_size};
+  out.inode = file.inode;
   if (facts.qcow2 && !facts.qcow2->data_file.empty()) {
-    out.data_file = path_from_image(path, facts.qcow2->data_file);
+    out.data_file = path_from_image(file.path, facts.qcow2->data_file);
   }
   if (facts.has_backing()) {
     out.recorded_name = facts.qcow2->backing_file;
@@ -118,14 +153,16 @@ ChainLink look_at(ImageGraph& graph, const std::string& path, const std::string&
   return out;
 }
 
-// Where the backing file of `link` is, and its format ("" to be guessed).
-std::pair<std::string, std::string> follow(ImageGraph& graph, const ChainLink& link, bool trusted) {
+// Where the backing file of `link` is.
+FileToOpen follow(ImageGraph& graph, const ChainLink& link, bool trusted) {
   if (trusted || personality().drop_in) {
     return {host_path(path_from_image(link.path, link.recorded_name)), link.recorded_format};
   }
   Options found =
       block::backing_options(graph.policy(), link.path, link.recorded_name, link.recorded_format);
-  return {path_from_image(link.path, link.recorded_name), found.take_string("driver").value_or("")};
+  // The name was allowed for the file that has it now. Another one that takes it is not opened.
+  return {path_from_image(link.path, link.recorded_name), found.take_string("driver").value_or(""),
+          found.take_string("file.inode").value_or("")};
 }
 
 }  // namespace
@@ -140,32 +177,38 @@ void require_openable(const std::string& path, const std::string& name) {
   }
 }
 
-std::vector<ChainLink> find_chain(ImageGraph& graph, const std::string& path,
-                                  const std::string& format, const OpenMode& mode) {
-  std::vector<ChainLink> chain{look_at(graph, path, format, mode.writable)};
-  std::vector<std::string> seen{real_path(path)};
+void find_chain(ImageGraph& graph, const FileToOpen& file, const OpenMode& mode,
+                std::vector<ChainLink>& chain) {
+  chain.push_back(look_at(graph, file, mode, mode.writable));
+  std::vector<std::string> seen{real_path(file.path)};
   while (mode.with_backing && !chain.back().recorded_name.empty()) {
     try {
-      const auto [next, next_format] = follow(graph, chain.back(), mode.trusted);
-      if (std::find(seen.begin(), seen.end(), real_path(next)) != seen.end()) {
+      const FileToOpen next = follow(graph, chain.back(), mode.trusted);
+      if (std::find(seen.begin(), seen.end(), real_path(next.path)) != seen.end()) {
         throw Error(ELOOP, fmt::format("Backing file '{0}' creates an infinite loop: {1}{0}",
-                                       printable(next), chain_text(chain)));
+                                       printable(next.path), chain_text(chain)));
       }
       if (chain.size() >= block::kMaxGraphDepth) {
         throw Error(ELOOP, fmt::format("the backing chain is longer than {} images: {}...",
                                        block::kMaxGraphDepth, chain_text(chain)));
       }
-      seen.push_back(real_path(next));
-      chain.push_back(look_at(graph, next, next_format, false));
+      seen.push_back(real_path(next.path));
+      chain.push_back(look_at(graph, next, mode, false));
     } catch (Error& e) {
       e.prepend("Could not open backing file");
       throw;
     }
   }
+}
+
+std::vector<ChainLink> find_chain(ImageGraph& graph, const FileToOpen& file, const OpenMode& mode) {
+  std::vector<ChainLink> chain;
+  find_chain(graph, file, mode, chain);
   return chain;
 }
 
-Options layer_options(const std::string& path, const std::string& format, const OpenMode& mode) {
+Options layer_options(const std::string& path, const std::string& format, const OpenMode& mode,
+                      const std::string& inode) {
   Options out;
   out.set("driver", format);
   out.set("read-only", mode.writable ? "off" : "on");
@@ -174,21 +217,32 @@ Options layer_options(const std::string& path, const std::string& format, const 
   out.set("file.locking", mode.force_share ? "off" : "auto");
   out.set("file.cache.direct", mode.cache.direct ? "on" : "off");
   out.set("file.cache.no-flush", mode.cache.no_flush ? "on" : "off");
+  if (!inode.empty()) out.set("file.inode", inode);
   return out;
 }
 
 namespace {
 
+void set_options(Options& options, const OpenMode& mode) {
+  for (const NodeOptions* list : {&mode.options, &mode.snapshot}) {
+    for (const auto& [key, value] : *list) options.set(key, value);
+  }
+}
+
+bool may_open(const ChainLink& link, const OpenMode& mode) {
+  return !link.data_file.empty() && (mode.trusted || personality().drop_in);
+}
+
 // The chain as one tree of options, from its last image upwards.
-Options chain_options(const std::vector<ChainLink>& chain, const OpenMode& mode, bool guessed) {
+Options chain_options(std::span<const ChainLink> chain, const OpenMode& mode, bool guessed) {
   std::optional<Options> below;
   for (size_t i = chain.size(); i-- > 0;) {
     OpenMode layer = mode;
     if (i != 0) layer.writable = false;
-    Options options = layer_options(chain[i].path, chain[i].format, layer);
+    Options options = layer_options(chain[i].path, chain[i].format, layer, chain[i].inode);
     if (chain[i].format == "qcow2") {
       // Otherwise the driver follows the recorded name, by the graph's policy.
-      if (!chain[i].data_file.empty() && (mode.trusted || personality().drop_in)) {
+      if (may_open(chain[i], mode)) {
         options.set_child("data-file", layer_options(host_path(chain[i].data_file), "raw", layer));
       }
       if (below) {
@@ -199,21 +253,10 @@ Options chain_options(const std::vector<ChainLink>& chain, const OpenMode& mode,
     } else if (i == 0 && guessed && mode.writable) {
       options.set("probed", "on");
     }
-    if (i == 0) {
-      for (const auto& [key, value] : mode.options) options.set(key, value);
-    }
+    if (i == 0) set_options(options, mode);
     below = std::move(options);
   }
   return std::move(*below);
-}
-
-// The file behind an image that is named by options, for what is to be found in it.
-std::string path_of(const Options& options) {
-  for (const char* key : {"file.filename", "filename"}) {
-    Options copy = options;
-    if (const auto path = copy.take_string(key)) return *path;
-  }
-  return {};
 }
 
 // An image as it is to be opened.
@@ -224,44 +267,57 @@ struct Description {
   bool guessed = false;
 };
 
-Description describe_path(ImageGraph& graph, const ImageName& name, const OpenMode& mode) {
-  Description out;
+void describe_path(ImageGraph& graph, const ImageName& name, const OpenMode& mode,
+                   Description& out) {
   out.path = host_path(name.text);
-  const std::vector<ChainLink> chain = find_chain(graph, out.path, name.format, mode);
+  const std::vector<ChainLink> chain = find_chain(graph, {out.path, name.format, name.inode}, mode);
   out.format = chain.front().format;
   out.guessed = name.format.empty();
   out.options = chain_options(chain, mode, out.guessed);
-  return out;
+}
+
+// What a qcow2 image names is opened as it is where the image is named by its path.
+void add_references(ImageGraph& graph, const std::string& path, const OpenMode& mode,
+                    Options& options) {
+  OpenMode below = mode;
+  below.writable = false;
+  below.options.clear();
+  below.snapshot.clear();
+  const std::vector<ChainLink> chain = find_chain(graph, {path, "qcow2"}, below);
+  if (chain.size() > 1) {
+    options.set_child("backing", chain_options(std::span(chain).subspan(1), below, false));
+  }
+  if (may_open(chain[0], mode) && !options.has("data-file")) {
+    options.set_child("data-file", layer_options(host_path(chain[0].data_file), "raw", mode));
+  }
 }
 
 // What --image-opts leaves to be filled in.
-Description describe_options(ImageGraph& graph, const ImageName& name, const OpenMode& mode) {
-  Description out;
-  out.options = Options::from_text(name.text);
-  out.path = path_of(out.options);
-  if (!out.options.has("driver")) {
+void describe_options(ImageGraph& graph, const ImageName& name, const OpenMode& mode,
+                      Description& out) {
+  NamedFile named = named_file(name);
+  out.path = named.path;
+  out.format = named.format;
+  Options& options = out.options = std::move(named.image);
+  if (out.format.empty()) {
     // As qemu-img: then it is guessed from the file.
     out.guessed = true;
-    out.options.set("driver", look_at(graph, out.path, {}, mode.writable).format);
+    out.format = inspect_image(graph, named_file(name), {.locked = false}).format;
   }
-  out.format = out.options.peek("driver").value_or("");
-  Options& options = out.options;
-  for (const auto& [key, value] : mode.options) options.set(key, value);
+  options.set("driver", out.format);
+  set_options(options, mode);
   if (!options.has("read-only")) options.set("read-only", mode.writable ? "off" : "on");
-  if (!mode.with_backing && out.format == "qcow2" && !options.has("backing")) {
-    options.set_null("backing");
+  if (out.format == "qcow2" && !options.has("backing")) {
+    if (!mode.with_backing) {
+      options.set_null("backing");
+    } else if (named.is_path) {
+      add_references(graph, out.path, mode, options);
+    }
   }
-  // A format with a file name of its own: the name is that of its file.
-  const bool is_file = out.format == "file" || out.format == "host_device";
-  if (options.has("filename") && !is_file) {
-    options.set("file.filename", *options.take_string("filename"));
-  }
-  Options copy = options;
-  const auto file = copy.take_child("file");
-  if (!file || !file->options) return out;
-  if (!file->options->has("driver")) options.set("file.driver", "file");
-  if (mode.force_share && !file->options->has("locking")) options.set("file.locking", "off");
-  return out;
+  const std::string protocol = named.file.peek("driver").value_or("");
+  const bool is_file = protocol == "file" || protocol == "host_device";
+  if (is_file && mode.force_share && !named.file.has("locking")) named.file.set("locking", "off");
+  options.set_child("file", std::move(named.file));
 }
 
 }  // namespace
@@ -274,18 +330,62 @@ void refuse_open(Error& error, const std::string& path, const std::string& name,
     told.prepend(where);
     throw;
   }
-  error.prepend(where);
-  throw error;
+  // The name once is enough.
+  const std::string text = error.what();
+  const std::string begin = path + ": ";
+  if (!text.starts_with(begin)) {
+    error.prepend(where);
+    throw error;
+  }
+  throw Error(error.err(), fmt::format("{}: {}", where, text.substr(begin.size())));
+}
+
+namespace {
+
+void require_possible(const OpenMode& mode, const std::string& format) {
+  if (mode.writable && mode.force_share) {
+    throw Error(EINVAL, "force-share=on can only be used with read-only images");
+  }
+  if (mode.snapshot.empty() || format == "qcow2") return;
+  throw Error(ENOTSUP, fmt::format("Failed to load snapshot: Block format '{}' used by device '' "
+                                   "does not support temporarily loading internal snapshots",
+                                   format));
+}
+
+// A snapshot that is not there is no reason not to open the image, as qemu-img sees it.
+[[noreturn]] void refuse(Error& error, const Description& found, const std::string& name,
+                         const OpenMode& mode) {
+  const std::string text = error.what();
+  constexpr std::string_view kSnapshot = "Failed to load snapshot: ";
+  constexpr std::string_view kNone = "Can't find snapshot";
+  if (!mode.snapshot.empty() && text.starts_with(kSnapshot)) throw error;
+  if (!mode.snapshot.empty() && text.ends_with(kNone)) {
+    throw Error(error.err(), fmt::format("{}{}", kSnapshot, kNone));
+  }
+  refuse_open(error, found.path, name, mode.writable);
+}
+
+}  // namespace
+
+void warn_of_guess(const std::string& name) {
+  std::fflush(stdout);
+  fmt::print(stderr,
+             "WARNING: Image format was not specified for '{}' and probing guessed raw.\n"
+             "         Automatically detecting the format is dangerous for raw images, write "
+             "operations on block 0 will be restricted.\n"
+             "         Specify the 'raw' format explicitly to remove the restrictions.\n",
+             name);
 }
 
 OpenImage::OpenImage(ImageGraph& graph, const ImageName& name, const OpenMode& mode)
     : graph_(graph.graph()), name_(name.text) {
   Description found;
   try {
-    found =
-        name.is_options ? describe_options(graph, name, mode) : describe_path(graph, name, mode);
+    const auto describe = name.is_options ? &describe_options : &describe_path;
+    describe(graph, name, mode, found);
     format_ = found.format;
     guessed_ = found.guessed;
+    require_possible(mode, format_);
     const std::shared_ptr<block::Node> node = graph_.add(std::move(found.options));
     node_name_ = node->name();
     const uint8_t uses = mode.writable ? Permissions::kWrite | Permissions::kResize : 0;
@@ -293,19 +393,9 @@ OpenImage::OpenImage(ImageGraph& graph, const ImageName& name, const OpenMode& m
         node, "the image command",
         Permissions{.uses = uses, .shares = Permissions::kWrite | Permissions::kResize});
   } catch (Error& e) {
-    refuse_open(e, found.path, name_, mode.writable);
+    refuse(e, found, name_, mode);
   }
-}
-
-void warn_of_guess(const OpenImage& image) {
-  if (!image.guessed() || image.format() != "raw") return;
-  std::fflush(stdout);
-  fmt::print(stderr,
-             "WARNING: Image format was not specified for '{}' and probing guessed raw.\n"
-             "         Automatically detecting the format is dangerous for raw images, write "
-             "operations on block 0 will be restricted.\n"
-             "         Specify the 'raw' format explicitly to remove the restrictions.\n",
-             image.name());
+  if (mode.writable && guessed_ && format_ == "raw") warn_of_guess(name_);
 }
 
 OpenImage::~OpenImage() {

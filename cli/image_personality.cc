@@ -27,6 +27,16 @@ bool is_called(std::string_view argv0, std::string_view name) noexcept {
   return argv0 == name;
 }
 
+std::string hint(std::string_view text) {
+  return personality().drop_in ? std::string() : std::string(text);
+}
+
+std::string two_messages(std::string_view first, std::string_view second) {
+  const std::string prefix =
+      personality().drop_in ? fmt::format("{}: ", personality().program) : std::string();
+  return fmt::format("{}\n{}{}", first, prefix, second);
+}
+
 void print_error(std::string_view text) {
   std::fflush(stdout);
   fmt::print(stderr, "{}: {}\n", personality().program, text);

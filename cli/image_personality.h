@@ -22,6 +22,11 @@ inline constexpr const char* kQemuNbd = "qemu-nbd";
 // True of "qemu-img" for "qemu-img" and "/usr/local/bin/qemu-img".
 bool is_called(std::string_view argv0, std::string_view name) noexcept;
 
+// `text` as what a message says beyond what qemu-img would; nothing when called as that.
+std::string hint(std::string_view text);
+// `first`, and `second` as a message of its own on the next line, as qemu-img prints two of them.
+std::string two_messages(std::string_view first, std::string_view second);
+
 // "minivmm: text" on standard error, after what standard output still holds.
 void print_error(std::string_view text);
 // "minivmm: warning: text".

@@ -14,6 +14,7 @@
 #include "cli/image_facts.h"
 #include "cli/image_header.h"
 #include "cli/image_loops.h"
+#include "cli/image_named_file.h"
 #include "cli/image_open.h"
 #include "cli/image_progress.h"
 
@@ -76,8 +77,8 @@ RebaseRequest read_request(const po::variables_map& values) {
   out.mode.with_backing = !out.unsafe;
   out.progress = is_set(values, "progress");
   out.quiet = is_set(values, "quiet");
-  if (!out.backing.empty() && !out.image.is_options) {
-    out.backing_path = host_path(path_from_image(host_path(out.image.text), out.backing));
+  if (!out.backing.empty()) {
+    out.backing_path = host_path(path_from_image(named_file(out.image).path, out.backing));
   }
   return out;
 }
@@ -94,19 +95,26 @@ void check(OpenImage& overlay, const RebaseRequest& request) {
     throw refuse(EINVAL, "backing format must be specified");
   }
   if (!is_format(request.backing_format)) {
-    throw Error(EINVAL, fmt::format("Invalid format name: {}", request.backing_format));
+    throw Error(EINVAL, fmt::format("Invalid format name: '{}'", request.backing_format));
   }
 }
 
-std::unique_ptr<OpenImage> open_new_backing(ImageGraph& graph, const RebaseRequest& request) {
+std::unique_ptr<OpenImage> open_new_backing(ImageGraph& graph, const RebaseRequest& request,
+                                            block::Edge& overlay) {
   if (request.backing_path.empty()) return nullptr;
+  // What is open already is not opened in another way.
+  const LayerChain chain(overlay);
+  CacheMode cache = request.source_cache;
+  for (size_t i = 1; i < chain.size(); ++i) {
+    if (same_file(chain.layer(i).node().filename(), request.backing_path)) {
+      cache = request.mode.cache;
+    }
+  }
   try {
     // It is the user's word, and so is what it names itself.
-    return std::make_unique<OpenImage>(graph,
-                                       ImageName{request.backing_path, request.backing_format},
-                                       OpenMode{.force_share = request.mode.force_share,
-                                                .trusted = true,
-                                                .cache = request.source_cache});
+    return std::make_unique<OpenImage>(
+        graph, ImageName{request.backing_path, request.backing_format},
+        OpenMode{.force_share = request.mode.force_share, .trusted = true, .cache = cache});
   } catch (const Error& e) {
     constexpr std::string_view kOpen = "Could not open ";
     std::string text = e.what();
@@ -145,11 +153,17 @@ void rebase(ImageGraph& graph, const RebaseRequest& request) {
   check(overlay, request);
   const std::string file = overlay.edge().node().filename();
   if (!request.unsafe) {
-    const std::unique_ptr<OpenImage> new_backing = open_new_backing(graph, request);
+    const std::unique_ptr<OpenImage> new_backing = open_new_backing(graph, request, overlay.edge());
     copy_differences(graph, overlay, new_backing.get(), request);
   }
   overlay.close();
   change_backing_name(graph, file, request.backing, request.backing_format);
+  if (request.unsafe) {  // there was nothing to wait for
+    ProgressMeter meter(
+        ProgressMeter::choose(request.progress, request.quiet), [] { return ProgressState{}; },
+        [] {});
+    meter.finish();
+  }
 }
 
 }  // namespace

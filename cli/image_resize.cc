@@ -110,7 +110,6 @@ void check(const ResizeRequest& request, uint64_t old, uint64_t size) {
 // Fiber.
 void resize(ImageGraph& graph, const ResizeRequest& request) {
   OpenImage image(graph, request.image, {.writable = true, .trusted = true});
-  warn_of_guess(image);
   const uint64_t old = image.size();
   const uint64_t size = new_size(request, old);
   check(request, old, size);
@@ -119,7 +118,7 @@ void resize(ImageGraph& graph, const ResizeRequest& request) {
     throw Error(EINVAL, "The new size must be a multiple of 512");
   }
   if (request.preallocation == Preallocation::kMetadata && raw) {
-    throw Error(ENOTSUP, "Unsupported preallocation mode 'metadata'");
+    throw Error(ENOTSUP, "Unsupported preallocation mode: metadata");
   }
   block::Edge& disk = image.edge();
   if (size != disk.size()) disk.truncate(size);

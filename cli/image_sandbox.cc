@@ -18,6 +18,8 @@
 #include "base/nbd_uri.h"
 #include "base/unique_fd.h"
 #include "cli/image_arguments.h"
+#include "cli/image_lock_holders.h"
+#include "cli/image_named_file.h"
 #include "cli/image_personality.h"
 
 namespace minivmm::cli {
@@ -49,7 +51,8 @@ Sandbox::Sandbox(const po::variables_map& values, std::vector<ImageName> images,
   must_hold_ = is_set(values, "untrusted");
   if (trusted && must_hold_) throw Error(EINVAL, "--trusted and --untrusted exclude each other");
   if (!personality().drop_in) limits_ = kUsualLimits;
-  follow_ = backing == Backing::kAsked ||
+  asked_ = backing == Backing::kAsked;
+  follow_ = asked_ ||
             (backing == Backing::kIfTrusted && (trusted || (personality().drop_in && !must_hold_)));
   policy_.backing_roots = text_values(values, "backing-root");
   policy_.follow_references = follow_;
@@ -153,32 +156,39 @@ void apply(bool must_hold, const std::function<void()>& limit) {
 
 }  // namespace
 
-Strings Sandbox::files_to_allow() {
-  Strings out;
-  for (const ImageName& image : images_) {
-    // Named by options: the file names are among the values.
-    if (image.is_options) {
-      block::Options options = block::Options::from_text(image.text);
-      for (const char* key :
-           {"file.filename", "filename", "backing.file.filename", "uri", "file.uri"}) {
-        if (const auto path = options.take_string(key)) out.push_back(*path);
-      }
-      continue;
+// The files of a chain, with those that hold its data.
+Strings Sandbox::files_of_chain(const NamedFile& image) const {
+  limit_resources(limits_);
+  ImageGraph graph(policy_, 1, base::BackendChoice::kEpoll);
+  Strings paths;
+  std::vector<ChainLink> chain;
+  graph.run([&] {
+    try {
+      find_chain(graph, {image.path, image.format}, {}, chain);
+    } catch (const Error&) {
+      // A command that looks at the chain link by link says itself where that ends.
+      if (!asked_) throw;
     }
-    out.push_back(host_path(image.text));
-    if (!follow_) continue;
-    const Strings chain = in_child([&] {
-      limit_resources(limits_);
-      ImageGraph graph(policy_, 1, base::BackendChoice::kEpoll);
-      Strings paths;
-      graph.run([&] {
-        for (const ChainLink& link : find_chain(graph, out.back(), image.format, {})) {
-          paths.push_back(link.path);
-          if (!link.data_file.empty()) paths.push_back(link.data_file);
-        }
-      });
-      return paths;
-    });
+  });
+  for (const ChainLink& link : chain) {
+    paths.push_back(link.path);
+    if (!link.data_file.empty()) paths.push_back(link.data_file);
+  }
+  return paths;
+}
+
+Strings Sandbox::files_to_allow() const {
+  Strings out;
+  for (const ImageName& name : images_) {
+    const NamedFile image = named_file(name);
+    out.push_back(image.path);
+    // Named by options: other file names are among the values.
+    block::Options others = image.image;
+    for (const char* key : {"backing.file.filename", "data-file.filename"}) {
+      if (const auto path = others.take_string(key)) out.push_back(*path);
+    }
+    if (!follow_ || !image.is_path || image.image.has("backing")) continue;
+    const Strings chain = in_child([&] { return files_of_chain(image); });
     out.insert(out.end(), chain.begin(), chain.end());
   }
   return out;
@@ -189,8 +199,8 @@ void Sandbox::run(const std::function<void(ImageGraph& graph)>& body) {
   try {
     files = files_to_allow();
   } catch (Error& e) {
-    e.prepend(fmt::format("Could not open '{}'", images_.front().text));
-    throw;
+    const ImageName& image = images_.front();
+    refuse_open(e, image.text, image.text, false);
   }
   apply(true, [&] { limit_resources(limits_); });
   // A server is reached through sockets, and by a library with files of its own.
@@ -200,6 +210,7 @@ void Sandbox::run(const std::function<void(ImageGraph& graph)>& body) {
     throw Error(EINVAL, "--untrusted is for files: a server's disk needs the network");
   }
   if (!remote) {
+    for (const std::string& file : files) remember_lock_holders(file);
     apply(must_hold_, [&] { limit_files(files); });
     apply(must_hold_, [] { limit_system_calls(); });
   }

@@ -21,7 +21,7 @@
 
 #include <boost/program_options.hpp>
 
-#include "cli/image_open.h"
+#include "cli/image_named_file.h"
 
 namespace minivmm::cli {
 
@@ -56,9 +56,11 @@ class Sandbox {
   void run(const std::function<void(ImageGraph& graph)>& body);
 
  private:
-  std::vector<std::string> files_to_allow();
+  std::vector<std::string> files_of_chain(const NamedFile& image) const;
+  std::vector<std::string> files_to_allow() const;
 
   const std::vector<ImageName> images_;
+  bool asked_ = false;
   bool follow_ = false;
   bool must_hold_ = false;  // --untrusted: what the kernel lacks is an error
   block::OpenPolicy policy_;

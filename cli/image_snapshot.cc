@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // minivmm image snapshot
+#include <algorithm>
 #include <cerrno>
 
 #include <fmt/core.h>
@@ -49,7 +50,8 @@ struct SnapshotRequest {
 
 SnapshotRequest read_request(const po::variables_map& values) {
   SnapshotRequest out;
-  size_t actions = is_set(values, "list-snapshots") ? 1 : 0;
+  const auto order = text_values(values, kGivenOptions);
+  auto actions = static_cast<size_t>(std::count(order.begin(), order.end(), "list-snapshots"));
   for (const char* action : {"create", "apply", "delete"}) {
     const auto names = text_values(values, action);
     actions += names.size();
@@ -62,7 +64,7 @@ SnapshotRequest read_request(const po::variables_map& values) {
     out.action = actions == 0 && personality().drop_in ? "nothing" : "list";
   }
   if (actions > 1) throw UsageError{"Cannot mix '-l', '-a', '-c', '-d'"};
-  out.image = {one_file_name(values), text_value(values, "format"), is_set(values, "image-opts")};
+  out.image = one_image(values);
   out.force_share = is_set(values, "force-share");
   if (out.force_share && out.action != "list") {
     throw Error(EINVAL, fmt::format("Could not open '{}': force-share=on can only be used with "
@@ -73,16 +75,20 @@ SnapshotRequest read_request(const po::variables_map& values) {
 }
 
 // From the metadata alone: also of images that the driver refuses.
+// Fiber.
 void list_snapshots(ImageGraph& graph, const SnapshotRequest& request) {
-  const std::string path = host_path(request.image.text);
-  require_openable(path, request.image.text);
+  const NamedFile image = named_file(request.image);
+  require_openable(image.path, request.image.text);
   const FileAccess access{.locked = personality().drop_in && !request.force_share};
-  const ImageFacts facts = inspect_image(graph, path, request.image.format, access);
-  fmt::print("{}", snapshots_text(facts));
+  fmt::print("{}", snapshots_text(inspect_image(graph, image, access)));
 }
 
 void carry_out(Snapshots* snapshots, const SnapshotRequest& request) {
-  if (snapshots == nullptr) throw Error(ENOTSUP, "-95 (Operation not supported)");
+  if (snapshots == nullptr) {
+    throw Error(ENOTSUP, request.action == "create"  ? "-95 (Operation not supported)"
+                         : request.action == "apply" ? "Block driver does not support snapshots"
+                                                     : "snapshot not found");
+  }
   if (request.action == "create") {
     (void)snapshots->create(request.name);
   } else if (request.action == "apply") {
@@ -116,14 +122,13 @@ int run_image_snapshot(const po::variables_map& values) {
   const SnapshotRequest request = read_request(values);
   if (request.action == "nothing") return 0;
   ImageGraph graph;
-  if (request.action == "list" && !request.image.is_options) {
-    list_snapshots(graph, request);
-    return 0;
-  }
-  if (request.action == "list") {
-    throw Error(ENOTSUP, "-l names the image by its path");
-  }
-  graph.run([&] { change_snapshots(graph, request); });
+  graph.run([&] {
+    if (request.action == "list") {
+      list_snapshots(graph, request);
+    } else {
+      change_snapshots(graph, request);
+    }
+  });
   return 0;
 }
 

@@ -37,7 +37,7 @@ bool is_device(const std::string& path) {
 
 TargetImage::TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache) : path_(image.path) {
   try {
-    prepare_image(graph, image);
+    complete_image(graph, image);
     try {
       made_ = make_image(graph, image);
     } catch (const Error& e) {
@@ -45,7 +45,8 @@ TargetImage::TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache) : 
       throw;
     }
   } catch (Error& e) {
-    e.prepend(fmt::format("{}: error while converting {}", image.file_name, image.format));
+    e.prepend(fmt::format("{}: error while {}", image.file_name,
+                          image.purpose.empty() ? "converting " + image.format : image.purpose));
     throw;
   }
   touched_ = true;

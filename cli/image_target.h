@@ -16,7 +16,7 @@ namespace minivmm::cli {
 
 class TargetImage {
  public:
-  // Makes `image` (see prepare_image) and opens it. Its backing file is the user's word.
+  // Makes `image` (see complete_image) and opens it. Its backing file is the user's word.
   TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache);
   // Opens one that is there. It is as it was until begin().
   TargetImage(ImageGraph& graph, const ImageName& name, CacheMode cache);

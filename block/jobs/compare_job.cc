@@ -124,7 +124,10 @@ void CompareJob::compare(const Batch& batch, base::Buffer& first, base::Buffer& 
     pair_.read_side(1, extent.offset, base::SingleBuffer(b));
     if (std::memcmp(a.data(), b.data(), a.size()) == 0) continue;
     const auto at = std::mismatch(a.begin(), a.end(), b.begin()).first - a.begin();
-    differs(base::align_down(extent.offset + static_cast<uint64_t>(at), kSector));
+    const uint64_t byte = extent.offset + static_cast<uint64_t>(at);
+    // Sectors are counted from where the shorter side ends, too, as qemu-img does.
+    const uint64_t from = byte >= pair_.common() ? pair_.common() : 0;
+    differs(from + base::align_down(byte - from, kSector));
     return;
   }
 }

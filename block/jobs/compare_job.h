@@ -5,6 +5,7 @@
 
 #include <string>
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
 #include <optional>
@@ -21,7 +22,8 @@ namespace minivmm::block {
 struct Difference {
   enum class Kind { kContent, kStatus };
   Kind kind = Kind::kContent;
-  // Of the first sector of 512 bytes that differs.
+  // Of the first sector of 512 bytes that differs, counted from the disk's beginning or from where
+  // the shorter side ends.
   uint64_t offset = 0;
 };
 
@@ -31,6 +33,8 @@ class CompareJob {
     Edge* disk;
     std::string name;  // in errors
     uint64_t size;
+    // Its last byte's; `size` is in whole sectors.
+    uint64_t end() const noexcept { return std::min(size, disk->size()); }
   };
   // `strict`: what is data, zero or not allocated must be so on both sides.
   CompareJob(Side first, Side second, bool strict);
@@ -62,6 +66,9 @@ class CompareJob {
     void read_side(size_t side, uint64_t offset, IoSpan to);
     // Where strict comparison found that the sides are stored differently; the extents end there.
     uint64_t status_differs_at() const noexcept { return differs_at_.load(); }
+
+    // Where the shorter side ends.
+    uint64_t common() const noexcept { return std::min(sides_[0].end(), sides_[1].end()); }
 
    private:
     ChainStatus status(size_t side, uint64_t offset, uint64_t length);

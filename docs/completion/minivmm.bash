@@ -20,13 +20,13 @@ _minivmm_image_options() {
     amend) echo "-o --options --force -f --format -t --cache --image-opts -p --progress -q --quiet --object -h --help" ;;
     bench) echo "-c --count -d --depth -s --buffer-size -S --step-size -o --offset -w --write --pattern --flush-interval --no-drain -n --native -i --aio -f --format -t --cache --image-opts -q --quiet -U --force-share --object -h --help" ;;
     bitmap) echo "--add --remove --clear --enable --disable --merge -g --granularity -b --source-file -F --source-format -f --format --image-opts --object -h --help" ;;
-    check) echo "-r --repair --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format -T --source-cache --output -q --quiet -U --force-share --object -h --help" ;;
+    check) echo "-r --repair --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format -T --source-cache --output --image-opts -q --quiet -U --force-share --object -h --help" ;;
     commit) echo "-b --base -d --drop -r --rate --backing-root -f --format -t --cache --image-opts -p --progress -q --quiet --object -h --help" ;;
     compare) echo "-F --second-format -s --strict -f --format -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
     convert) echo "-O --output-format -o --options -B --backing -F --backing-format -n --skip-create --target-is-zero --target-image-opts -c --compress -S --sparse -l --snapshot --bitmaps --skip-broken-bitmaps --salvage -C --copy-range -m --parallel -W --out-of-order -r --rate -f --format -t --cache -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;
     create) echo "-f --format -b --backing -F --backing-format -u --unsafe -o --options -q --quiet --object -h --help" ;;
     dd) echo "-O --output-format -f --format --image-opts -U --force-share --object -h --help" ;;
-    info) echo "--backing-chain --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format --output -U --force-share --object -h --help" ;;
+    info) echo "--backing-chain --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format --output --image-opts -U --force-share --object -h --help" ;;
     map) echo "-s --start-offset -l --max-length --svg --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format --output --image-opts -U --force-share --object -h --help" ;;
     measure) echo "-O --output-format -o --options --size -l --snapshot --untrusted --trusted --backing-root --limit-memory --limit-cpu -f --format --output --image-opts -U --force-share --object -h --help" ;;
     rebase) echo "-b --backing -F --backing-format -u --unsafe --backing-root -f --format -t --cache -T --source-cache --image-opts -p --progress -q --quiet -U --force-share --object -h --help" ;;

@@ -54,7 +54,7 @@ void check_version(const AmendOptions& o, const Header& h) {
   }
   if (version >= 3) return;
   require(o.refcount_order.value_or(4) == 4,
-          "Different refcount widths than 16 bits require compatibility level 1.1 or above (use "
+          "Refcount widths other than 16 bits require compatibility level 1.1 or above (use "
           "compat=1.1 or greater)");
   require(!o.lazy_refcounts.value_or(false),
           "Lazy refcounts only supported with compatibility level 1.1 and above (use compat=1.1 "
@@ -89,6 +89,10 @@ void change_header(Header& h, const AmendOptions& o) {
 AmendOptions take_amend_options(Options& options) {
   AmendOptions out;
   if (options.has("compat")) {
+    const std::string compat = options.peek("compat").value_or("");
+    if (compat != "0.10" && compat != "v2" && compat != "1.1" && compat != "v3") {
+      throw Error(EINVAL, fmt::format("Unknown compatibility level {}", compat));
+    }
     out.version = options.take_choice("compat", {"0.10", "v2", "1.1", "v3"}, 2) < 2 ? 2 : 3;
   }
   if (const auto bits = options.take_size("refcount_bits")) {

@@ -243,6 +243,11 @@ CreateOptions take_create_options(Options& options) {
       throw Error(EINVAL, "Parameter 'encrypt.format' is missing");
     }
     (void)encrypt->options->take_choice("format", {"luks"}, 0);
+    if (!encrypt->options->has("key-secret")) {
+      throw Error(EINVAL,
+                  "Parameter 'encrypt.key-secret' is required for cipher: the id of a "
+                  "secret object");
+    }
     out.luks = crypto::take_luks1_create_options(*encrypt->options);
     encrypt->options->finish("encrypt");
   }
@@ -310,7 +315,7 @@ void check_create_options(const CreateOptions& o) {
   if (o.preallocation != Preallocation::kOff && !o.backing_file.empty() && !o.extended_l2) {
     throw Error(EINVAL,
                 "Backing file and preallocation can only be used at the same time if "
-                "extended_l2 is enabled");
+                "extended_l2 is on");
   }
   if (o.backing_file.size() > kMaxBackingNameBytes) {
     throw Error(EINVAL, fmt::format("The backing file's name is longer than {} bytes",

@@ -106,7 +106,7 @@ class AmendTest(ImageCase):
         self.make("-f", "qcow2", "-o", "extended_l2=on", "ext", "1M")
         self.make("-f", "qcow2", "-o", "refcount_bits=8", "eight", "1M")
         refused("two", "lazy_refcounts=on", "Lazy refcounts only supported")
-        refused("two", "refcount_bits=8", "Different refcount widths")
+        refused("two", "refcount_bits=8", "Refcount widths other than 16")
         refused("two", "refcount_bits=3", "must be a power of two")
         refused("two", "data_file=q", "data-file can only be set")
         refused("two", "cluster_size=128k", "Invalid parameter 'cluster_size'")

@@ -4,8 +4,11 @@ import json
 import os
 import random
 import shutil
+import signal
+import subprocess
+import time
 
-from image_case import SEED, ImageCase, main
+from image_case import MINIVMM, SEED, ImageCase, main
 
 
 class Resize(ImageCase):
@@ -164,6 +167,20 @@ class Chain(ImageCase):
 
     def same_bytes(self, *arguments):
         return self.must(self.drop_in(*arguments))
+
+    def test_a_commit_that_is_interrupted_says_so_and_keeps_the_overlay(self):
+        self.qemu_io("top", "write -P 7 0 4M")
+        self.flatten("top", "before")
+        process = subprocess.Popen([MINIVMM, "image", "commit", "-r", "1M", "top"],
+                                   cwd=self.folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+        self.assertNotEqual(process.returncode, 0)
+        self.assertEqual(out, b"")
+        self.assertIn("The commit was not completed; the overlay is unchanged", err.decode())
+        self.must(self.theirs("compare", "-f", "raw", "-F", "qcow2", "before", "top"))
+        self.check("top", "middle", "base")
 
     def test_commit_of_the_whole_chain(self):
         self.make("-f", "qcow2", "-b", "middle", "-F", "qcow2", "third")

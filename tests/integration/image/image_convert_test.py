@@ -189,6 +189,33 @@ class Convert(ImageCase):
                 self.assertFalse(os.path.exists(self.path("target")))
             self.must(self.theirs("create", "-q", "target", "1M"))
 
+    def test_a_terminal_gets_a_bar_and_a_script_does_not(self):
+        rng = random.Random(SEED)
+        self.fill("source", 4 << 20, rng)
+        self.must(self.drop_in("--version"))
+        drop_in = self.path(".bin", "qemu-img")
+        for command, bar in (([MINIVMM, "image", "convert"], True),
+                             ([MINIVMM, "image", "convert", "-q"], False),
+                             ([MINIVMM, "image", "convert", "-p"], False),
+                             ([drop_in, "convert"], False)):
+            ours, theirs = os.openpty()
+            done = subprocess.run([*command, "-f", "raw", "source", "target"], cwd=self.folder,
+                                  stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=theirs,
+                                  timeout=60, check=True)
+            os.close(theirs)
+            told = b""
+            try:
+                while piece := os.read(ours, 4096):
+                    told += piece
+            except OSError:  # EIO: nobody has the other end any more
+                pass
+            os.close(ours)
+            if bar:
+                self.assertRegex(told.decode(), r"\[#{30}\] 100\.0%.*\n\Z")
+            else:
+                self.assertEqual(told, b"")
+            self.assertEqual(b"(100.00/100%)" in done.stdout, "-p" in command)
+
     def test_a_target_that_is_not_finished_is_named(self):
         # The target's file system is full: a file size limit does for it.
         with open(self.path("source"), "wb") as file:

@@ -210,7 +210,7 @@ class Qcow2Test(LuksCase):
         self.make_ours("x")
         self.must(self.ours("convert", *SECRETS, "-n", "--target-image-opts", "disk", qcow2("x")))
         wrong = self.must(self.ours("map", *SECRETS, "--image-opts", qcow2("x", "t")), 1)
-        self.assertIn("x: ", wrong.err)
+        self.assertIn("filename=x", wrong.err)
         self.assertIn("'encrypt.key-secret' is required", self.must(self.ours("map", "x"), 1).err)
 
         def amend(secret, options):

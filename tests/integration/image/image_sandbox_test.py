@@ -4,8 +4,21 @@ import json
 import os
 import shutil
 import struct
+import subprocess
+import sys
 
 from image_case import ImageCase, main
+
+
+# renameat2(AT_FDCWD, a, AT_FDCWD, b, RENAME_EXCHANGE), for ever.
+SWAP = """
+import ctypes, os, sys
+call = ctypes.CDLL(None, use_errno=True).renameat2
+a, b = (os.fsencode(name) for name in sys.argv[1:])
+print(flush=True)
+while True:
+    call(-100, a, -100, b, 2)
+"""
 
 
 class Sandbox(ImageCase):
@@ -63,6 +76,46 @@ class Sandbox(ImageCase):
             self.assertIn("infinite loop: overlay -> base -> overlay", done.err)
             self.assertFalse(os.path.exists(self.path("flat")))
 
+    def test_absurd_chains_are_told_with_their_beginning(self):
+        self.make("-u", "-f", "qcow2", "-b", "n000", "-F", "qcow2", "n001", "1M")
+        image = self.bytes_of("n001")
+        for number in range(2, 230):
+            with open(self.path(f"n{number:03}"), "wb") as file:
+                file.write(image.replace(b"n000", f"n{number - 1:03}".encode()))
+        shutil.copy(self.path("base"), self.path("n000"))
+        for run in (self.drop_in, self.ours):
+            for command in (["info", "--backing-chain", "n229"],
+                            ["convert", "-O", "raw", "n229", "flat"]):
+                done = self.must(run(*command), 1)
+                self.assertRegex(done.err, r"longer than \d+ images: n229 -> n228 -> .* -> \.\.\.")
+
+    def test_a_name_that_leads_elsewhere_a_moment_later_is_not_followed(self):
+        # What the name leads to is looked at and then opened. Somebody who may write to the folder
+        # changes it all the time between a file that is allowed and one that is not.
+        os.mkdir(self.path("in"))
+        os.mkdir(self.path("out"))
+        shutil.copy(self.path("base"), self.path("in", "base"))
+        self.make("-f", "qcow2", "out/secret", "7M")
+        os.symlink("base", self.path("in", "name"))
+        os.symlink("../out/secret", self.path("in", "other"))
+        self.make("-u", "-f", "qcow2", "-b", "name", "-F", "qcow2", "in/overlay", "9M")
+        swapper = subprocess.Popen([sys.executable, "-c", SWAP, self.path("in", "name"),
+                                    self.path("in", "other")], stdout=subprocess.PIPE)
+        try:
+            swapper.stdout.readline()
+            for _ in range(80):
+                done = self.ours("info", "--backing-chain", "--output=json", "in/overlay")
+                if done.status == 0:
+                    sizes = [link["virtual-size"] for link in json.loads(done.out)]
+                    self.assertEqual(sizes, [9 << 20, 1 << 20])
+            for _ in range(40):
+                done = self.ours("map", "--trusted", "--svg", "picture", "in/overlay")
+                with open(self.path("picture"), encoding="utf-8") as file:
+                    self.assertNotIn("secret", file.read())
+        finally:
+            swapper.kill()
+            swapper.communicate()
+
     def test_an_image_in_use_is_refused_by_name_of_its_user(self):
         with self.in_use("overlay"):
             done = self.must(self.ours("convert", "-O", "raw", "overlay", "flat"), 1)
@@ -72,6 +125,10 @@ class Sandbox(ImageCase):
             self.assertEqual(ours.err, theirs.err)
             self.must(self.ours("convert", "-U", "-O", "raw", "overlay", "flat"))
             self.must(self.ours("info", "overlay"))
+            # Also by commands that cannot look into /proc any more when they find that out.
+            for command in (["check"], ["map"], ["measure", "-O", "qcow2"]):
+                done = self.must(self.ours(*command, "overlay"), 1)
+                self.assertRegex(done.err, r"it is locked by process \d+ \(qemu-io\)", command)
             for command in ("info", "check", "map"):
                 self.same_answer(command, "overlay", status=1)
                 self.must(self.drop_in(command, "-U", "overlay"))
