@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What it costs to boot Linux: Debian's stock kernel, the same initramfs and the same qcow2 overlay
 under minivmm and under QEMU microvm, one after the other, round by round. Times are from exec to the
-kernel's first output and to the first line of init; memory is what is resident when init runs, less
-the guest's own.
+kernel's first output (both with the kernel unpacking itself before) and to the first line of init;
+memory is what is resident when init runs, less the guest's own. What start-up costs without a kernel's
+part in it is `vmm/start` of run.py.
 
 Where KVM has no hardware virtualization both run in an emulated machine that has it
 (tests/system/linux/emulated_host.py): times are then those of an emulated processor, good for
@@ -33,7 +34,7 @@ LINE = ("console=ttyS0 earlyprintk=serial,ttyS0,115200 reboot=k panic=-1 root=/d
 INIT = "#!/bin/sh\necho INNER init\nsleep 1000\n"
 QEMU = "qemu-system-x86_64"
 QEMU_FILES = "/usr/share/qemu"
-GOALS = (("first output, ms", 1 / 3), ("init, ms", 1 / 3), ("memory, MiB", 1 / 4))
+GOALS = (("first output, ms", None), ("init, ms", None), ("memory, MiB", 1 / 4))
 
 
 def commands(folder, minivmm):
@@ -106,7 +107,7 @@ def report(lines):
         ratio = statistics.median(ours) / statistics.median(peer)
         print(f"{what:18} minivmm {statistics.median(ours):9.1f} ({ours[0]:.1f} to {ours[-1]:.1f})   "
               f"qemu microvm {statistics.median(peer):9.1f} ({peer[0]:.1f} to {peer[-1]:.1f})   "
-              f"ratio {ratio:.2f}, goal for what is not the guest's {goal:.2f}")
+              f"ratio {ratio:.2f}" + (f", goal {goal:.2f}" if goal else ""))
 
 
 def add_python(tree):
