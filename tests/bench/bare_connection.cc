@@ -17,7 +17,7 @@ namespace minivmm::bench {
 namespace {
 
 constexpr std::size_t kBuffer = 8 << 20;
-constexpr std::size_t kMaxRequest = 2 << 20;
+constexpr std::size_t kMaxRequest = 4 << 20;
 constexpr std::uint64_t kRecvTag = 1;
 constexpr std::uint64_t kSendTag = 2;
 constexpr std::uint32_t kNbdEio = 5;

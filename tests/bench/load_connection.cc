@@ -18,7 +18,7 @@ namespace minivmm::bench {
 namespace {
 
 constexpr std::size_t kSmallBuffer = 256 << 10;
-constexpr std::size_t kLargeBuffer = 2 << 20;
+constexpr std::size_t kLargeBuffer = 4 << 20;
 constexpr std::size_t kMaxErrorText = 4096;
 
 }  // namespace

@@ -39,10 +39,10 @@ LoadOptions options_of(const Args& args) {
   o.verify = args.has("verify");
   o.structured = args.has("structured");
   o.spin = args.has("spin");
-  constexpr std::size_t kMaxBlock = 2 << 20;
+  constexpr std::size_t kMaxBlock = 4 << 20;
   if (o.block_size < 512 || o.block_size > kMaxBlock || o.block_size % 512 != 0 || o.depth == 0 ||
       o.depth > 1024 || o.threads == 0 || o.threads > 64) {
-    throw base::Error(EINVAL, "--bs is 512 to 2M, --depth 1 to 1024, --threads 1 to 64");
+    throw base::Error(EINVAL, "--bs is 512 to 4M, --depth 1 to 1024, --threads 1 to 64");
   }
   return o;
 }
