@@ -82,7 +82,8 @@ Image::Image(std::unique_ptr<Edge> file, std::unique_ptr<Edge> data,
       map_(file_, l1_, l2_, allocator_, metadata_, quarantine_),
       committer_(file_, data_.get(), metadata_, l1_, l2_, blocks_, refcounts_, quarantine_),
       bitmaps_(*this, allocator_),
-      snapshots_(*this, l1_) {}
+      snapshots_(*this, l1_),
+      lazy_refcounts_((file_.header().compatible & kCompatLazyRefcounts) != 0) {}
 
 void Image::prepare_first_write() {
   const std::lock_guard lock(preparing_);
@@ -102,7 +103,7 @@ void Image::prepare_first_write() {
   }
   bitmaps_.before_first_write();
   file_.clear_autoclear(bitmaps_.maintained() ? kAutoclearBitmaps : 0);
-  if (lazy_refcounts()) {
+  if (lazy_refcounts_) {
     file_.set_dirty(true);
     committer_.set_lazy_refcounts(true);
   }
@@ -184,7 +185,7 @@ void Image::finish(base::Epoch& epoch) {
   } while (!quarantine_.empty());
   commit();
   const bool changed = ready_to_write_.load(std::memory_order_acquire);
-  if (lazy_refcounts() && changed && !file_.broken()) file_.set_dirty(false);
+  if (lazy_refcounts_ && changed && !file_.broken()) file_.set_dirty(false);
 }
 
 void Image::drop(HostClusters clusters) {

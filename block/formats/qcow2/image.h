@@ -68,6 +68,8 @@ class Image {
   SnapshotSet& snapshots() noexcept { return snapshots_; }
   uint64_t commits() const { return committer_.commits(); }
 
+  // Other than the image says. Before the first write. Not for version 2.
+  void set_lazy_refcounts(bool lazy) noexcept { lazy_refcounts_ = lazy; }
   // Before each change. The first one marks bitmaps as in use, clears autoclear bits and loads what
   // writing needs; all throw EIO once corruption was found.
   void prepare_write() {
@@ -116,9 +118,6 @@ class Image {
  private:
   void prepare_first_write();
   void know_snapshots();
-  bool lazy_refcounts() const noexcept {
-    return (file_.header().compatible & kCompatLazyRefcounts) != 0;
-  }
   bool is_much(uint64_t clusters) const noexcept;
   void switch_l1(uint64_t offset, uint32_t entries, L1Table::Entries& array);
   void release(const Quarantine::Runs& runs);
@@ -143,6 +142,7 @@ class Image {
   base::FiberMutex preparing_;
   base::FiberMutex reclaiming_;
   bool refcounts_loaded_ = false;  // guarded by preparing_
+  bool lazy_refcounts_;            // constant from the first write on
 };
 
 }  // namespace minivmm::block::qcow2

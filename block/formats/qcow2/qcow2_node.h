@@ -59,6 +59,9 @@ class Qcow2Node final : public Node {
   // it is not encrypted, EROFS, and as crypto::amend_luks1.
   void amend_encryption(const crypto::Luks1AmendOptions& options);
 
+  // See qcow2::Image. Before the first write.
+  void set_lazy_refcounts(bool lazy) noexcept { image_.set_lazy_refcounts(lazy); }
+
   const qcow2::Header& header() const noexcept { return image_.file().header(); }
   // For tests and state dumps.
   const qcow2::Image& image() const noexcept { return image_; }
@@ -174,9 +177,10 @@ class Qcow2Node final : public Node {
 };
 
 // Fiber. Takes: file, data-file, backing, cache-size, l2-cache-size, refcount-cache-size,
-// l2-cache-entry-size; snapshot, snapshot-id, snapshot-name (one of the snapshots instead of the
-// disk; read-only); of an encrypted image encrypt.key-secret, encrypt.unlock-time (as the driver
-// `luks`).
+// l2-cache-entry-size, lazy-refcounts, those of QEMU's about discards, overlap checks and cleaning
+// that ask for what is done anyway; snapshot, snapshot-id, snapshot-name (one of the snapshots
+// instead of the disk; read-only); of an encrypted image encrypt.key-secret, encrypt.unlock-time
+// (as the driver `luks`).
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

@@ -46,8 +46,8 @@ Header read_supported_header(const NodeConfig& config, const std::shared_ptr<Nod
                                  name, state));
 }
 
-// An image with lazy refcounts that was not closed: they are counted anew. Where more than they is
-// wrong, nothing is done about it without being asked.
+// An image that was not closed: its refcounts are counted anew. Where there is more damage than can
+// be mended it is not written to.
 void count_anew(const NodeConfig& config, const std::shared_ptr<Node>& file,
                 const std::string& name) {
   base::log_info("{}: the image was not closed properly: its refcounts are set right", name);
@@ -69,9 +69,6 @@ Header make_clean(const NodeConfig& config, const std::shared_ptr<Node>& file, H
     refuse_writing(name, "is marked as corrupt");
   }
   if ((header.incompatible & qcow2::kIncompatDirty) == 0) return header;
-  if ((header.compatible & qcow2::kCompatLazyRefcounts) == 0) {
-    refuse_writing(name, "was not closed properly (its dirty bit is set)");
-  }
   count_anew(config, file, name);
   return read_supported_header(config, file);
 }
@@ -163,6 +160,46 @@ std::unique_ptr<qcow2::Encryption> unlock(const NodeConfig& config, Options& opt
   }
 }
 
+std::optional<bool> take_lazy_refcounts(Options& options, const Header& header,
+                                        const std::string& name) {
+  if (!options.has("lazy-refcounts")) return std::nullopt;
+  const bool lazy = options.take_bool("lazy-refcounts", false);
+  if (lazy && header.version < 3) {
+    throw Error(EINVAL, name +
+                            ": Lazy refcounts require a qcow2 image with at least qemu 1.1 "
+                            "compatibility level");
+  }
+  return lazy;
+}
+
+[[noreturn]] void refuse_option(const std::string& name, const char* option, const char* why) {
+  throw Error(ENOTSUP, fmt::format("{}: {}: {}", name, option, why));
+}
+
+// What there is no choice about: asking for what is done is right, asking for something else is
+// not ignored.
+void take_fixed_options(Options& options, const std::string& name) {
+  for (const char* option :
+       {"pass-discard-request", "pass-discard-snapshot", "pass-discard-other"}) {
+    if (!options.take_bool(option, true)) {
+      refuse_option(name, option,
+                    "clusters that become free are always given back to the file "
+                    "system");
+    }
+  }
+  for (const char* option : {"overlap-check", "overlap-check.template"}) {
+    if (options.take_choice(option, {"cached", "constant", "none", "all"}, 0) == 3) {
+      refuse_option(name, option,
+                    "L2 tables of snapshots are not looked at; 'cached' is what is "
+                    "always done");
+    }
+  }
+  if (options.take_uint("cache-clean-interval", 0, 0, UINT32_MAX) != 0) {
+    refuse_option(name, "cache-clean-interval",
+                  "caches are bounded by cache-size, not cleaned by time");
+  }
+}
+
 }  // namespace
 
 std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options) {
@@ -175,12 +212,16 @@ std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options
   const auto refcount = options.take_size("refcount-cache-size");
   const auto l2_entry = options.take_size("l2-cache-entry-size");
   const qcow2::CacheSizes sizes = qcow2::choose_cache_sizes(header, total, l2, refcount, l2_entry);
+  const auto lazy = take_lazy_refcounts(options, header, name);
+  take_fixed_options(options, name);
   Qcow2Node::Children children;
   children.data = open_data_file(graph, config, options, header, *file);
   children.backing = open_backing(graph, config, options, header, *file);
   children.encryption = unlock(config, options, header, file);
   children.file = std::move(file);
-  return std::make_shared<Qcow2Node>(config, std::move(children), header, sizes);
+  auto node = std::make_shared<Qcow2Node>(config, std::move(children), header, sizes);
+  if (lazy) node->set_lazy_refcounts(*lazy);
+  return node;
 }
 
 }  // namespace minivmm::block

@@ -181,18 +181,79 @@ TEST_F(Qcow2Interchange, BackingCanBeGivenOrLeftOut) {
   });
 }
 
-TEST_F(Qcow2Interchange, DirtyAndCorruptImagesAreOnlyRead) {
-  for (const uint64_t bit : {qcow2::kIncompatDirty, qcow2::kIncompatCorrupt}) {
-    create("d.qcow2", {.size = 1 << 20});
-    patch("d.qcow2", 72, bit);
-    on_fiber([&] {
-      const std::string text = error_text([&] { open("d.qcow2"); });
-      EXPECT_NE(text.find("minivmm image check -r all"), std::string::npos) << text;
-      Handle disk = open("d.qcow2", false);
-      EXPECT_EQ(read_bytes(disk, 0, 512), std::vector<std::byte>(512));
-      close(disk);
-    });
-  }
+TEST_F(Qcow2Interchange, CorruptImagesAreOnlyRead) {
+  create("d.qcow2", {.size = 1 << 20});
+  patch("d.qcow2", 72, qcow2::kIncompatCorrupt);
+  on_fiber([&] {
+    const std::string text = error_text([&] { open("d.qcow2"); });
+    EXPECT_NE(text.find("minivmm image check -r all"), std::string::npos) << text;
+    Handle disk = open("d.qcow2", false);
+    EXPECT_EQ(read_bytes(disk, 0, 512), std::vector<std::byte>(512));
+    close(disk);
+  });
+}
+
+// Others can have lazy refcounts by an option, so the image does not say why it is dirty. What
+// counting does not mend keeps it from being written to.
+TEST_F(Qcow2Interchange, DirtyImagesAreMendedWhereTheyCanBe) {
+  create("d.qcow2", {.size = 1 << 20});
+  patch("d.qcow2", 72, qcow2::kIncompatDirty);
+  on_fiber([&] {
+    Handle disk = open("d.qcow2");
+    write_bytes(disk, 0, std::vector<std::byte>(512, std::byte{1}));
+    close(disk);
+  });
+  expect_clean("d.qcow2");
+}
+
+TEST_F(Qcow2Interchange, LazyRefcountsByAnOption) {
+  create("l.qcow2", {.size = 1 << 20});
+  on_fiber([&] {
+    Handle disk = open("l.qcow2", true, ",lazy-refcounts=on");
+    write_bytes(disk, 0, std::vector<std::byte>(512, std::byte{1}));
+    disk.flush();
+    std::filesystem::copy_file(path("l.qcow2"), path("crashed.qcow2"));
+    close(disk);
+  });
+  expect_clean("l.qcow2");
+  EXPECT_NE(run("qemu-img check " + path("crashed.qcow2")), 0) << "refcounts were not lazy";
+  create("always.qcow2", {.size = 1 << 20, .lazy_refcounts = true});
+  on_fiber([&] {
+    Handle disk = open("always.qcow2", true, ",lazy-refcounts=off");
+    write_bytes(disk, 0, std::vector<std::byte>(512, std::byte{1}));
+    disk.flush();
+    std::filesystem::copy_file(path("always.qcow2"), path("sound.qcow2"));
+    close(disk);
+    disk = open("crashed.qcow2");
+    EXPECT_EQ(read_bytes(disk, 0, 512), std::vector<std::byte>(512, std::byte{1}));
+    close(disk);
+  });
+  expect_clean("sound.qcow2");
+  expect_clean("crashed.qcow2");
+  create("old.qcow2", {.size = 1 << 20, .version = 2});
+  on_fiber([&] {
+    const std::string text = error_text([&] { open("old.qcow2", true, ",lazy-refcounts=on"); });
+    EXPECT_NE(text.find("Lazy refcounts require"), std::string::npos) << text;
+  });
+}
+
+// Options about what there is no choice of: the one that is so is taken, others are refused by
+// name.
+TEST_F(Qcow2Interchange, OptionsThatAreAlwaysSo) {
+  create("o.qcow2", {.size = 1 << 20});
+  on_fiber([&] {
+    Handle disk = open("o.qcow2", true,
+                       ",pass-discard-request=on,pass-discard-snapshot=on,pass-discard-other=on,"
+                       "overlap-check=cached,cache-clean-interval=0");
+    close(disk);
+    for (const char* refused : {"pass-discard-request=off", "pass-discard-other=off",
+                                "overlap-check=all", "cache-clean-interval=600"}) {
+      const std::string text =
+          error_text([&] { open("o.qcow2", true, fmt::format(",{}", refused)); });
+      const std::string option(refused, std::strchr(refused, '='));
+      EXPECT_NE(text.find(option), std::string::npos) << text;
+    }
+  });
 }
 
 // The dirty bit is there while the image is written to, so that QEMU counts references anew as
