@@ -36,9 +36,9 @@ CallFilter filter_for(IoThread kind) {
                  SYS_recvfrom, SYS_sendto, SYS_epoll_wait, SYS_epoll_pwait, SYS_epoll_ctl,
                  SYS_preadv, SYS_pwritev, SYS_pread64, SYS_pwrite64, SYS_fsync, SYS_fdatasync,
                  SYS_fallocate, SYS_ftruncate, SYS_lseek, SYS_fadvise64, SYS_copy_file_range,
-                 SYS_io_uring_register, SYS_close, SYS_fcntl, SYS_flock, SYS_fstat, SYS_newfstatat,
-                 SYS_statx, SYS_accept4, SYS_shutdown, SYS_getsockopt, SYS_setsockopt,
-                 SYS_getsockname, SYS_getpeername,
+                 SYS_sync_file_range, SYS_getrusage, SYS_io_uring_register, SYS_close, SYS_fcntl,
+                 SYS_flock, SYS_fstat, SYS_newfstatat, SYS_statx, SYS_accept4, SYS_shutdown,
+                 SYS_getsockopt, SYS_setsockopt, SYS_getsockname, SYS_getpeername,
                  // The FUSE threads that a loop makes leave the process's descriptors so, and
                  // then have a filter of their own.
                  SYS_close_range, SYS_seccomp});

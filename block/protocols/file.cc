@@ -129,11 +129,9 @@ void FileNode::read_rest(uint64_t offset, IoSpan to, uint64_t done) {
 
 int64_t FileNode::write_inline(IoSpan from, uint64_t offset) noexcept {
   const auto count = static_cast<int>(std::min<size_t>(from.count(), IOV_MAX));
-  const int64_t begin = Breaker::now();
+  const Breaker::Call call(inline_writes_);
   const ssize_t n = ::pwritev(file_->fd(), from.data(), count, static_cast<off_t>(offset));
-  const int64_t result = n < 0 ? -errno : n;
-  inline_writes_.ended(begin);
-  return result;
+  return n < 0 ? -errno : n;
 }
 
 void FileNode::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {
@@ -222,10 +220,8 @@ BlockStatus FileNode::driver_block_status(uint64_t offset, uint64_t length) {
   if (!inline_seeks_.allows_inline()) {
     return base::Pool::syscalls().run([&] { return seek_status(offset, length); });
   }
-  const int64_t begin = Breaker::now();
-  const BlockStatus status = seek_status(offset, length);
-  inline_seeks_.ended(begin);
-  return status;
+  const Breaker::Call call(inline_seeks_);
+  return seek_status(offset, length);
 }
 
 BlockStatus FileNode::seek_status(uint64_t offset, uint64_t length) const noexcept {
