@@ -36,6 +36,9 @@ class FilterNode : public Node {
   void driver_prefetch(uint64_t offset, uint64_t length) override {
     file_.prefetch(offset, length);
   }
+  bool driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
+    return file_.start_writeback(offset, length);
+  }
   Edge& file() noexcept { return file_; }
 
  private:

@@ -11,6 +11,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <exception>
 
 #include <fmt/core.h>
 #include <limits.h>
@@ -283,7 +284,33 @@ void FileNode::driver_prefetch(uint64_t offset, uint64_t length) {
                         POSIX_FADV_WILLNEED);
 }
 
+// By a thread of the pool: the call waits where the device's queue is full.
+bool FileNode::driver_start_writeback(uint64_t offset, uint64_t length) noexcept {
+  if (no_flush_ || file_->direct()) return true;
+  if (writing_back_.exchange(true)) return false;
+  background_.add();
+  const auto ended = [this] {
+    writing_back_.store(false);
+    background_.done();
+  };
+  try {
+    base::EventLoop::current()->spawn(
+        "write back", [this, offset, length, ended, self = shared_from_this()] {
+          base::Pool::syscalls().run([&] {
+            // It is only begun; what goes wrong is the next flush's to say.
+            (void)::sync_file_range(file_->fd(), static_cast<off_t>(offset),
+                                    static_cast<off_t>(length), SYNC_FILE_RANGE_WRITE);
+          });
+          ended();
+        });
+  } catch (const std::exception&) {
+    ended();
+  }
+  return true;
+}
+
 void FileNode::close() {
+  background_.wait();
   if (!read_only()) driver_flush();
 }
 

@@ -18,6 +18,7 @@
 #include <atomic>
 #include <memory>
 
+#include "base/sync.h"
 #include "block/graph/driver.h"
 #include "block/graph/node.h"
 #include "block/protocols/breaker.h"
@@ -44,6 +45,7 @@ class FileNode final : public Node {
   void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
                          uint64_t from_offset) override;
   void driver_prefetch(uint64_t offset, uint64_t length) override;
+  bool driver_start_writeback(uint64_t offset, uint64_t length) noexcept override;
 
   [[noreturn]] void fail(int64_t result, const char* what, uint64_t offset, uint64_t length) const;
   int64_t read_inline(IoSpan to, uint64_t offset) noexcept;
@@ -66,6 +68,8 @@ class FileNode final : public Node {
   std::atomic<bool> can_zero_{true};
   Breaker inline_writes_;
   Breaker inline_seeks_;
+  std::atomic<bool> writing_back_{false};
+  base::WaitGroup background_;
 };
 
 std::shared_ptr<Node> open_file(Graph& graph, const NodeConfig& config, Options& options);

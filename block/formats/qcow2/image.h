@@ -27,6 +27,7 @@
 #include "block/formats/qcow2/quarantine.h"
 #include "block/formats/qcow2/refcounts.h"
 #include "block/formats/qcow2/snapshots/snapshot_set.h"
+#include "block/formats/qcow2/write_behind.h"
 
 namespace minivmm::block::qcow2 {
 
@@ -81,6 +82,8 @@ class Image {
   // The guest's bytes there. All of its data passes here, encrypted on the disk where the image is.
   void read_data(uint64_t host_offset, IoSpan to);
   void write_data(uint64_t host_offset, IoSpan from);
+  // The same for clusters that were just allocated.
+  void write_new_data(uint64_t host_offset, IoSpan from);
   // nullptr: the image is not encrypted.
   Encryption* encryption() const noexcept { return encryption_.get(); }
   // nullptr: in the image.
@@ -133,6 +136,7 @@ class Image {
   Refcounts refcounts_;
   Allocator allocator_;
   ByteAllocator bytes_;
+  WriteBehind write_behind_;
   Quarantine quarantine_;
   GuestMap map_;
   Committer committer_;

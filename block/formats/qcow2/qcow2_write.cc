@@ -261,7 +261,12 @@ void Qcow2Node::write_clusters(const Plan& plan, IoSpan from) {
   list.add(from);
   if (!skip_tail) add_piece(list, around.after, plan.end - plan.stop());
   const uint64_t begin = skip_head ? plan.offset : plan.begin;
-  image_.write_data(plan.host + geometry().offset_in_cluster(begin), list);
+  const uint64_t host = plan.host + geometry().offset_in_cluster(begin);
+  if (plan.reuse) {
+    image_.write_data(host, list);
+  } else {
+    image_.write_new_data(host, list);
+  }
 }
 
 // Whether the guest sees only zeroes in a range inside one cluster, by that cluster's entry.
