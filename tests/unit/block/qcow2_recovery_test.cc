@@ -128,6 +128,24 @@ TEST_F(Qcow2Recovery, ALargeDiscardGivesSpaceBackWhileItRuns) {
   });
 }
 
+// New data is on its way to the device before anybody flushes, old data is left to the kernel: it
+// may be written again soon.
+TEST_F(Qcow2Recovery, WritebackOfNewDataIsBegunEarly) {
+  on_fiber([&] {
+    constexpr uint64_t kDisk = 40 << 20;
+    open_disk({.size = kDisk, .cluster_bits = 16});
+    for (uint64_t at = 0; at < kDisk; at += 1 << 20) write(at, 1 << 20, 1);
+    const auto begun = file_->writebacks();
+    ASSERT_EQ(begun.size(), 2U);  // of 16 MiB each
+    EXPECT_GE(begun[0].second, 16U << 20);
+    EXPECT_GE(begun[1].first, begun[0].first + (15U << 20));
+    EXPECT_LE(begun[1].first + begun[1].second, file_->size());
+    for (uint64_t at = 0; at < kDisk; at += 1 << 20) write(at, 1 << 20, 2);
+    EXPECT_EQ(file_->writebacks().size(), 2U);
+    close_disk();
+  });
+}
+
 // A transient error while freeing: nothing is lost for good.
 TEST_F(Qcow2Recovery, WhatCouldNotBeFreedIsFreedLater) {
   on_fiber([&] {

@@ -44,6 +44,12 @@ class TestFile final : public Node {
     set_size(data_.size());
   }
 
+  // Ranges for which writeback was begun.
+  std::vector<std::pair<uint64_t, uint64_t>> writebacks() {
+    const std::lock_guard lock(mutex_);
+    return writebacks_;
+  }
+
   // --- The log ---
   void start_log() {
     const std::lock_guard lock(mutex_);
@@ -173,6 +179,11 @@ class TestFile final : public Node {
     const std::lock_guard lock(mutex_);
     if (logging_) flushes_.push_back({began, tick()});
   }
+  bool driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
+    const std::lock_guard lock(mutex_);
+    writebacks_.emplace_back(offset, length);
+    return true;
+  }
   void driver_truncate(uint64_t new_size) override {
     const std::lock_guard lock(mutex_);
     data_.resize(new_size);
@@ -184,6 +195,7 @@ class TestFile final : public Node {
   std::vector<std::byte> start_;
   std::vector<Change> changes_;
   std::vector<Flush> flushes_;
+  std::vector<std::pair<uint64_t, uint64_t>> writebacks_;
   bool logging_ = false;
   std::atomic<uint64_t> clock_{1};
 };
