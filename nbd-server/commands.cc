@@ -21,8 +21,6 @@ using wire::ErrorCode;
 constexpr uint32_t kHoleThreshold = 64 << 10;
 // Bounds for one reply, however fragmented the node is.
 constexpr size_t kMaxReadPieces = 64;
-constexpr size_t kMaxExtents = 2048;
-constexpr unsigned kMaxStatusCalls = 4096;
 
 void log_failure(const Request& request, const Export& target, const std::string& why) {
   static base::RateLimit limit;
@@ -260,61 +258,6 @@ bool Commands::read_with_holes(Request& request) {
     piece.data_size = part.length;
   }
   return true;
-}
-
-void Commands::block_status(Request& request) {
-  const wire::Request& head = request.head;
-  const auto table = meta_contexts();
-  // One table of extents a context, one behind the other. Contexts may disagree on where an
-  // extent ends, so each merges on its own, and all stop where the first one is full.
-  const size_t wanted = request.has(wire::kReqOne) ? 1 : kMaxExtents;
-  struct Extents {
-    size_t context;
-    std::vector<std::pair<uint64_t, uint32_t>> list;  // length, status
-  };
-  std::vector<Extents> all;
-  for (size_t i = 0; i < table.size(); ++i) {
-    if ((request.contexts & (ContextMask{1} << i)) != 0) all.push_back({i, {}});
-  }
-  if (all.empty()) return reply_done(request);
-  bool full = false;
-  unsigned calls = 0;
-  for (uint64_t at = head.offset; at < request.end() && !full && calls < kMaxStatusCalls; ++calls) {
-    const block::BlockStatus status = node().block_status(at, request.end() - at);
-    const uint64_t length = std::min(status.length, request.end() - at);
-    for (Extents& each : all) {
-      const uint32_t value = table[each.context].status(status);
-      if (!each.list.empty() && each.list.back().second == value) {
-        each.list.back().first += length;
-      } else if (each.list.size() < wanted) {
-        each.list.emplace_back(length, value);
-      } else {
-        full = true;
-      }
-    }
-    at += length;
-  }
-
-  size_t bytes = 0;
-  const bool extended = agreed_.extended();
-  const size_t extent_size = wire::extent_size(extended);
-  for (const Extents& each : all) bytes += each.list.size() * extent_size;
-  if (request.buffer.size() < bytes) request.buffer = resources_.buffers().take(bytes);
-  std::byte* out = request.buffer.data();
-  request.more.resize(all.size() - 1);
-  for (size_t i = 0; i < all.size(); ++i) {
-    Request::Piece& piece = i == 0 ? request.reply : request.more[i - 1];
-    const uint16_t done = i + 1 == all.size() ? wire::kChunkDone : 0;
-    piece.header_size = static_cast<uint32_t>(wire::encode_status_chunk(
-        piece.header.data(), answered(request), done, context_id(all[i].context),
-        static_cast<uint32_t>(all[i].list.size())));
-    piece.data = out;
-    piece.data_size = static_cast<uint32_t>(all[i].list.size() * extent_size);
-    for (const auto& [length, value] : all[i].list) {
-      wire::encode_extent(out, extended, length, value);
-      out += extent_size;
-    }
-  }
 }
 
 }  // namespace minivmm::nbd

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nbd-server/meta_context.h"
 
-#include <cstddef>
+#include <utility>
 
 #include "nbd-server/wire.h"
 
@@ -18,29 +18,23 @@ uint32_t allocation_depth(const block::BlockStatus& block) noexcept {
   return block.held ? block.depth + 1 : 0;
 }
 
-constexpr MetaContext kContexts[] = {
-    {"base:allocation", &base_allocation},
-    {"qemu:allocation-depth", &allocation_depth},
-};
-
 }  // namespace
 
-std::span<const MetaContext> meta_contexts() noexcept { return kContexts; }
-
-ContextMask match_list_query(std::string_view query) noexcept {
-  if (!query.ends_with(':')) return match_set_query(query);
-  ContextMask out = 0;
-  for (size_t i = 0; i < std::size(kContexts); ++i) {
-    if (kContexts[i].name.starts_with(query)) out |= ContextMask{1} << i;
+std::vector<MetaContext> meta_contexts(block::Handle& node) {
+  std::vector<MetaContext> out = {{"base:allocation", 1, &base_allocation},
+                                  {"qemu:allocation-depth", 2, &allocation_depth}};
+  for (block::DirtyBitmaps::Info& each : node.dirty_bitmaps()) {
+    std::string name = "qemu:dirty-bitmap:" + each.name;
+    const bool sayable = name.size() <= wire::kMaxString && name.find('\0') == name.npos;
+    if (each.inconsistent || !sayable) continue;
+    const auto id = static_cast<uint32_t>(out.size() + 1);
+    out.push_back({std::move(name), id, nullptr, std::move(each.name)});
   }
   return out;
 }
 
-ContextMask match_set_query(std::string_view query) noexcept {
-  for (size_t i = 0; i < std::size(kContexts); ++i) {
-    if (kContexts[i].name == query) return ContextMask{1} << i;
-  }
-  return 0;
+bool is_listed_by(const MetaContext& context, std::string_view query) noexcept {
+  return context.name == query || (query.ends_with(':') && context.name.starts_with(query));
 }
 
 }  // namespace minivmm::nbd

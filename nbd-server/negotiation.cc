@@ -295,7 +295,7 @@ Negotiation::Next Negotiation::go(Data data) {
 
 void Negotiation::choose(ExportUse chosen) {
   // Contexts are selected for one export; for another they mean nothing.
-  if (contexts_for_ != chosen.name()) agreed_.contexts = 0;
+  if (contexts_for_ != chosen.name()) agreed_.contexts.clear();
   agreed_.target = std::move(chosen);
 }
 
@@ -317,31 +317,37 @@ Negotiation::Next Negotiation::extended_headers(Data data) {
   return Next::kOption;
 }
 
-void Negotiation::describe_contexts(ContextMask mask, bool with_ids) {
-  const auto table = meta_contexts();
-  for (size_t i = 0; i < table.size(); ++i) {
-    if ((mask & (ContextMask{1} << i)) == 0) continue;
-    std::vector<std::byte> entry(4);
-    base::store_be(entry.data(), with_ids ? context_id(i) : uint32_t{0});
-    const auto name = std::as_bytes(std::span(table[i].name));
-    entry.insert(entry.end(), name.begin(), name.end());
-    reply(OptionReply::kMetaContext, entry);
-  }
-  reply(OptionReply::kAck);
+void Negotiation::describe_context(const MetaContext& context, uint32_t id) {
+  std::vector<std::byte> entry(4);
+  base::store_be(entry.data(), id);
+  const auto name = std::as_bytes(std::span(context.name));
+  entry.insert(entry.end(), name.begin(), name.end());
+  reply(OptionReply::kMetaContext, entry);
+}
+
+// A clone begins without bitmaps.
+std::vector<MetaContext> Negotiation::contexts_of(const ExportUse& use) {
+  std::vector<MetaContext> out = meta_contexts(use->handle());
+  if (use->cloned()) std::erase_if(out, [](const auto& each) { return !each.bitmap.empty(); });
+  return out;
 }
 
 Negotiation::Next Negotiation::list_meta_context(Data data) {
   if (!agreed_.structured()) throw base::Error(EINVAL, "negotiate structured replies first");
   const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
-  if (!find(request.name)) return Next::kOption;
-  ContextMask mask = request.queries.empty() ? all_contexts() : 0;
-  for (const std::string_view query : request.queries) mask |= match_list_query(query);
-  describe_contexts(mask, false);
+  const auto found = find(request.name);
+  if (!found) return Next::kOption;
+  for (const MetaContext& each : contexts_of(found)) {
+    const bool wanted = std::any_of(request.queries.begin(), request.queries.end(),
+                                    [&](auto query) { return is_listed_by(each, query); });
+    if (wanted || request.queries.empty()) describe_context(each, 0);
+  }
+  reply(OptionReply::kAck);
   return Next::kOption;
 }
 
 void Negotiation::forget_contexts() noexcept {
-  agreed_.contexts = 0;
+  agreed_.contexts.clear();
   contexts_for_.reset();
 }
 
@@ -352,9 +358,20 @@ Negotiation::Next Negotiation::set_meta_context(Data data) {
   const wire::MetaContextRequest request = wire::decode_meta_context_request(data);
   const auto found = find(request.name);
   if (!found) return Next::kOption;
-  for (const std::string_view query : request.queries) agreed_.contexts |= match_set_query(query);
+  std::vector<MetaContext> selected = contexts_of(found);
+  std::erase_if(selected, [&](const MetaContext& each) {
+    return std::find(request.queries.begin(), request.queries.end(), each.name) ==
+           request.queries.end();
+  });
+  if (selected.size() > kMostContexts) {
+    reply_text(OptionReply::kErrTooBig,
+               fmt::format("at most {} contexts can be selected", kMostContexts));
+    return Next::kOption;
+  }
+  agreed_.contexts = std::move(selected);
   contexts_for_ = found.name();
-  describe_contexts(agreed_.contexts, true);
+  for (const MetaContext& each : agreed_.contexts) describe_context(each, each.id);
+  reply(OptionReply::kAck);
   return Next::kOption;
 }
 

@@ -32,11 +32,15 @@ struct Agreement {
   ExportUse target;
   std::string client = {};  // the name that TLS has proved; empty: none
   wire::Headers headers = wire::Headers::kSimple;
-  ContextMask contexts = 0;
+  std::vector<MetaContext> contexts = {};  // at most kMostContexts
 
   // READs are answered by chunks, which can tell of holes and of errors.
   bool structured() const noexcept { return headers != wire::Headers::kSimple; }
   bool extended() const noexcept { return headers == wire::Headers::kExtended; }
+  // All of `contexts`, as requests name them.
+  uint32_t every_context() const noexcept {
+    return static_cast<uint32_t>((uint64_t{1} << contexts.size()) - 1);
+  }
 };
 
 class Negotiation {
@@ -87,7 +91,8 @@ class Negotiation {
   enum class Purpose { kInfo, kUse };
   ExportUse describe_export(Data data, Purpose purpose);
   static bool open_clone(ExportUse& use);
-  void describe_contexts(ContextMask mask, bool with_ids);
+  static std::vector<MetaContext> contexts_of(const ExportUse& use);
+  void describe_context(const MetaContext& context, uint32_t id);
   void choose(ExportUse chosen);
   void forget_contexts() noexcept;
   bool skip(uint32_t length);

@@ -100,7 +100,7 @@ void Session::finish() noexcept {
 
 RequestRules Session::rules() const noexcept {
   return {agreed_.target->size(), agreed_.target->writable(), agreed_.headers,
-          agreed_.contexts != 0};
+          !agreed_.contexts.empty()};
 }
 
 // --- requests ---
@@ -152,9 +152,17 @@ bool Session::take_refused(const wire::Request& head, const Refusal& refusal) {
   return true;
 }
 
+// As a mask; 0 for an id that was not agreed on.
+uint32_t Session::context_of(uint32_t id) const noexcept {
+  const auto& all = agreed_.contexts;
+  const auto found =
+      std::find_if(all.begin(), all.end(), [id](auto& each) { return each.id == id; });
+  return found == all.end() ? 0 : uint32_t{1} << (found - all.begin());
+}
+
 // A BLOCK_STATUS that names contexts.
 bool Session::take_status_query(const wire::Request& head) {
-  const size_t most = wire::kStatusQuerySize + 4 * meta_contexts().size();
+  const size_t most = wire::kStatusQuerySize + 4 * kMostContexts;
   if (!agreed_.extended() || head.payload > most) {
     return take_refused(head, {wire::ErrorCode::kInval, "more contexts than were agreed on"});
   }
@@ -169,8 +177,8 @@ bool Session::take_status_query(const wire::Request& head) {
     query.head.length = decoded->length;
     query.contexts = 0;
     for (size_t i = 0; i < decoded->count && !refusal; ++i) {
-      const ContextMask one = context_of_id(decoded->id(i));
-      const bool valid = (one & agreed_.contexts) != 0 && (one & query.contexts) == 0;
+      const uint32_t one = context_of(decoded->id(i));
+      const bool valid = one != 0 && (one & query.contexts) == 0;
       if (!valid) refusal = {wire::ErrorCode::kInval, "a context that was not agreed on, or twice"};
       query.contexts |= one;
     }
@@ -206,7 +214,7 @@ Session::Admitted Session::make_request(const wire::Request& head, uint64_t char
   try {
     Request& out = resources_.take_request();
     out.head = head;
-    out.contexts = agreed_.contexts;
+    out.contexts = agreed_.every_context();
     out.charge = charge;
     bump(counters_.requests, uint64_t{1});
     return {&out, Dropper{this}};

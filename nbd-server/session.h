@@ -87,6 +87,7 @@ class Session final : private ReplyQueue::Owner {
   bool take_request();
   bool take_refused(const wire::Request& head, const Refusal& refusal);
   bool take_status_query(const wire::Request& head);
+  uint32_t context_of(uint32_t id) const noexcept;
   // Gives a request up that was not started.
   struct Dropper {
     Session* session;

@@ -42,7 +42,12 @@ std::optional<CommandRules> rules_of(uint16_t type) noexcept {
 
 std::optional<Refusal> refuse(const wire::Request& r, const RequestRules& rules) noexcept {
   const auto command = rules_of(r.type);
-  if (!command) return Refusal{ErrorCode::kInval, "unknown command"};
+  if (!command) {
+    // Only an experiment defines it, and whoever wants it has to be offered it first.
+    constexpr uint16_t kResize = 8;
+    return Refusal{ErrorCode::kInval,
+                   r.type == kResize ? "RESIZE is not offered" : "unknown command"};
+  }
   if ((r.flags & ~(command->flags | wire::kFua)) != 0) {
     return Refusal{ErrorCode::kInval, "a flag that the command does not have"};
   }

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "block/graph/handle.h"
 
+#include <cerrno>
 #include <exception>
 #include <utility>
 
+#include "base/checked.h"
+#include "base/error.h"
 #include "block/graph/graph.h"
 #include "block/graph/root.h"
 
@@ -148,6 +151,23 @@ void Handle::truncate(uint64_t new_size) {
   const std::shared_ptr<Node> kept = node.shared_from_this();
   pin.release();  // as above
   if (new_size != old_size) node.size_changed(old_size, new_size);
+}
+
+std::vector<DirtyBitmaps::Info> Handle::dirty_bitmaps() {
+  const auto pin = root_->enter();
+  DirtyBitmaps* const bitmaps = root_->edge.node().dirty_bitmaps();
+  return bitmaps != nullptr ? bitmaps->list() : std::vector<DirtyBitmaps::Info>();
+}
+
+DirtyBitmaps::Status Handle::dirty_status(std::string_view bitmap, uint64_t offset,
+                                          uint64_t length) {
+  const auto pin = root_->enter();
+  DirtyBitmaps* const bitmaps = root_->edge.node().dirty_bitmaps();
+  if (bitmaps == nullptr) throw base::Error(ENOENT, describe() + " has no dirty bitmaps");
+  if (length == 0 || !base::range_fits(offset, length, size())) {
+    throw base::Error(EINVAL, describe() + ": a range that is not inside the disk");
+  }
+  return bitmaps->status(bitmap, offset, length);
 }
 
 uint64_t Handle::size() const noexcept { return root_->edge.size(); }

@@ -8,12 +8,15 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <vector>
 
 #include "base/epoch.h"
+#include "block/graph/dirty_bitmaps.h"
 #include "block/graph/edge.h"
 #include "block/graph/types.h"
 
@@ -39,6 +42,10 @@ class Handle {
   BlockStatus block_status(uint64_t offset, uint64_t length);
   void prefetch(uint64_t offset, uint64_t length);
   void truncate(uint64_t new_size);
+  // The node's dirty bitmaps (Node::dirty_bitmaps); none where it keeps none.
+  std::vector<DirtyBitmaps::Info> dirty_bitmaps();
+  // As DirtyBitmaps::status. Throws EINVAL for a range that is not inside the disk.
+  DirtyBitmaps::Status dirty_status(std::string_view bitmap, uint64_t offset, uint64_t length);
 
   uint64_t size() const noexcept;
   bool writable() const noexcept;

@@ -69,6 +69,47 @@ TEST_F(Peers, NbdinfoMapsTheDepthOfAChain) {
   EXPECT_EQ(extents, expected);
 }
 
+// What was written since each bitmap was made; one that is of no use is not offered.
+TEST_F(Peers, NbdinfoMapsDirtyBitmaps) {
+  SKIP_WITHOUT("nbdinfo");
+  SKIP_WITHOUT("qemu-img");
+  const std::string disk = path("dirty.qcow2");
+  must("qemu-img create -q -f qcow2 " + disk + " 1M");
+  must("qemu-img bitmap --add -g 64k " + disk + " full");
+  must("qemu-io -c \"write 64k 64k\" " + disk);
+  must("qemu-img bitmap --add -g 64k " + disk + " recent");
+  must("qemu-io -c \"write 512k 128k\" " + disk);
+  serve({"--disk=" + disk + ",id=dirty,format=qcow2", "--export=dirty,writable"});
+  const auto map = [&](const std::string& bitmap) {
+    std::istringstream lines(
+        must("nbdinfo --map=qemu:dirty-bitmap:" + bitmap + " \"" + uri("dirty") + "\""));
+    std::vector<std::array<uint64_t, 3>> extents;
+    for (std::string line; std::getline(lines, line);) {
+      std::istringstream words(line);
+      std::array<uint64_t, 3> each{};
+      words >> each[0] >> each[1] >> each[2];
+      extents.push_back(each);
+    }
+    return extents;
+  };
+  using Extents = std::vector<std::array<uint64_t, 3>>;
+  EXPECT_EQ(map("full"), (Extents{{0, 65536, 0},
+                                  {65536, 65536, 1},
+                                  {131072, 393216, 0},
+                                  {524288, 131072, 1},
+                                  {655360, 393216, 0}}));
+  EXPECT_EQ(map("recent"), (Extents{{0, 524288, 0}, {524288, 131072, 1}, {655360, 393216, 0}}));
+  // What a client writes is seen at once, also by another client.
+  must("qemu-io -f raw -c \"write 0 4k\" \"" + uri("dirty") + "\"");
+  EXPECT_EQ(map("recent").front(), (std::array<uint64_t, 3>{0, 65536, 1}));
+  const std::string list = must("nbdinfo --list --json \"" + uri("dirty") + "\"");
+  for (const char* const name :
+       {"base:allocation", "qemu:dirty-bitmap:full", "qemu:dirty-bitmap:recent"}) {
+    expect_in(list, name);
+  }
+  EXPECT_NE(run("nbdinfo --map=qemu:dirty-bitmap:nosuch \"" + uri("dirty") + "\"").status, 0);
+}
+
 TEST_F(Peers, NbdcopyReadsAndWritesWithFourConnections) {
   SKIP_WITHOUT("nbdcopy");
   serve();
