@@ -63,13 +63,14 @@ po::options_description front_end_options() {
      "listen for NBD clients: nbd://127.0.0.1[:PORT], nbd+unix:///?socket=PATH, "
      "nbd+vsock://CID[:PORT], fd:N, systemd for the sockets that a service manager hands over, or "
      "stdio for the one client that standard input is. Keys behind it: tls-creds=ID, "
-     "tls=required|optional")
+     "tls=required|optional, handshake-timeout=, idle-timeout=, max-connections=, "
+     "max-per-client=")
     ("nbd-allow-remote", "let --nbd listen beyond loopback: whoever reaches it can read")
     ("fuse", po::value<Strings>()->composing()->value_name("DIR[,KEY=VALUE...]"),
      "mount a directory with a file for each export. Keys: mode=0600, uid=, gid=, allow_other")
     ("export", po::value<Strings>()->composing()->value_name("NODE[,KEY=VALUE...]"),
      "publish a node, read-only unless writable. Keys: name=, description=, writable, "
-     "allow=CLIENT (TLS names, ';' between them), nbd, fuse "
+     "allow=CLIENT (TLS names, ';' between them), max-connections=, in-flight=, nbd, fuse "
      "(only through those named; all otherwise); clone=memory|qcow2 (each NBD client writes to a "
      "disk of its own), clone-limit=SIZE, clone-total=SIZE, clone-dir=DIR (kept for clients that "
      "ask for NAME/CLIENT)");

@@ -57,6 +57,8 @@ struct Export {
   std::string name;
   std::string description;
   std::vector<std::string> allow;  // of NBD clients with TLS; empty: all
+  uint64_t in_flight = 0;          // bytes, of NBD clients; 0: what the server has
+  unsigned max_connections = 0;    // of NBD clients; 0: any number
   bool writable = false;
   bool nbd = false;
   bool fuse = false;
@@ -64,12 +66,17 @@ struct Export {
   std::optional<CloneOptions> clone;
 };
 
-// `--nbd URI[,tls-creds=ID][,tls=required|optional]`, or an inherited socket.
+// `--nbd URI[,tls-creds=ID][,tls=required|optional][,idle-timeout=..][...]`, or an inherited
+// socket.
 struct NbdListener {
   std::string uri;
   int fd = -1;         // a listening socket, or a connected one, of which the client is served
   bool stdio = false;  // standard input is a connected socket
   nbd::TlsOptions tls = {};
+  std::optional<std::chrono::milliseconds> handshake_timeout = {};
+  std::optional<std::chrono::milliseconds> idle_timeout = {};
+  unsigned max_connections = 0;
+  unsigned max_per_client = 0;
 };
 
 // `--fuse DIR[,mode=..][,uid=..][,gid=..][,allow_other]`.

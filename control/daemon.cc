@@ -180,7 +180,10 @@ void Daemon::publish(const Export& wanted) {
         graph_->attach(wanted.node_name, fmt::format("NBD clone export '{}'", wanted.name),
                        Permissions::backing()),
         std::make_shared<CloneMaker>(*graph_, wanted),
-        {.description = wanted.description, .allow = wanted.allow});
+        {.description = wanted.description,
+         .allow = wanted.allow,
+         .memory = wanted.in_flight,
+         .max_connections = wanted.max_connections});
     return;
   }
   if (wanted.nbd && nbd_) {
@@ -188,7 +191,9 @@ void Daemon::publish(const Export& wanted) {
                      {.description = wanted.description,
                       .writable = wanted.writable,
                       .allow = wanted.allow,
-                      .multi_conn = config_.nbd_clients != 1});
+                      .multi_conn = config_.nbd_clients != 1,
+                      .memory = wanted.in_flight,
+                      .max_connections = wanted.max_connections});
   }
   if (wanted.fuse) {
     for (auto& mount : mounts_) {
@@ -244,6 +249,10 @@ void Daemon::open_nbd() {
       options.uri = wanted.uri;
       options.allow_remote = config_.nbd_allow_remote;
       options.tls = wanted.tls;
+      options.handshake_limit = wanted.handshake_timeout;
+      options.idle_limit = wanted.idle_timeout;
+      options.max_connections = wanted.max_connections;
+      options.max_per_client = wanted.max_per_client;
       if (wanted.fd >= 0) options.fd.reset(wanted.fd);
       const std::string uri = nbd_->listen(std::move(options));
       if (writable && uri.starts_with("nbd://")) {

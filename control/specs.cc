@@ -237,6 +237,19 @@ std::vector<std::string> split(const std::string& text) {
   return out;
 }
 
+// 0 where it is not given: any number.
+unsigned take_count(Options& given, const char* key) {
+  constexpr uint64_t kMost = 1'000'000;
+  return given.has(key) ? static_cast<unsigned>(given.take_uint(key, 1, 1, kMost)) : 0;
+}
+
+std::optional<std::chrono::milliseconds> take_seconds(Options& given, const char* key,
+                                                      uint64_t least) {
+  constexpr uint64_t kMost = 7 * 24 * 3600;
+  if (!given.has(key)) return std::nullopt;
+  return std::chrono::seconds(given.take_uint(key, least, least, kMost));
+}
+
 nbd::TlsOptions take_tls(Options& given) {
   nbd::TlsOptions out;
   const auto id = given.take_string("tls-creds");
@@ -302,6 +315,8 @@ Export parse_export(std::string_view text) {
     out.description = given.take_string("description").value_or("");
     out.writable = given.take_bool("writable", false);
     if (const auto allow = given.take_string("allow")) out.allow = split(*allow);
+    out.in_flight = given.take_size("in-flight").value_or(0);
+    out.max_connections = take_count(given, "max-connections");
     out.nbd = given.take_bool("nbd", false);
     out.fuse = given.take_bool("fuse", false);
     // None named: through every front end that is open.
@@ -385,6 +400,10 @@ NbdListener parse_nbd(std::string_view text) {
     }
     Options given = Options::from_keys(rest);
     listener.tls = take_tls(given);
+    listener.handshake_timeout = take_seconds(given, "handshake-timeout", 1);
+    listener.idle_timeout = take_seconds(given, "idle-timeout", 0);
+    listener.max_connections = take_count(given, "max-connections");
+    listener.max_per_client = take_count(given, "max-per-client");
     given.finish("--nbd");
     return listener;
   });

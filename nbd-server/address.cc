@@ -82,6 +82,19 @@ Uri uri_of_socket(int fd) {
   return out;
 }
 
+std::string peer_key(int fd) {
+  sockaddr_storage address{};
+  socklen_t length = sizeof address;
+  if (::getpeername(fd, reinterpret_cast<sockaddr*>(&address), &length) != 0) return {};
+  if (address.ss_family == AF_INET || address.ss_family == AF_INET6) return host_text(address);
+  ucred who{};
+  socklen_t size = sizeof who;
+  if (address.ss_family == AF_UNIX && ::getsockopt(fd, SOL_SOCKET, SO_PEERCRED, &who, &size) == 0) {
+    return fmt::format("user {}", who.uid);
+  }
+  return {};
+}
+
 std::string peer_text(int fd) {
   sockaddr_storage address{};
   socklen_t length = sizeof address;

@@ -18,4 +18,7 @@ Uri uri_of_socket(int fd);
 // Who is at the other end of a connected socket: "process 4711" (unix), "[::1]:52011".
 std::string peer_text(int fd);
 
+// Whose connection it is, whichever of his: "::1", "user 1000". Empty where that is not known.
+std::string peer_key(int fd);
+
 }  // namespace minivmm::nbd

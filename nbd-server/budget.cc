@@ -25,18 +25,47 @@ uint64_t Budget::used() const noexcept {
   return total_ - free_;
 }
 
-bool Budget::try_acquire(uint64_t bytes) noexcept {
+uint64_t Budget::spare() const noexcept {
+  uint64_t out = 0;
+  {
+    const std::lock_guard lock(mutex_);
+    out = free_ > total_ / 4 ? free_ - total_ / 4 : 0;
+  }
+  return above_ != nullptr ? std::min(out, above_->spare()) : out;
+}
+
+bool Budget::try_acquire_leaving(uint64_t bytes, uint64_t rest) noexcept {
   const std::lock_guard lock(mutex_);
-  if (head_ != nullptr || free_ < bytes) return false;
+  if (head_ != nullptr || free_ < rest + bytes) return false;
   free_ -= bytes;
   return true;
 }
 
+bool Budget::try_acquire(uint64_t bytes) noexcept {
+  if (!try_acquire_leaving(bytes, 0)) return false;
+  if (above_ == nullptr || above_->try_acquire(bytes)) return true;
+  release_own(bytes);
+  return false;
+}
+
 bool Budget::try_acquire_spare(uint64_t bytes) noexcept {
-  const std::lock_guard lock(mutex_);
-  if (head_ != nullptr || free_ < total_ / 2 + bytes) return false;
-  free_ -= bytes;
-  return true;
+  if (!try_acquire_leaving(bytes, total_ / 4 * 3)) return false;
+  if (above_ == nullptr || above_->try_acquire_spare(bytes)) return true;
+  release_own(bytes);
+  return false;
+}
+
+// First here, then above: who waits there holds only what nobody there waits for.
+bool Budget::acquire(uint64_t bytes, base::CancelSource& cancel) {
+  if (!acquire_own(bytes, cancel)) return false;
+  if (above_ == nullptr || above_->acquire(bytes, cancel)) return true;
+  release_own(bytes);
+  return false;
+}
+
+void Budget::release(uint64_t bytes) noexcept {
+  if (above_ != nullptr) above_->release(bytes);
+  release_own(bytes);
 }
 
 void Budget::unlink(Waiter& waiter) noexcept {
@@ -46,7 +75,7 @@ void Budget::unlink(Waiter& waiter) noexcept {
   waiting_.fetch_sub(1, std::memory_order_relaxed);
 }
 
-bool Budget::acquire(uint64_t bytes, base::CancelSource& cancel) {
+bool Budget::acquire_own(uint64_t bytes, base::CancelSource& cancel) {
   if (cancel.cancelled()) return false;
   Waiter waiter;
   waiter.budget = this;
@@ -76,11 +105,11 @@ bool Budget::acquire(uint64_t bytes, base::CancelSource& cancel) {
       &waiter);
   waiter.fiber->waiting_for = "memory for a request";
   waiter.fiber->suspend();
-  if (!waiter.granted) release(0);  // those behind a large request that gave up may fit now
+  if (!waiter.granted) release_own(0);  // those behind a large request that gave up may fit now
   return waiter.granted;
 }
 
-void Budget::release(uint64_t bytes) noexcept {
+void Budget::release_own(uint64_t bytes) noexcept {
   const std::lock_guard lock(mutex_);
   free_ += bytes;
   while (head_ != nullptr && free_ >= head_->bytes) {

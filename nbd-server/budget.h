@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes of payload that may be held for clients: a Budget for all of them, an Account for each.
+// Bytes of payload that may be held for clients: a Budget for all of them, one below it for the
+// clients of an export where that is limited, an Account for each client.
 //
 // Memory for a request is admitted before it is spent; a request that is not admitted stays in the
 // client's socket. Waiting is first come, first served, so that a large request is not starved.
@@ -17,30 +18,45 @@ class Fiber;
 
 namespace minivmm::nbd {
 
+// The largest request must fit, beside what others may keep (see Budget::try_acquire_spare).
+inline constexpr uint64_t kMinClientMemory = (uint64_t{32} << 20) + (uint64_t{1} << 20);
+inline constexpr uint64_t kMinMemory = kMinClientMemory / 3 * 4;
+
 // Any loop.
 class Budget {
  public:
-  explicit Budget(uint64_t bytes) noexcept : total_(bytes), free_(bytes) {}
+  // What is acquired of this is acquired of `above` too, which outlives it.
+  explicit Budget(uint64_t bytes, Budget* above = nullptr) noexcept
+      : total_(bytes), above_(above), free_(bytes) {}
   Budget(const Budget&) = delete;
   Budget& operator=(const Budget&) = delete;
 
   uint64_t total() const noexcept { return total_; }
   uint64_t used() const noexcept;
+  // What is free here and above beyond the quarter that is left for who holds nothing.
+  uint64_t spare() const noexcept;
   bool try_acquire(uint64_t bytes) noexcept;
-  // Only while half of everything stays free: for what is pleasant to have. It may be kept over
-  // waits, because what requests need can still come free.
+  // Only while three quarters of everything stay free: for what is pleasant to have. It may be kept
+  // over waits, because what the largest request needs can still come free.
   bool try_acquire_spare(uint64_t bytes) noexcept;
   // Fiber. `bytes` must not exceed total(). False: cancelled, and nothing was acquired.
   bool acquire(uint64_t bytes, base::CancelSource& cancel);
   void release(uint64_t bytes) noexcept;
   // True while somebody waits.
-  bool contended() const noexcept { return waiting_.load(std::memory_order_relaxed) != 0; }
+  bool contended() const noexcept {
+    return waiting_.load(std::memory_order_relaxed) != 0 ||
+           (above_ != nullptr && above_->contended());
+  }
 
  private:
   struct Waiter;
   void unlink(Waiter& waiter) noexcept;
+  bool try_acquire_leaving(uint64_t bytes, uint64_t rest) noexcept;
+  bool acquire_own(uint64_t bytes, base::CancelSource& cancel);
+  void release_own(uint64_t bytes) noexcept;
 
   const uint64_t total_;
+  Budget* const above_;
   mutable std::mutex mutex_;
   uint64_t free_;           // guarded by mutex_
   Waiter* head_ = nullptr;  // guarded by mutex_, oldest first

@@ -9,12 +9,13 @@
 
 namespace minivmm::nbd {
 
-Connection::Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket, Security security)
+Connection::Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket, Terms terms)
     : id_(id),
       loop_(loop),
       stream_(std::move(socket)),
-      security_(std::move(security)),
-      peer_(stream_.peer()) {}
+      terms_(std::move(terms)),
+      peer_(stream_.peer()),
+      key_(stream_.peer_key()) {}
 
 void Connection::run(const Environment& environment) {
   const char* why = "an internal error";
@@ -32,9 +33,12 @@ const char* Connection::serve(const Environment& environment) {
   const ServerOptions& options = environment.options;
   std::optional<Agreement> agreed;
   {
-    Negotiation negotiation(stream_, environment.exports, cancel_,
-                            base::Clock::now() + options.handshake_limit, security_);
+    Negotiation negotiation(
+        stream_, environment.exports, cancel_,
+        base::Clock::now() + terms_.handshake_limit.value_or(options.handshake_limit),
+        terms_.security);
     agreed = negotiation.run();
+    in_handshake_.store(false, std::memory_order_relaxed);
     if (!agreed) return negotiation.outcome();
   }
   {
@@ -47,10 +51,12 @@ const char* Connection::serve(const Environment& environment) {
   base::log_debug("NBD client {} ({}{}{}) uses '{}'", id_, peer_,
                   agreed->client.empty() ? "" : ", ", agreed->client, agreed->target->name());
 
-  const SessionOptions session_options{.idle_limit = options.idle_limit,
+  const SessionOptions session_options{.idle_limit = terms_.idle_limit.value_or(options.idle_limit),
                                        .stall_limit = options.stall_limit,
                                        .memory = options.connection_memory};
-  Session session(loop_, stream_, environment.resources, environment.budget, *agreed, cancel_,
+  Budget* const limited = agreed->target->memory();
+  Session session(loop_, stream_, environment.resources,
+                  limited != nullptr ? *limited : environment.budget, *agreed, cancel_,
                   session_options, counters_);
   session_ = &session;
   const char* const why = session.run();

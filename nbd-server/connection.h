@@ -5,8 +5,11 @@
 
 #include <string>
 
+#include <atomic>
+#include <chrono>
 #include <memory>
 #include <mutex>
+#include <optional>
 
 #include "base/event_loop.h"
 #include "base/unique_fd.h"
@@ -28,7 +31,15 @@ class Connection : public std::enable_shared_from_this<Connection> {
     Budget& budget;
   };
 
-  Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket, Security security);
+  // What the listener says that the client came by.
+  struct Terms {
+    Security security = {};
+    std::optional<std::chrono::milliseconds> handshake_limit = {};
+    std::optional<std::chrono::milliseconds> idle_limit = {};
+    const void* listener = nullptr;  // compared, never followed
+  };
+
+  Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket, Terms terms);
 
   // The connection's fiber, on its loop. Returns when everything of this client has ended.
   void run(const Environment& environment);
@@ -36,12 +47,19 @@ class Connection : public std::enable_shared_from_this<Connection> {
   // Any thread. end_soon: no further requests are taken, those in flight are finished and
   // answered. cut: the socket is broken, so that nobody waits for the client.
   void end_soon();
-  void cut() noexcept { stream_.shutdown(); }
+  void cut() noexcept {
+    in_handshake_.store(false, std::memory_order_relaxed);
+    stream_.shutdown();
+  }
 
   uint64_t id() const noexcept { return id_; }
   uint32_t in_flight() const noexcept {
     return counters_.in_flight.load(std::memory_order_relaxed);
   }
+  bool in_handshake() const noexcept { return in_handshake_.load(std::memory_order_relaxed); }
+  // Whose it is (peer_key).
+  const std::string& key() const noexcept { return key_; }
+  const void* listener() const noexcept { return terms_.listener; }
   bool uses(const Export& target) const;
   // It has chosen an export, whatever became of it then.
   bool entered() const;
@@ -54,8 +72,10 @@ class Connection : public std::enable_shared_from_this<Connection> {
   const uint64_t id_;
   base::EventLoop& loop_;
   Stream stream_;
-  const Security security_;
+  const Terms terms_;
   const std::string peer_;
+  const std::string key_;
+  std::atomic<bool> in_handshake_{true};
   SessionCounters counters_;
 
   mutable std::mutex mutex_;

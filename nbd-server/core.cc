@@ -19,9 +19,7 @@
 namespace minivmm::nbd {
 namespace {
 
-// The largest request must fit, beside what others may keep (see Budget::try_acquire_spare).
-constexpr uint64_t kMinClientMemory = uint64_t{wire::kMaxPayload} + (1 << 20);
-constexpr uint64_t kMinMemory = 2 * kMinClientMemory;
+static_assert(kMinClientMemory > wire::kMaxPayload);
 // What clients that were cut off get to notice it.
 constexpr auto kAfterCut = std::chrono::milliseconds(200);
 
@@ -29,6 +27,7 @@ ServerOptions sane(ServerOptions options) noexcept {
   options.connection_memory = std::max(options.connection_memory, kMinClientMemory);
   options.memory = std::max(options.memory, kMinMemory);
   options.max_connections = std::max(options.max_connections, 1u);
+  options.max_handshakes = std::max(options.max_handshakes, 1u);
   return options;
 }
 
@@ -44,6 +43,7 @@ Server::Core::Core(base::LoopGroup& loops, ServerOptions options)
 // --- exports ---
 
 void Server::Core::add_export(std::shared_ptr<Export> added) {
+  added->limit_memory(budget_);
   exports_.add(std::move(added));
   warn_if_open_to_writers();
 }
@@ -95,7 +95,7 @@ void Server::Core::warn_if_open_to_writers() const {
   {
     const std::lock_guard lock(mutex_);
     for (const auto& each : listeners_) {
-      if (each->socket.tcp && each->security.mode != TlsOptions::Mode::kRequired)
+      if (each->socket.tcp && each->terms.security.mode != TlsOptions::Mode::kRequired)
         addresses += " " + each->socket.address.text();
     }
   }
@@ -115,8 +115,8 @@ std::string Server::Core::listen(ListenOptions options) {
   auto listener = std::make_shared<Listener>();
   const bool encrypted = options.tls.mode == TlsOptions::Mode::kRequired;
   if (options.tls.mode != TlsOptions::Mode::kOff) {
-    listener->security.mode = options.tls.mode;
-    listener->security.credentials = base::Pool::syscalls().run(
+    listener->terms.security.mode = options.tls.mode;
+    listener->terms.security.credentials = base::Pool::syscalls().run(
         [&] { return std::make_shared<const TlsCredentials>(options.tls); });
   }
   if (options.fd) {
@@ -134,6 +134,11 @@ std::string Server::Core::listen(ListenOptions options) {
                                         : bind_tcp(uri, allow_remote);
   }
   listener->socket.address.tls = encrypted;
+  listener->terms.handshake_limit = options.handshake_limit;
+  listener->terms.idle_limit = options.idle_limit;
+  listener->terms.listener = listener.get();
+  listener->max_connections = options.max_connections;
+  listener->max_per_client = options.max_per_client;
   listener->loop = &loops_.next();
   const std::string address = listener->socket.address.text();
   {
@@ -155,7 +160,7 @@ void Server::Core::accept_clients(Listener& listener) {
   constexpr auto kWhenFull = std::chrono::milliseconds(50);
   const int fd = listener.socket.fd.get();
   while (!listener.cancel.cancelled()) {
-    if (full()) {
+    if (full(listener)) {
       (void)base::io::sleep_for(kWhenFull, &listener.cancel);
       continue;
     }
@@ -165,11 +170,11 @@ void Server::Core::accept_clients(Listener& listener) {
 }
 
 void Server::Core::accept_ready(Listener& listener) {
-  while (!full() && !listener.cancel.cancelled()) {
+  while (!full(listener) && !listener.cancel.cancelled()) {
     const int fd =
         ::accept4(listener.socket.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK);
     if (fd >= 0) {
-      serve(base::UniqueFd(fd), listener.security);
+      serve(base::UniqueFd(fd), listener.terms, listener.max_per_client);
       continue;
     }
     const int err = errno;
@@ -219,15 +224,49 @@ std::vector<std::string> Server::Core::uris() const {
 
 // --- clients ---
 
-void Server::Core::serve(base::UniqueFd connected, Security security) {
+// Under mutex_: whether there is a place for this client; one that has not begun to use anything
+// may have to make room for it.
+bool Server::Core::admits(const Connection& client, unsigned max_per_client) {
+  unsigned handshakes = 0;
+  unsigned own = 0;
+  Connection* oldest = nullptr;
+  for (const auto& entry : clients_) {
+    Connection& each = *entry.second;
+    if (each.key() == client.key() && each.listener() == client.listener()) ++own;
+    if (!each.in_handshake()) continue;
+    ++handshakes;
+    if (oldest == nullptr) oldest = &each;
+  }
+  static base::RateLimit limit(1);
+  uint64_t suppressed = 0;
+  if (max_per_client > 0 && own >= max_per_client && !client.key().empty()) {
+    if (limit.allow(&suppressed)) {
+      base::log_warning("NBD: {} has {} connections already, more are refused", client.key(), own);
+    }
+    return false;
+  }
+  if (handshakes >= options_.max_handshakes) {
+    if (limit.allow(&suppressed)) {
+      base::log_warning("NBD: {} clients are in the handshake: the oldest is cut off", handshakes);
+    }
+    oldest->cut();
+  }
+  return true;
+}
+
+void Server::Core::serve(base::UniqueFd connected, Connection::Terms terms,
+                         unsigned max_per_client) {
   base::EventLoop& loop = loops_.next();
   std::shared_ptr<Connection> client;
   {
     const std::lock_guard lock(mutex_);
     if (closed_ || !clients_inside_.enter()) return;
     try {
-      client =
-          std::make_shared<Connection>(next_id_, loop, std::move(connected), std::move(security));
+      client = std::make_shared<Connection>(next_id_, loop, std::move(connected), std::move(terms));
+      if (!admits(*client, max_per_client)) {
+        clients_inside_.leave();
+        return;
+      }
       clients_.emplace(next_id_++, client);
     } catch (...) {
       clients_inside_.leave();
@@ -253,9 +292,14 @@ void Server::Core::run_client(Connection& client, base::EventLoop& loop) {
   if (last && options_.on_last_left) options_.on_last_left(client.entered());
 }
 
-bool Server::Core::full() const {
+bool Server::Core::full(const Listener& listener) const {
   const std::lock_guard lock(mutex_);
-  return clients_.size() >= options_.max_connections;
+  if (clients_.size() >= options_.max_connections) return true;
+  if (listener.max_connections == 0) return false;
+  const auto own = std::count_if(clients_.begin(), clients_.end(), [&](const auto& entry) {
+    return entry.second->listener() == &listener;
+  });
+  return own >= listener.max_connections;
 }
 
 Server::Core::Clients Server::Core::clients() const {

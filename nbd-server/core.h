@@ -31,7 +31,7 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   void add_export(std::shared_ptr<Export> added);
   void remove_export(const std::string& name, base::Clock::time_point deadline);
   std::string listen(ListenOptions options);
-  void serve(base::UniqueFd connected, Security security = {});
+  void serve(base::UniqueFd connected, Connection::Terms terms = {}, unsigned max_per_client = 0);
   std::vector<std::string> uris() const;
   std::vector<std::string> stop(base::Clock::time_point deadline);
   std::vector<std::string> describe() const;
@@ -41,7 +41,9 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
  private:
   struct Listener {
     BoundSocket socket;
-    Security security;
+    Connection::Terms terms;
+    unsigned max_connections = 0;
+    unsigned max_per_client = 0;
     base::EventLoop* loop = nullptr;
     base::CancelSource cancel;  // loop's thread only
   };
@@ -50,7 +52,8 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   void accept_clients(Listener& listener);
   void accept_ready(Listener& listener);
   void run_client(Connection& client, base::EventLoop& loop);
-  bool full() const;
+  bool full(const Listener& listener) const;
+  bool admits(const Connection& client, unsigned max_per_client);
   Clients clients() const;
   Clients clients_of(const Export& target) const;
   void close_listeners();

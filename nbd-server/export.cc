@@ -50,6 +50,11 @@ bool Export::allows(std::string_view client) const noexcept {
                      [client](const std::string& each) { return each == "*" || each == client; });
 }
 
+void Export::limit_memory(Budget& all) {
+  if (options_.memory == 0) return;
+  memory_ = std::make_unique<Budget>(std::clamp(options_.memory, kMinMemory, all.total()), &all);
+}
+
 uint16_t Export::transmission_flags(wire::Headers headers) const noexcept {
   // One graph serves every connection, so a flush on one covers what was written on all.
   unsigned flags =
@@ -120,6 +125,29 @@ uint16_t ExportUse::transmission_flags(wire::Headers headers) const noexcept {
   const unsigned flags = target_->transmission_flags(headers);
   return static_cast<uint16_t>(of_one_connection() ? flags & ~unsigned{wire::kCanMultiConn}
                                                    : flags);
+}
+
+ExportSeat::ExportSeat(const std::shared_ptr<Export>& target) {
+  const unsigned most = target->options_.max_connections;
+  const unsigned before = target->sessions_.fetch_add(1, std::memory_order_relaxed);
+  if (most == 0 || before < most) {
+    target_ = target;
+  } else {
+    target->sessions_.fetch_sub(1, std::memory_order_relaxed);
+  }
+}
+
+ExportSeat& ExportSeat::operator=(ExportSeat&& other) noexcept {
+  if (this != &other) {
+    leave();
+    target_ = std::move(other.target_);
+  }
+  return *this;
+}
+
+void ExportSeat::leave() noexcept {
+  if (target_) target_->sessions_.fetch_sub(1, std::memory_order_relaxed);
+  target_.reset();
 }
 
 void ExportTable::add(std::shared_ptr<Export> added) {

@@ -15,6 +15,7 @@
 
 #include "base/sync.h"
 #include "block/graph/handle.h"
+#include "nbd-server/budget.h"
 #include "nbd-server/clones.h"
 #include "nbd-server/server.h"
 #include "nbd-server/wire.h"
@@ -51,6 +52,10 @@ class Export {
   // What clients use are clones of this.
   bool cloned() const noexcept { return clones_ != nullptr; }
 
+  // Once, before clients: a limit on what its clients hold together, if it has one.
+  void limit_memory(Budget& all);
+  Budget* memory() noexcept { return (origin_ ? origin_->memory_ : memory_).get(); }
+
   // "NBD export 'd': 'disk0' (qcow2, /srv/o.qcow2), 1048576 bytes, writable, 2 clients". Any time.
   std::string describe() const;
   // Fiber. Nobody new can use it from then on; false: somebody uses it still at the deadline.
@@ -66,6 +71,7 @@ class Export {
 
  private:
   friend class ExportUse;
+  friend class ExportSeat;
 
   const std::string name_;
   const ExportOptions options_;
@@ -73,7 +79,9 @@ class Export {
   const std::shared_ptr<Export> origin_;
   const std::string client_;
   block::Handle handle_;  // stays while somebody is inside users_
+  std::unique_ptr<Budget> memory_;
   mutable base::Gate users_;
+  std::atomic<unsigned> sessions_{0};
   std::atomic<bool> withdrawn_{false};
 };
 
@@ -106,6 +114,22 @@ class ExportUse {
   void leave() noexcept;
   std::shared_ptr<Export> target_;
   std::string client_;
+};
+
+// One of the places that an export has for clients. Move-only; may be empty.
+class ExportSeat {
+ public:
+  ExportSeat() = default;
+  // Empty if all are taken.
+  explicit ExportSeat(const std::shared_ptr<Export>& target);
+  ExportSeat(ExportSeat&& other) noexcept = default;
+  ExportSeat& operator=(ExportSeat&& other) noexcept;
+  ~ExportSeat() { leave(); }
+  explicit operator bool() const noexcept { return target_ != nullptr; }
+
+ private:
+  void leave() noexcept;
+  std::shared_ptr<Export> target_;
 };
 
 class ExportTable {

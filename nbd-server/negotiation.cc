@@ -206,6 +206,7 @@ Negotiation::Next Negotiation::export_name(Data data) {
   if (!found || !may_use(*found)) {
     return end("it asked for an export that does not exist, or that it may not use");
   }
+  if (!sit_down(found.shared())) return end("the export has as many clients as it may have");
   if (!open_clone(found)) return end("no clone could be made for it");
   choose(std::move(found));
   const auto answer = wire::encode_export_name_reply(
@@ -252,7 +253,12 @@ ExportUse Negotiation::describe_export(Data data, Purpose purpose) {
   const wire::InfoRequest request = wire::decode_info_request(data);
   ExportUse found = find(request.name);
   if (!found) return {};
+  if (purpose == Purpose::kUse && !sit_down(found.shared())) {
+    reply_text(OptionReply::kErrPolicy, "the export has as many clients as it may have");
+    return {};
+  }
   if (purpose == Purpose::kUse && !open_clone(found)) {
+    agreed_.seat = {};
     reply_text(OptionReply::kErrUnknown, "no clone could be made; the server's log says why");
     return {};
   }
@@ -279,6 +285,11 @@ ExportUse Negotiation::describe_export(Data data, Purpose purpose) {
   }
   reply(OptionReply::kAck);
   return found;
+}
+
+bool Negotiation::sit_down(const std::shared_ptr<Export>& target) {
+  agreed_.seat = ExportSeat(target);
+  return static_cast<bool>(agreed_.seat);
 }
 
 Negotiation::Next Negotiation::info(Data data) {

@@ -30,6 +30,7 @@ struct Security {
 // What was agreed on.
 struct Agreement {
   ExportUse target;
+  ExportSeat seat = {};
   std::string client = {};  // the name that TLS has proved; empty: none
   wire::Headers headers = wire::Headers::kSimple;
   std::vector<MetaContext> contexts = {};  // at most kMostContexts
@@ -94,6 +95,7 @@ class Negotiation {
   static std::vector<MetaContext> contexts_of(const ExportUse& use);
   void describe_context(const MetaContext& context, uint32_t id);
   void choose(ExportUse chosen);
+  bool sit_down(const std::shared_ptr<Export>& target);
   void forget_contexts() noexcept;
   bool skip(uint32_t length);
   // Replies gather in out_ until the option has been dealt with.

@@ -45,6 +45,8 @@ class ReplyQueue {
 
   size_t gathered() const noexcept { return count_; }
   size_t gathered_bytes() const noexcept { return bytes_; }
+  // The socket has no room: the client does not read as fast as it asks.
+  bool blocked() const noexcept { return sending_; }
   // The client is gone or was given up: replies are dropped.
   bool broken() const noexcept { return broken_; }
   // Fiber: waits until nothing is queued and none of the queue's fibers runs.

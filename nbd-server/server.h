@@ -34,15 +34,18 @@ struct ServerOptions {
   // A client with nothing in flight that is silent for this long is cut off; zero: never.
   std::chrono::milliseconds idle_limit{0};
   // Bytes of payload that are held for all clients together and for one; requests beyond wait
-  // unread in the socket. Each at least the largest payload (32 MiB); smaller values are raised.
-  uint64_t memory = uint64_t{256} << 20;
-  uint64_t connection_memory = uint64_t{64} << 20;
+  // unread in the socket. Each at least the largest payload (32 MiB) and some; smaller values are
+  // raised.
+  uint64_t memory = uint64_t{48} << 20;
+  uint64_t connection_memory = uint64_t{48} << 20;
   // A client that reads no replies for this long while others wait for memory is cut off.
-  std::chrono::milliseconds stall_limit{30'000};
+  std::chrono::milliseconds stall_limit{5'000};
   // Further clients are not accepted until one leaves.
   unsigned max_connections = 4096;
   // Called when a client has left and no other is there; whether it had chosen an export. Any loop.
   std::function<void(bool entered)> on_last_left = {};
+  // Where more than so many are in the handshake, the one that has been in it longest is cut off.
+  unsigned max_handshakes = 256;
 };
 
 struct ExportOptions {
@@ -53,6 +56,11 @@ struct ExportOptions {
   std::vector<std::string> allow = {};
   // Several connections may be one client's (CAN_MULTI_CONN).
   bool multi_conn = true;
+  // Bytes of payload that are held for its clients together, at least as ServerOptions::memory;
+  // zero: what the server has.
+  uint64_t memory = 0;
+  // Further clients are refused while so many use it; zero: any number.
+  unsigned max_connections = 0;
 };
 
 // Makes the private disks of a clone export. Shared by the server; fibers of any loop, many at
@@ -76,6 +84,14 @@ struct ListenOptions {
   // Needed to listen on a TCP address beyond loopback without requiring TLS.
   bool allow_remote = false;
   TlsOptions tls = {};
+  // Instead of ServerOptions'.
+  std::optional<std::chrono::milliseconds> handshake_limit = {};
+  std::optional<std::chrono::milliseconds> idle_limit = {};
+  // Further clients of this listener are not accepted while it has so many; zero: any number.
+  unsigned max_connections = 0;
+  // Further connections of one client (an address, or a user of this host) are closed at once while
+  // it has so many; zero: any number.
+  unsigned max_per_client = 0;
 };
 
 class Server {

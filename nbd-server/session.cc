@@ -51,7 +51,7 @@ Session::Session(base::EventLoop& loop, Stream& stream, Resources& resources, Bu
       cancel_(cancel),
       options_(options),
       counters_(counters),
-      account_(budget, options.memory),
+      account_(budget, std::min(options.memory, budget.total())),
       input_(resources, budget),
       commands_(agreed_, resources),
       replies_(loop, stream, resources, *this) {}
@@ -205,7 +205,8 @@ void Session::answer_refused(Request& request, const Refusal& refusal) noexcept 
 // A request object whose memory is accounted for. Null: the session ends.
 Session::Admitted Session::admit(const wire::Request& head, uint64_t payload) {
   const uint64_t charge = payload + kOverhead;
-  if (!account_.try_take(charge) && !wait_for_memory(charge)) return {nullptr, Dropper{this}};
+  if ((holds_too_much(charge) || !account_.try_take(charge)) && !wait_for_memory(charge))
+    return {nullptr, Dropper{this}};
   return make_request(head, charge);
 }
 
@@ -224,9 +225,20 @@ Session::Admitted Session::make_request(const wire::Request& head, uint64_t char
   }
 }
 
+// A client that does not read gets, while it does not, a part of what is free that shrinks with the
+// number of such clients: they leave room for those who read.
+bool Session::holds_too_much(uint64_t bytes) noexcept {
+  if (!replies_.blocked() || account_.used() == 0) return false;
+  return account_.used() + bytes > std::max(kUnread, account_.budget().spare() / 2);
+}
+
 bool Session::wait_for_memory(uint64_t bytes) {
   const Pause pause(*this);
   while (!cancel_.cancelled()) {
+    if (holds_too_much(bytes)) {
+      memory_.wait("the client to read its replies");
+      continue;
+    }
     if (account_.try_take(bytes)) return true;
     if (account_.within_limit(bytes)) return account_.wait(bytes, cancel_);
     memory_.wait("the client to read its replies");
@@ -316,7 +328,7 @@ Request* Session::take_adjacent(const Request& last, const Request& first) {
   const bool is_write = first.command() == wire::Command::kWrite;
   if (is_write && input_.size() < header_size_ + head->length) return nullptr;
   const uint64_t charge = kOverhead + (is_write ? 0 : head->length);
-  if (!account_.try_take(charge)) return nullptr;
+  if (holds_too_much(charge) || !account_.try_take(charge)) return nullptr;
   Request* const out = make_request(*head, charge).release();
   input_.consume(header_size_);
   if (is_write) (void)take_payload(*out);  // lies in the input: it neither waits nor allocates

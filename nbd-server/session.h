@@ -56,6 +56,8 @@ class Session final : private ReplyQueue::Owner {
   void on_cancel() noexcept { memory_.notify(); }
 
  private:
+  // What a client that does not read its replies may hold in any case.
+  static constexpr uint64_t kUnread = 32 << 10;
   // What a request costs beside its payload: its objects, and a stack when it must wait.
   static constexpr uint64_t kOverhead = 16 << 10;
   // Replies are sent when so much has gathered, though more requests wait: while the data is still
@@ -97,6 +99,7 @@ class Session final : private ReplyQueue::Owner {
   Admitted admit(const wire::Request& head, uint64_t payload);
   Admitted make_request(const wire::Request& head, uint64_t charge);
   bool wait_for_memory(uint64_t bytes);
+  bool holds_too_much(uint64_t bytes) noexcept;
   void answer_refused(Request& request, const Refusal& refusal) noexcept;
   bool take_payload(Request& request);
   bool receive_payload(Request& request, size_t have);

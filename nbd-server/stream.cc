@@ -159,6 +159,8 @@ bool Stream::send_all(std::span<const std::byte> from, base::CancelSource& cance
 
 void Stream::shutdown() noexcept { ::shutdown(socket_.get(), SHUT_RDWR); }
 
+std::string Stream::peer_key() const { return nbd::peer_key(socket_.get()); }
+
 std::string Stream::peer() const { return peer_text(socket_.get()); }
 
 }  // namespace minivmm::nbd

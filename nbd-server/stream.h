@@ -57,6 +57,8 @@ class Stream {
 
   // "unix socket, process 4711", "[::1]:52011".
   std::string peer() const;
+  // Whose it is: address.h's peer_key.
+  std::string peer_key() const;
 
  private:
   Wait wait(uint32_t events, base::CancelSource* cancel,

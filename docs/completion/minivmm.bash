@@ -5,7 +5,7 @@ _minivmm_disk_keys="id= format= ro readonly cache= backing= backing_fmt= offset=
   logical_block_size= physical_block_size= num-queues= queue-size= indirect_desc= event_idx= media= snapshot= legacy rerror= werror=
   cache-size= l2-cache-size=
   refcount-cache-size= l2-cache-entry-size= locking="
-_minivmm_export_keys="name= description= writable allow= nbd fuse clone clone= clone-limit= clone-total= clone-dir="
+_minivmm_export_keys="name= description= writable allow= max-connections= in-flight= nbd fuse clone clone= clone-limit= clone-total= clone-dir="
 _minivmm_fuse_keys="mode= uid= gid= allow_other"
 
 _minivmm_disks="--disk --blockdev --object --backing-root"

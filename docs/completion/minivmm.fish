@@ -63,7 +63,7 @@ complete -c minivmm -n "__minivmm_in serve" -l once -d "End when the last NBD cl
 complete -c minivmm -n "__minivmm_in serve" -l persistent -d "Stay when the last NBD client has left"
 complete -c minivmm -n "__minivmm_in boot serve" -l nbd-allow-remote -d "Listen beyond loopback"
 complete -c minivmm -n "__minivmm_in boot serve" -l fuse -x -a "(__minivmm_keys mode= uid= gid= allow_other)" -d "Mount a directory with the exports"
-complete -c minivmm -n "__minivmm_in boot serve" -l export -x -a "(__minivmm_keys name= description= writable allow= nbd fuse clone clone= clone-limit= clone-total= clone-dir=)" -d "Publish a node"
+complete -c minivmm -n "__minivmm_in boot serve" -l export -x -a "(__minivmm_keys name= description= writable allow= max-connections= in-flight= nbd fuse clone clone= clone-limit= clone-total= clone-dir=)" -d "Publish a node"
 complete -c minivmm -n "__minivmm_in boot serve" -l io-threads -x -d "Event loops"
 complete -c minivmm -n "__minivmm_in boot serve" -l io-backend -x -a "auto io_uring epoll" -d "How I/O is done"
 complete -c minivmm -n "__minivmm_in boot serve" -l ready-fd -x -d "Descriptor that is told READY"

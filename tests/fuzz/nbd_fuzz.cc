@@ -4,15 +4,19 @@
 //
 // The first byte: bit 0, the handshake is done properly first (structured replies, base:allocation,
 // GO of the writable export); bit 1, of the read-only one instead; bit 2, the client never reads;
-// bit 3, it leaves without reading what is left. Then steps of one byte (modulo kSteps) and their
+// bit 3, it leaves without reading what is left; bit 4, extended headers; bit 5, simple replies;
+// bit 6, EXPORT_NAME; bit 7, all contexts. Then steps of one byte (modulo kSteps) and their
 // operands, integers little-endian:
 //   0 raw      length u8, bytes
 //   1 option   option u8, data length u8, bytes; the announced length is that plus bias u8 (signed)
-//   2 request  type u8, flags u16, offset u32, length u32; a WRITE brings its payload if that is
-//              at most 128 KiB
+//   2 request  type u8, flags u16, offset u32, length u32; a WRITE (with extended headers: what has
+//              PAYLOAD_LEN) brings its payload if that is at most 128 KiB
 //   3 read     takes what the server has sent so far
 //   4 adjacent type u8 (READ or WRITE), count u8, offset u32: so many of 512 bytes in a row
 //   5 name     option u8, export u8: INFO, GO or EXPORT_NAME and contexts with a proper name
+//   6 query    flags u16, offset u32, length u64, count u8, ids u8: a BLOCK_STATUS that names
+//   contexts 7 long     type u8, flags u16, offset u64, length u64: as request, with extended
+//   headers
 #include <poll.h>
 #include <string_view>
 #include <sys/socket.h>
@@ -40,7 +44,7 @@
 namespace minivmm::nbd {
 namespace {
 
-constexpr unsigned kSteps = 6;
+constexpr unsigned kSteps = 8;
 constexpr unsigned kMaxSteps = 300;
 constexpr uint32_t kMaxPayload = 128 << 10;
 constexpr auto kPatience = std::chrono::seconds(10);
@@ -133,6 +137,11 @@ class Message {
     number(cookie).number(offset).number(length);
     return type == 1 && length <= kMaxPayload ? fill(length) : *this;
   }
+  Message& long_request(uint16_t type, uint16_t flags, uint64_t cookie, uint64_t offset,
+                        uint64_t length) {
+    number(uint32_t{0x21e41c71}).number(flags).number(type);
+    return number(cookie).number(offset).number(length);
+  }
   std::span<const uint8_t> bytes() const { return bytes_; }
 
  private:
@@ -153,7 +162,9 @@ class FuzzClient {
   void run(Input input);
 
  private:
-  void greet(bool read_only);
+  void greet(unsigned mode);
+  void request(uint16_t type, uint16_t flags, uint64_t offset, uint64_t length);
+  void query(Input& input);
   void step(Input& input);
   void name(uint8_t option, uint8_t which);
   void send(const Message& message);
@@ -163,26 +174,70 @@ class FuzzClient {
   base::UniqueFd socket_;
   bool reads_ = true;
   bool open_ = true;
+  bool extended_ = false;
   uint64_t cookie_ = 0;
 };
 
 void FuzzClient::run(Input input) {
   const auto mode = input.take<uint8_t>();
   reads_ = (mode & 4) == 0;
-  if ((mode & 1) != 0) greet((mode & 2) != 0);
+  if ((mode & 1) != 0) greet(mode);
   for (unsigned n = 0; n < kMaxSteps && !input.empty() && open_; ++n) step(input);
   finish((mode & 8) == 0);
 }
 
-void FuzzClient::greet(bool read_only) {
-  const char* const name = read_only ? "r" : "d";
+void FuzzClient::greet(unsigned mode) {
+  const std::string_view name = (mode & 2) != 0 ? "r" : "d";
   Message contexts;
-  contexts.text(name).number(uint32_t{1}).text("base:allocation");
-  Message go;
-  go.text(name).number(uint16_t{1}).number(uint16_t{3});
+  contexts.text(name);
+  if ((mode & 128) != 0) {
+    contexts.number(uint32_t{2}).text("base:allocation").text("qemu:allocation-depth");
+  } else {
+    contexts.number(uint32_t{1}).text("base:allocation");
+  }
+  extended_ = (mode & 16) != 0;
   Message all;
-  all.number(uint32_t{3}).option(8, Message()).option(10, contexts).option(7, go);
+  all.number(uint32_t{3});
+  if (extended_) {
+    all.option(11, Message());
+  } else if ((mode & 32) == 0) {
+    all.option(8, Message());
+  }
+  all.option(10, contexts);
+  Message data;
+  if ((mode & 64) != 0) {
+    data.raw({reinterpret_cast<const uint8_t*>(name.data()), name.size()});
+    all.option(1, data);
+  } else {
+    data.text(name).number(uint16_t{1}).number(uint16_t{3});
+    all.option(7, data);
+  }
   send(all);
+}
+
+void FuzzClient::request(uint16_t type, uint16_t flags, uint64_t offset, uint64_t length) {
+  constexpr uint16_t kPayloadLen = 32;
+  Message message;
+  if (extended_) {
+    message.long_request(type, flags, ++cookie_, offset, length);
+    if ((flags & kPayloadLen) != 0 && length <= kMaxPayload) message.fill(length);
+  } else {
+    message.request(type, flags, ++cookie_, offset, static_cast<uint32_t>(length));
+  }
+  send(message);
+}
+
+// With the ids that exist and others, and a length that may say something else.
+void FuzzClient::query(Input& input) {
+  const auto flags = input.take<uint16_t>();
+  const auto offset = input.take<uint32_t>();
+  const auto length = input.take<uint64_t>();
+  const unsigned count = input.take<uint8_t>() % 40;
+  Message message;
+  message.long_request(7, flags | 32, ++cookie_, offset, 8 + 4 * uint64_t{count});
+  message.number(length);
+  for (unsigned i = 0; i < count; ++i) message.number(uint32_t{input.take<uint8_t>()} % 5);
+  send(message);
 }
 
 void FuzzClient::name(uint8_t option, uint8_t which) {
@@ -223,7 +278,7 @@ void FuzzClient::step(Input& input) {
       const auto type = input.take<uint8_t>();
       const auto flags = input.take<uint16_t>();
       const auto offset = input.take<uint32_t>();
-      send(message.request(type, flags, ++cookie_, offset, input.take<uint32_t>()));
+      request(type, flags, offset, input.take<uint32_t>());
       break;
     }
     case 3:
@@ -234,14 +289,29 @@ void FuzzClient::step(Input& input) {
       const unsigned count = input.take<uint8_t>();
       uint64_t offset = input.take<uint32_t>() % (1 << 20);
       for (unsigned i = 0; i < count; ++i, offset += 512) {
-        message.request(type, 0, ++cookie_, offset, 512);
+        if (extended_) {
+          message.long_request(type, type == 1 ? 32 : 0, ++cookie_, offset, 512);
+          if (type == 1) message.fill(512);
+        } else {
+          message.request(type, 0, ++cookie_, offset, 512);
+        }
       }
       send(message);
       break;
     }
-    default: {
+    case 5: {
       const auto option = input.take<uint8_t>();
       name(option, input.take<uint8_t>());
+      break;
+    }
+    case 6:
+      query(input);
+      break;
+    default: {
+      const auto type = input.take<uint8_t>();
+      const auto flags = input.take<uint16_t>();
+      const auto offset = input.take<uint64_t>();
+      request(type, flags, offset, input.take<uint64_t>());
     }
   }
 }

@@ -354,7 +354,10 @@ TEST_F(Impatient, ClientsThatStallAreCutOffWhenOthersNeedTheirMemory) {
 
 class Slow : public ServerTest {
  protected:
-  Slow() : ServerTest({.memory = 1, .connection_memory = 1, .stall_limit = milliseconds(100)}) {
+  Slow()
+      : ServerTest({.memory = uint64_t{70} << 20,
+                    .connection_memory = 1,
+                    .stall_limit = milliseconds(100)}) {
     add("disk", "driver=null,size=1G");
   }
 };

@@ -1,0 +1,253 @@
+// SPDX-License-Identifier: Apache-2.0
+// Bounds on what clients can take from a server: places, time, memory.
+#include <poll.h>
+#include <sys/resource.h>
+#include <sys/socket.h>
+#include <sys/un.h>
+#include <unistd.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <thread>
+#include <vector>
+
+#include "fixture.h"
+
+namespace minivmm::nbd {
+namespace {
+
+using std::chrono::milliseconds;
+constexpr uint16_t kRead = 0;
+constexpr uint32_t kGo = 7;
+constexpr uint32_t kErrPolicy = 0x80000002;
+
+Bytes go(std::string_view name) {
+  return join({be32(static_cast<uint32_t>(name.size())), text(name), be16(0)});
+}
+
+bool slow() { return std::getenv("MINIVMM_SLOW") != nullptr; }
+
+// In MiB, of this process.
+uint64_t resident() {
+  std::ifstream file("/proc/self/statm");
+  uint64_t all = 0, pages = 0;
+  file >> all >> pages;
+  return pages * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)) >> 20;
+}
+size_t descriptors() {
+  const std::filesystem::directory_iterator begin("/proc/self/fd");
+  return static_cast<size_t>(std::distance(begin, {}));
+}
+
+class Limits : public ServerTest {
+ protected:
+  explicit Limits(ServerOptions options = {}) : ServerTest(options) {}
+  void add_limited(const std::string& name, const std::string& keys, ExportOptions options) {
+    on_fiber([&] {
+      (void)graph_.add(block::Options::from_keys(keys + ",node-name=" + name));
+      server_->add_export(name,
+                          graph_.attach(name, "NBD export", block::Permissions::front_end(false)),
+                          std::move(options));
+    });
+  }
+  uint64_t used() {
+    for (const std::string& line : server_->describe()) {
+      const auto at = line.find("memory: ");
+      if (at != line.npos) return std::stoull(line.substr(at + 8));
+    }
+    return 0;
+  }
+};
+
+class FewHandshakes : public Limits {
+ protected:
+  FewHandshakes() : Limits({.max_handshakes = 4}) { add("disk", "driver=memory,size=1M"); }
+};
+
+TEST_F(FewHandshakes, TheOldestOfTooManySilentClientsMakesRoom) {
+  std::vector<Client> silent;
+  for (int i = 0; i < 4; ++i) silent.push_back(connect());
+  for (Client& each : silent) each.greet();
+  Client client = connect();
+  client.enter("disk");
+  EXPECT_EQ(client.read(0, 512).size(), 512u);
+  EXPECT_TRUE(silent[0].closed());
+  // The others are served on, and who is past the handshake does not count.
+  silent[1].send(be32(0));
+  EXPECT_EQ(silent[2].final_of(kGo, go("disk")), kAck);
+}
+
+TEST_F(Limits, AnExportHasSoManyPlaces) {
+  add_limited("disk", "driver=memory,size=1M", {.description = {}, .max_connections = 2});
+  Client one = connect(), two = connect(), three = connect();
+  one.enter("disk");
+  two.enter("disk");
+  three.greet();
+  EXPECT_EQ(three.final_of(kGo, go("disk")), kErrPolicy);
+  Client old = connect();
+  old.greet();
+  old.send_option(1, text("disk"));
+  EXPECT_TRUE(old.closed());
+  // A place is free when its client has gone.
+  one.send(one.request(2, 1, 0, 0));
+  EXPECT_TRUE(one.closed());
+  uint32_t answer = kErrPolicy;
+  for (int i = 0; i < 200 && answer != kAck; ++i) {
+    answer = three.final_of(kGo, go("disk"));
+    ::usleep(5000);
+  }
+  EXPECT_EQ(answer, kAck);
+}
+
+class Listener : public Limits {
+ protected:
+  Listener() : path_(testing::TempDir() + "nbd_limits_" + std::to_string(::getpid())) {
+    add("disk", "driver=memory,size=1M");
+  }
+  void listen(ListenOptions options) {
+    options.uri = "nbd+unix:///?socket=" + path_;
+    on_fiber([&] { (void)server_->listen(std::move(options)); });
+  }
+  Client connect_socket() {
+    base::UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    path_.copy(address.sun_path, sizeof address.sun_path - 1);
+    EXPECT_EQ(::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+    return Client(std::move(fd));
+  }
+  const std::string path_;
+};
+
+TEST_F(Listener, OneClientHasOnlySoManyConnections) {
+  ListenOptions options;
+  options.max_per_client = 2;
+  listen(std::move(options));
+  Client one = connect_socket(), two = connect_socket();
+  one.enter("disk");
+  two.enter("disk");
+  EXPECT_TRUE(connect_socket().closed());
+  // Another listener's connections, and those that were handed over, are not counted.
+  Client other = connect();
+  other.enter("disk");
+}
+
+TEST_F(Listener, FurtherClientsWaitWhileItHasSoMany) {
+  ListenOptions options;
+  options.max_connections = 1;
+  listen(std::move(options));
+  Client one = connect_socket();
+  one.enter("disk");
+  Client two = connect_socket();
+  pollfd p{two.fd(), POLLIN, 0};
+  EXPECT_EQ(::poll(&p, 1, 100), 0);
+  one.close();
+  two.enter("disk");
+}
+
+TEST_F(Listener, SilenceIsBoundedInTheHandshakeAndAfterIt) {
+  ListenOptions options;
+  options.handshake_limit = milliseconds(100);
+  options.idle_limit = milliseconds(200);
+  listen(std::move(options));
+  Client mute = connect_socket();
+  mute.greet();
+  Client idle = connect_socket();
+  idle.enter("disk");
+  EXPECT_TRUE(mute.closed());
+  EXPECT_TRUE(idle.closed());
+}
+
+class Roomy : public Limits {
+ protected:
+  Roomy() : Limits({.memory = uint64_t{200} << 20}) {}
+};
+
+TEST_F(Roomy, TheClientsOfAnExportShareItsMemory) {
+  add_limited("small", "driver=null,size=1G", {.description = {}, .memory = 1});
+  add("large", "driver=null,size=1G");
+  std::vector<Client> hogs;
+  for (int i = 0; i < 4; ++i) {
+    hogs.push_back(connect());
+    hogs.back().enter("small");
+    hogs.back().send(hogs.back().request(kRead, 1, 0, 30 << 20));
+  }
+  ::usleep(100'000);
+  EXPECT_LE(used(), uint64_t{45} << 20);
+  EXPECT_GE(used(), uint64_t{30} << 20);
+  Client other = connect();
+  other.enter("large");
+  EXPECT_EQ(other.read(0, 32 << 20).size(), 32u << 20);
+  // All come, one after the other, whoever was first.
+  std::vector<std::thread> readers;
+  for (Client& each : hogs) {
+    readers.emplace_back([&each] { EXPECT_EQ(each.simple(30 << 20).error, 0u); });
+  }
+  for (std::thread& each : readers) each.join();
+  for (int i = 0; i < 100 && used() != 0; ++i) ::usleep(10'000);
+  EXPECT_EQ(used(), 0u);
+}
+
+// As many clients as there may be, all of whom ask for much and read nothing: the server's memory
+// is bounded, and who reads is served.
+TEST_F(Limits, ClientsThatNeverReadCostLittle) {
+  rlimit files{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &files), 0);
+  files.rlim_cur = std::min<rlim_t>(files.rlim_max, 8192);
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &files), 0);
+  add("disk", "driver=null,size=1G");
+  const size_t count = slow() ? 1000 : 200;
+  const uint64_t before = resident();
+  std::vector<Client> hogs;
+  for (size_t i = 0; i < count; ++i) {
+    hogs.push_back(connect());
+    Client& hog = hogs.back();
+    hog.enter("disk", i % 2 == 0);
+    const uint32_t size = i % 3 == 0 ? 4096 : 65536;
+    Bytes requests;
+    for (uint64_t n = 0; n < 128; ++n) requests = join({requests, hog.request(kRead, n, 0, size)});
+    hog.send(requests);
+  }
+  ::usleep(300'000);
+  EXPECT_LE(used(), uint64_t{48} << 20);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  EXPECT_LE(resident() - before, 64u);
+#endif
+  Client other = connect();
+  other.enter("disk");
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(other.read(0, 65536).size(), 65536u);
+}
+
+TEST_F(Limits, ConnectingAndLeavingLeaksNothing) {
+  add("disk", "driver=memory,size=1M");
+  const auto come_and_go = [&](int times) {
+    for (int i = 0; i < times; ++i) {
+      Client client = connect();
+      if (i % 4 == 0) continue;
+      client.enter("disk", i % 4 == 1, i % 4 == 1);
+      if (i % 4 == 2) client.send(client.request(kRead, 1, 0, 65536));
+      if (i % 4 == 3) client.send(Bytes(20));
+    }
+    const auto busy = [&] {
+      for (const std::string& line : server_->describe()) {
+        if (line.starts_with("NBD client")) return true;
+      }
+      return false;
+    };
+    for (int i = 0; i < 1000 && busy(); ++i) ::usleep(5000);
+    EXPECT_FALSE(busy());
+  };
+  come_and_go(500);
+  const uint64_t memory = resident();
+  const size_t files = descriptors();
+  come_and_go(slow() ? 10'000 : 2000);
+  EXPECT_EQ(descriptors(), files);
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+  EXPECT_LE(resident(), memory + 2);
+#endif
+  EXPECT_EQ(used(), 0u);
+}
+
+}  // namespace
+}  // namespace minivmm::nbd
