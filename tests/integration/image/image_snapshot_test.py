@@ -49,6 +49,15 @@ class Snapshots(ImageCase):
         self.same_answer("snapshot", "-l", "raw")
         self.same_answer("snapshot", "-l", "no-such-file", status=1)
 
+    def test_a_disk_of_no_bytes(self):
+        """Its L1 table has no entries, for which there is no room to be found."""
+        for compat in ("0.10", "1.1"):
+            self.make("-f", "qcow2", "-o", f"compat={compat}", "x", "0")
+            for arguments in (["-c", "a"], ["-c", "b"], ["-a", "a"], ["-d", "a"], ["-d", "b"]):
+                with self.subTest(compat=compat, arguments=arguments):
+                    self.must(self.ours("snapshot", *arguments, "x"))
+                    self.must(self.theirs("check", "x"))
+
     def test_the_state_of_a_machine_is_kept(self):
         """QEMU keeps it behind the disk's end, in the snapshot's L1 table."""
         self.make("-f", "qcow2", "x", "4M")

@@ -88,6 +88,11 @@ uint64_t SnapshotSet::clusters_of(const L1Entries& l1) const {
   return image_.file().geometry().clusters(l1.size() * 8);
 }
 
+uint64_t SnapshotSet::take_l1(TreeSwitch& change, const L1Entries& l1) const {
+  // The table of a disk of 0 bytes has no entries and takes no room.
+  return l1.empty() ? l1_.offset() : change.take(clusters_of(l1));
+}
+
 SnapshotSet::List SnapshotSet::take_list(TreeSwitch& change,
                                          const std::vector<SnapshotEntry>& entries) {
   const uint64_t length = bytes_of(entries);
@@ -175,9 +180,9 @@ std::string SnapshotSet::create(std::string_view name, uint64_t size, base::Epoc
   entry.l1_size = static_cast<uint32_t>(theirs.size());
 
   TreeSwitch change(image_);
-  entry.l1_offset = change.take(clusters_of(theirs));
+  entry.l1_offset = take_l1(change, theirs);
   const List list = take_list(change, wanted);
-  const uint64_t l1_offset = change.take(clusters_of(active));
+  const uint64_t l1_offset = take_l1(change, active);
   change.take_l2_tables(tables_in(theirs));
   change.copy_refcounts();
   change.raise_data(theirs);
@@ -214,7 +219,7 @@ void SnapshotSet::remove(std::string_view name, base::Epoch& epoch) {
 
   TreeSwitch change(image_);
   const List list = take_list(change, wanted);
-  const uint64_t l1_offset = change.take(clusters_of(active));
+  const uint64_t l1_offset = take_l1(change, active);
   change.take_l2_tables(tables_in(active));
   change.copy_refcounts();
   change.lower_tree(theirs);
@@ -255,7 +260,7 @@ uint64_t SnapshotSet::apply(std::string_view id_or_name, uint64_t size, base::Ep
   const L1Entries old = active_l1();
 
   TreeSwitch change(image_);
-  const uint64_t l1_offset = change.take(clusters_of(l1));
+  const uint64_t l1_offset = take_l1(change, l1);
   change.take_l2_tables(tables_in(l1));
   change.copy_refcounts();
   change.raise_data(l1);

@@ -57,6 +57,7 @@ class SnapshotSet {
   std::string next_id() const;
   void settle(base::Epoch& epoch);
   uint64_t clusters_of(const L1Entries& l1) const;
+  uint64_t take_l1(TreeSwitch& change, const L1Entries& l1) const;
   uint64_t l1_entries_for(uint64_t size) const;
   L1Entries active_l1() const;
   SnapshotEntry new_entry(std::string_view name, uint64_t size) const;
