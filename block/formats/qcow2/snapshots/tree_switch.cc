@@ -123,6 +123,8 @@ void TreeSwitch::load_table(uint64_t l1_entry) {
 }
 
 uint64_t TreeSwitch::write_copy() {
+  // Room was taken for what L1 entries point to; an entry of flags alone points to nothing.
+  if (l2_tables_.empty()) throw image_.file().corruption("an L1 entry points to no L2 table");
   const uint64_t to = l2_tables_.back();
   image_.file().file().write(to, bytes_.io());
   l2_tables_.pop_back();
