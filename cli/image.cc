@@ -62,6 +62,17 @@ void print_help(std::FILE* to) {
 
 std::span<const ImageCommand> image_commands() { return kImageCommands; }
 
+std::optional<int> run_from_table(std::span<const ImageCommand> table,
+                                  const std::vector<std::string>& arguments) {
+  for (const ImageCommand& command : table) {
+    if (command.name != arguments[0]) continue;
+    boost::program_options::variables_map values;
+    const std::vector<std::string> rest(arguments.begin() + 1, arguments.end());
+    return parse_image_arguments(rest, command.syntax(), values) ? command.run(values) : 0;
+  }
+  return std::nullopt;
+}
+
 int run_image(const std::vector<std::string>& arguments) {
   const bool drop_in = personality().drop_in;
   if (arguments.empty()) {
@@ -85,12 +96,7 @@ int run_image(const std::vector<std::string>& arguments) {
   if (drop_in && first.starts_with('-')) {
     throw UsageError{fmt::format("unrecognized option '{}'", first)};
   }
-  for (const ImageCommand& command : kImageCommands) {
-    if (command.name != first) continue;
-    boost::program_options::variables_map values;
-    const std::vector<std::string> rest(arguments.begin() + 1, arguments.end());
-    return parse_image_arguments(rest, command.syntax(), values) ? command.run(values) : 0;
-  }
+  if (const auto status = run_from_table(kImageCommands, arguments)) return *status;
   throw UsageError{drop_in ? fmt::format("Command not found: {}", first)
                            : fmt::format("unknown command 'image {}'", first)};
 }

@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -22,6 +23,11 @@ struct ImageCommand {
 };
 
 std::span<const ImageCommand> image_commands();
+
+// Runs the command of the table that the first argument names, with the rest; nothing where the
+// table has none of that name.
+std::optional<int> run_from_table(std::span<const ImageCommand> table,
+                                  const std::vector<std::string>& arguments);
 
 // One pair a file image_NAME.cc.
 ImageSyntax image_amend_syntax();

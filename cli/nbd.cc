@@ -56,12 +56,7 @@ int run_nbd(const std::vector<std::string>& arguments) {
     print_help(stdout);
     return 0;
   }
-  for (const ImageCommand& command : kNbdCommands) {
-    if (command.name != first) continue;
-    boost::program_options::variables_map values;
-    const std::vector<std::string> rest(arguments.begin() + 1, arguments.end());
-    return parse_image_arguments(rest, command.syntax(), values) ? command.run(values) : 0;
-  }
+  if (const auto status = run_from_table(kNbdCommands, arguments)) return *status;
   throw UsageError{fmt::format("unknown command 'nbd {}'", first)};
 }
 

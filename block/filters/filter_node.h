@@ -36,8 +36,8 @@ class FilterNode : public Node {
   void driver_prefetch(uint64_t offset, uint64_t length) override {
     file_.prefetch(offset, length);
   }
-  bool driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
-    return file_.start_writeback(offset, length);
+  void driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
+    file_.start_writeback(offset, length);
   }
   Edge& file() noexcept { return file_; }
 

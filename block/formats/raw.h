@@ -43,8 +43,8 @@ class RawNode final : public Node {
   void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
                          uint64_t from_offset) override;
   void driver_prefetch(uint64_t offset, uint64_t length) override;
-  bool driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
-    return file_.start_writeback(range_.offset + offset, length);
+  void driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
+    file_.start_writeback(range_.offset + offset, length);
   }
 
   bool guards(uint64_t offset) const noexcept;

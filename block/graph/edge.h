@@ -56,8 +56,8 @@ class Edge {
   void write_compressed(uint64_t offset, IoSpan from);
   void prefetch(uint64_t offset, uint64_t length);
   // See Node::driver_start_writeback.
-  bool start_writeback(uint64_t offset, uint64_t length) noexcept {
-    return node_->driver_start_writeback(offset, length);
+  void start_writeback(uint64_t offset, uint64_t length) noexcept {
+    node_->driver_start_writeback(offset, length);
   }
 
   // Points the edge at another node. Only under a drain of every root above it.

@@ -158,9 +158,9 @@ class Node : public std::enable_shared_from_this<Node> {
   // Brings a range near (page cache, copy-on-read). A hint. Default: does nothing.
   virtual void driver_prefetch(uint64_t offset, uint64_t length);
   // A hint: what was written there is not going to be written again soon, so that it may as well be
-  // on its way to the device before somebody flushes. Does not wait. False: one such is still under
-  // way, ask later. Fiber.
-  virtual bool driver_start_writeback(uint64_t, uint64_t) noexcept { return true; }
+  // on its way to the device before somebody flushes. Does not wait, and does
+  // nothing while one such is under way: the device is behind as it is. Fiber.
+  virtual void driver_start_writeback(uint64_t, uint64_t) noexcept {}
 
   void set_size(uint64_t size) noexcept { size_.store(size, std::memory_order_release); }
   // Raises the size to at least `size`.

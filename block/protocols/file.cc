@@ -285,9 +285,8 @@ void FileNode::driver_prefetch(uint64_t offset, uint64_t length) {
 }
 
 // By a thread of the pool: the call waits where the device's queue is full.
-bool FileNode::driver_start_writeback(uint64_t offset, uint64_t length) noexcept {
-  if (no_flush_ || file_->direct()) return true;
-  if (writing_back_.exchange(true)) return false;
+void FileNode::driver_start_writeback(uint64_t offset, uint64_t length) noexcept {
+  if (no_flush_ || file_->direct() || writing_back_.exchange(true)) return;
   background_.add();
   const auto ended = [this] {
     writing_back_.store(false);
@@ -306,7 +305,6 @@ bool FileNode::driver_start_writeback(uint64_t offset, uint64_t length) noexcept
   } catch (const std::exception&) {
     ended();
   }
-  return true;
 }
 
 void FileNode::close() {

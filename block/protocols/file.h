@@ -45,7 +45,7 @@ class FileNode final : public Node {
   void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
                          uint64_t from_offset) override;
   void driver_prefetch(uint64_t offset, uint64_t length) override;
-  bool driver_start_writeback(uint64_t offset, uint64_t length) noexcept override;
+  void driver_start_writeback(uint64_t offset, uint64_t length) noexcept override;
 
   [[noreturn]] void fail(int64_t result, const char* what, uint64_t offset, uint64_t length) const;
   int64_t read_inline(IoSpan to, uint64_t offset) noexcept;

@@ -129,8 +129,7 @@ void Image::write_data(uint64_t host_offset, IoSpan from) {
 void Image::write_new_data(uint64_t host_offset, IoSpan from) {
   write_data(host_offset, from);
   const WriteBehind::Range range = write_behind_.add(host_offset, from.bytes());
-  // Where one is under way, the device is behind as it is.
-  if (range.length != 0) (void)data().start_writeback(range.offset, range.length);
+  if (range.length != 0) data().start_writeback(range.offset, range.length);
 }
 
 // The snapshot table, and the tables that it names. What makes no sense is the business of those

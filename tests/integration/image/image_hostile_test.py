@@ -331,6 +331,14 @@ class TablesTest(HostileCase):
             self.patched(patch)
             self.changes()
 
+    def test_an_l1_entry_of_flags_alone(self):
+        """It points to no table, so that no room is taken for a copy of one."""
+        l1 = struct.unpack(">Q", self.bytes_of("good")[40:48])[0]
+        self.patched((l1, be(1 << 63)))
+        status, text = self.changes()["snapshot -c"]
+        self.assertEqual(status, 1, text)
+        self.assertIn("points to no L2 table", text)
+
     def test_many_snapshots(self):
         l1 = struct.unpack(">Q", self.bytes_of("good")[40:48])[0]
         self.patched(*self.snapshot_list([(l1, 1, b"aa")] * 65536))

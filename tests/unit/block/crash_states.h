@@ -3,18 +3,15 @@
 // says that there is time. The number is in the test's record (--gtest_output), to be added up.
 #pragma once
 
-#include <string>
-
-#include <cstdlib>
-
 #include <gtest/gtest.h>
+
+#include "tests/support/slow.h"
 
 namespace minivmm::block {
 
 // Once a test. `in_ci`: without MINIVMM_SLOW.
 inline unsigned crash_states(unsigned in_ci) {
-  const char* slow = std::getenv("MINIVMM_SLOW");
-  const unsigned states = slow != nullptr && std::string(slow) == "1" ? in_ci * 10 : in_ci;
+  const unsigned states = slow_tests() ? in_ci * 10 : in_ci;
   testing::Test::RecordProperty("crash_states", static_cast<int>(states));
   return states;
 }

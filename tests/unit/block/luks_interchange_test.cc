@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "luks_fixture.h"
+#include "tests/support/slow.h"
 
 namespace minivmm::block {
 namespace {
@@ -32,11 +33,6 @@ constexpr Case kCases[] = {
     {"Sha384", ",hash-alg=sha384", false},
     {"Sha224", ",hash-alg=sha224", false},
 };
-
-bool slow() {
-  const char* value = std::getenv("MINIVMM_SLOW");
-  return value != nullptr && std::string(value) == "1";
-}
 
 class LuksInterchange : public LuksTest, public testing::WithParamInterface<Case> {
  protected:
@@ -173,7 +169,7 @@ TEST_P(LuksInterchange, PasswordsAreAddedAndErasedByBoth) {
     EXPECT_FALSE(opens("disk", "sec0"));
     EXPECT_TRUE(opens("disk", "sec1"));
   });
-  if (!GetParam().by_qemu && !slow()) return;
+  if (!GetParam().by_qemu && !slow_tests()) return;
   qemu_with_clock(fmt::format("qemu-img amend {} {} -o state=active,new-secret=sec0,iter-time=10",
                               kSecrets, image("disk", "sec1")));
   on_fiber([&] {

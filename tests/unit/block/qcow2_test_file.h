@@ -179,10 +179,9 @@ class TestFile final : public Node {
     const std::lock_guard lock(mutex_);
     if (logging_) flushes_.push_back({began, tick()});
   }
-  bool driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
+  void driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
     const std::lock_guard lock(mutex_);
     writebacks_.emplace_back(offset, length);
-    return true;
   }
   void driver_truncate(uint64_t new_size) override {
     const std::lock_guard lock(mutex_);

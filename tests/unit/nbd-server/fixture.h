@@ -4,6 +4,7 @@
 
 #include <string>
 #include <sys/socket.h>
+#include <sys/un.h>
 
 #include <memory>
 #include <optional>
@@ -78,6 +79,16 @@ class ServerTest : public testing::Test {
     EXPECT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
     server_->serve(base::UniqueFd(pair[0]));
     return Client(base::UniqueFd(pair[1]));
+  }
+
+  // By a listener's unix socket.
+  static Client connect_to(const std::string& path) {
+    base::UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    sockaddr_un address{};
+    address.sun_family = AF_UNIX;
+    path.copy(address.sun_path, sizeof address.sun_path - 1);
+    EXPECT_EQ(::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
+    return Client(std::move(fd));
   }
 
   base::LoopGroup loops_;

@@ -3,7 +3,6 @@
 #include <poll.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <cstdlib>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "fixture.h"
+#include "tests/support/slow.h"
 
 namespace minivmm::nbd {
 namespace {
@@ -32,8 +32,6 @@ constexpr uint32_t kErrPolicy = 0x80000002;
 Bytes go(std::string_view name) {
   return join({be32(static_cast<uint32_t>(name.size())), text(name), be16(0)});
 }
-
-bool slow() { return std::getenv("MINIVMM_SLOW") != nullptr; }
 
 // In MiB, of this process.
 uint64_t resident() {
@@ -116,14 +114,6 @@ class Listener : public Limits {
     options.uri = "nbd+unix:///?socket=" + path_;
     on_fiber([&] { (void)server_->listen(std::move(options)); });
   }
-  Client connect_socket() {
-    base::UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    path_.copy(address.sun_path, sizeof address.sun_path - 1);
-    EXPECT_EQ(::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
-    return Client(std::move(fd));
-  }
   const std::string path_;
 };
 
@@ -131,10 +121,10 @@ TEST_F(Listener, OneClientHasOnlySoManyConnections) {
   ListenOptions options;
   options.max_per_client = 2;
   listen(std::move(options));
-  Client one = connect_socket(), two = connect_socket();
+  Client one = connect_to(path_), two = connect_to(path_);
   one.enter("disk");
   two.enter("disk");
-  EXPECT_TRUE(connect_socket().closed());
+  EXPECT_TRUE(connect_to(path_).closed());
   // Another listener's connections, and those that were handed over, are not counted.
   Client other = connect();
   other.enter("disk");
@@ -144,9 +134,9 @@ TEST_F(Listener, FurtherClientsWaitWhileItHasSoMany) {
   ListenOptions options;
   options.max_connections = 1;
   listen(std::move(options));
-  Client one = connect_socket();
+  Client one = connect_to(path_);
   one.enter("disk");
-  Client two = connect_socket();
+  Client two = connect_to(path_);
   pollfd p{two.fd(), POLLIN, 0};
   EXPECT_EQ(::poll(&p, 1, 100), 0);
   one.close();
@@ -158,9 +148,9 @@ TEST_F(Listener, SilenceIsBoundedInTheHandshakeAndAfterIt) {
   options.handshake_limit = milliseconds(100);
   options.idle_limit = milliseconds(200);
   listen(std::move(options));
-  Client mute = connect_socket();
+  Client mute = connect_to(path_);
   mute.greet();
-  Client idle = connect_socket();
+  Client idle = connect_to(path_);
   idle.enter("disk");
   EXPECT_TRUE(mute.closed());
   EXPECT_TRUE(idle.closed());
@@ -204,7 +194,7 @@ TEST_F(Limits, ClientsThatNeverReadCostLittle) {
   files.rlim_cur = std::min<rlim_t>(files.rlim_max, 8192);
   ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &files), 0);
   add("disk", "driver=null,size=1G");
-  const size_t count = slow() ? 1000 : 200;
+  const size_t count = slow_tests() ? 1000 : 200;
   const uint64_t before = resident();
   std::vector<Client> hogs;
   for (size_t i = 0; i < count; ++i) {
@@ -248,7 +238,7 @@ TEST_F(Limits, ConnectingAndLeavingLeaksNothing) {
   come_and_go(500);
   const uint64_t memory = resident();
   const size_t files = descriptors();
-  come_and_go(slow() ? 10'000 : 2000);
+  come_and_go(slow_tests() ? 10'000 : 2000);
   EXPECT_EQ(descriptors(), files);
   if (kMemoryIsOurs) {
     EXPECT_LE(resident(), memory + 2);

@@ -2,7 +2,6 @@
 // STARTTLS, right and wrong, and what goes through it: the client is the node `nbd`.
 #include <string>
 #include <sys/socket.h>
-#include <sys/un.h>
 #include <unistd.h>
 
 #include <filesystem>
@@ -43,20 +42,12 @@ class TlsHandshake : public ServerTest {
     const std::string address = on_fiber([&] { return server_->listen(std::move(options)); });
     EXPECT_EQ(address.starts_with("nbds+unix://"), mode == TlsOptions::Mode::kRequired) << address;
   }
-  Client connect_socket() {
-    base::UniqueFd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0));
-    sockaddr_un address{};
-    address.sun_family = AF_UNIX;
-    path_.copy(address.sun_path, sizeof address.sun_path - 1);
-    EXPECT_EQ(::connect(fd.get(), reinterpret_cast<const sockaddr*>(&address), sizeof address), 0);
-    return Client(std::move(fd));
-  }
   const std::string path_;
 };
 
 TEST_F(TlsHandshake, NothingElseIsAnsweredWhereItIsRequired) {
   listen(TlsOptions::Mode::kRequired);
-  Client client = connect_socket();
+  Client client = connect_to(path_);
   client.greet();
   for (const uint32_t option : {kList, kGo, kInfo, kStructured, kListMeta, kSetMeta, 99u}) {
     EXPECT_EQ(client.final_of(option, Bytes(10)), kErrTlsReqd) << option;
@@ -64,7 +55,7 @@ TEST_F(TlsHandshake, NothingElseIsAnsweredWhereItIsRequired) {
   EXPECT_EQ(client.final_of(kStartTls, text("x")), kErrInvalid);
   EXPECT_EQ(client.final_of(kAbort), kAck);
   EXPECT_TRUE(client.closed());
-  Client second = connect_socket();
+  Client second = connect_to(path_);
   second.greet();
   second.send_option(1, text("disk"));  // EXPORT_NAME has no error
   EXPECT_TRUE(second.closed());
@@ -72,7 +63,7 @@ TEST_F(TlsHandshake, NothingElseIsAnsweredWhereItIsRequired) {
 
 TEST_F(TlsHandshake, NobodyHasToWhereItIsOptional) {
   listen(TlsOptions::Mode::kOptional);
-  Client client = connect_socket();
+  Client client = connect_to(path_);
   client.enter("disk");
   EXPECT_EQ(client.read(0, 512), Bytes(512));
 }
@@ -81,7 +72,7 @@ TEST_F(TlsHandshake, NobodyHasToWhereItIsOptional) {
 TEST_F(TlsHandshake, WhatIsNotTlsEndsTheSession) {
   listen(TlsOptions::Mode::kRequired);
   for (const Bytes& said : {Bytes(64), text("GET / HTTP/1.0\r\n\r\n"), Bytes{}}) {
-    Client client = connect_socket();
+    Client client = connect_to(path_);
     client.greet();
     EXPECT_EQ(client.final_of(kStartTls), kAck);
     client.send(said);
@@ -106,7 +97,7 @@ TEST_F(TlsHandshake, ExportsForOthersAreNotSeen) {
                         {.description = "", .writable = false, .allow = {"alice"}});
   });
   listen(TlsOptions::Mode::kOptional);
-  Client client = connect_socket();
+  Client client = connect_to(path_);
   client.greet();
   EXPECT_EQ(client.option(kList).size(), 2u);  // disk, and the end
   EXPECT_EQ(client.final_of(kGo, join({named("hers"), be16(0)})), kErrTlsReqd);
