@@ -126,10 +126,13 @@ bool Account::try_take(uint64_t bytes) noexcept {
   if (used_ + bytes > leased_) {
     const uint64_t missing = used_ + bytes - leased_;
     const uint64_t step = std::min(std::max(missing, kStep), limit_ - leased_);
-    if (budget_.try_acquire(step)) {
+    if (budgets_.open().try_acquire(step)) {
       leased_ += step;
-    } else if (budget_.try_acquire(missing)) {
+    } else if (budgets_.open().try_acquire(missing)) {
       leased_ += missing;
+    } else if (bytes <= Budgets::kSmall && budgets_.kept().try_acquire(missing)) {
+      leased_ += missing;
+      from_kept_ += missing;
     } else {
       return false;
     }
@@ -140,15 +143,22 @@ bool Account::try_take(uint64_t bytes) noexcept {
 
 bool Account::wait(uint64_t bytes, base::CancelSource& cancel) {
   settle();
-  if (!budget_.acquire(bytes, cancel)) return false;
+  const bool small = bytes <= Budgets::kSmall;
+  if (!(small ? budgets_.kept() : budgets_.open()).acquire(bytes, cancel)) return false;
+  if (small) from_kept_ += bytes;
   leased_ += bytes;
   used_ += bytes;
   return true;
 }
 
+// The kept share comes back first: bytes are bytes, and others may have nothing else to wait for.
 void Account::settle() noexcept {
-  if (leased_ == used_) return;
-  budget_.release(leased_ - used_);
+  const uint64_t spare = leased_ - used_;
+  if (spare == 0) return;
+  const uint64_t to_kept = std::min(spare, from_kept_);
+  if (to_kept > 0) budgets_.kept().release(to_kept);
+  if (spare > to_kept) budgets_.open().release(spare - to_kept);
+  from_kept_ -= to_kept;
   leased_ = used_;
 }
 

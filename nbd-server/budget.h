@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// Bytes of payload that may be held for clients: a Budget for all of them, one below it for the
-// clients of an export where that is limited, an Account for each client.
+// Bytes of payload that may be held for clients: Budgets for all of them, others below those for
+// the clients of an export where that is limited, an Account for each client.
 //
 // Memory for a request is admitted before it is spent; a request that is not admitted stays in the
-// client's socket. Waiting is first come, first served, so that a large request is not starved.
+// client's socket. Waiting is first come, first served, so that a large request is not starved; a
+// share is kept for small ones, who have a queue of their own.
 #pragma once
 
 #include <atomic>
@@ -18,9 +19,10 @@ class Fiber;
 
 namespace minivmm::nbd {
 
-// The largest request must fit, beside what others may keep (see Budget::try_acquire_spare).
+// The largest request must fit, beside what others may keep (see Budget::try_acquire_spare) and
+// what small requests have to themselves (see Budgets).
 inline constexpr uint64_t kMinClientMemory = (uint64_t{32} << 20) + (uint64_t{1} << 20);
-inline constexpr uint64_t kMinMemory = kMinClientMemory / 3 * 4;
+inline constexpr uint64_t kMinMemory = kMinClientMemory / 3 * 4 / 15 * 16;
 
 // Any loop.
 class Budget {
@@ -64,27 +66,53 @@ class Budget {
   std::atomic<unsigned> waiting_{0};
 };
 
-// One client's part, on the client's loop. Takes from the budget in larger steps than a request
+// What a server or an export has. Clients that ask for much and read slowly can hold all that is
+// open to everybody, and the queue for it is long then; who asks for little is served out of a
+// share that they cannot get at. Any loop.
+class Budgets {
+ public:
+  // Up to 64 KiB of payload and what a request costs beside it.
+  static constexpr uint64_t kSmall = uint64_t{80} << 10;
+
+  explicit Budgets(uint64_t bytes, Budgets* above = nullptr) noexcept
+      : open_(bytes - bytes / 16, above != nullptr ? &above->open_ : nullptr),
+        kept_(bytes / 16, above != nullptr ? &above->kept_ : nullptr) {}
+
+  // For every request; the largest fits.
+  Budget& open() noexcept { return open_; }
+  // For requests of at most kSmall, where nothing is open.
+  Budget& kept() noexcept { return kept_; }
+
+  uint64_t total() const noexcept { return open_.total() + kept_.total(); }
+  uint64_t used() const noexcept { return open_.used() + kept_.used(); }
+  bool contended() const noexcept { return open_.contended() || kept_.contended(); }
+
+ private:
+  Budget open_;
+  Budget kept_;
+};
+
+// One client's part, on the client's loop. Takes from the budgets in larger steps than a request
 // and gives back when nothing is in use, so that small requests rarely touch what loops share.
 class Account {
  public:
-  Account(Budget& budget, uint64_t limit) noexcept : budget_(budget), limit_(limit) {}
+  Account(Budgets& budgets, uint64_t limit) noexcept : budgets_(budgets), limit_(limit) {}
   Account(const Account&) = delete;
   Account& operator=(const Account&) = delete;
   ~Account() { settle(); }
 
   // True if `bytes` are this client's now; `bytes` must not exceed the limit.
   bool try_take(uint64_t bytes) noexcept;
-  // True if only the shared budget stands in the way: then wait() for it rather than for one's
+  // True if only the shared budgets stand in the way: then wait() for them rather than for one's
   // own requests to end.
   bool within_limit(uint64_t bytes) const noexcept { return used_ + bytes <= limit_; }
-  // Fiber. Takes `bytes`, within the limit, when the shared budget has them. False: cancelled.
+  // Fiber. Takes `bytes`, within the limit, when the shared budgets have them. False: cancelled.
   bool wait(uint64_t bytes, base::CancelSource& cancel);
   void give_back(uint64_t bytes) noexcept {
     used_ -= bytes;
     if (eager_) settle();
   }
-  // Returns what is not in use to the budget.
+  // Returns what is not in use to the budgets.
   void settle() noexcept;
   // While the client's fiber waits for whatever reason, nothing that is not in use may be kept:
   // others may wait for it.
@@ -94,15 +122,16 @@ class Account {
   }
 
   uint64_t used() const noexcept { return used_; }
-  Budget& budget() noexcept { return budget_; }
+  Budgets& budgets() noexcept { return budgets_; }
 
  private:
   static constexpr uint64_t kStep = uint64_t{256} << 10;
 
-  Budget& budget_;
+  Budgets& budgets_;
   const uint64_t limit_;
   uint64_t used_ = 0;
-  uint64_t leased_ = 0;  // taken from the budget; at least used_
+  uint64_t leased_ = 0;     // taken from the budgets; at least used_
+  uint64_t from_kept_ = 0;  // of these, out of the kept share
   bool eager_ = false;
 };
 

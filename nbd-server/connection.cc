@@ -54,9 +54,9 @@ const char* Connection::serve(const Environment& environment) {
   const SessionOptions session_options{.idle_limit = terms_.idle_limit.value_or(options.idle_limit),
                                        .stall_limit = options.stall_limit,
                                        .memory = options.connection_memory};
-  Budget* const limited = agreed->target->memory();
+  Budgets* const limited = agreed->target->memory();
   Session session(loop_, stream_, environment.resources,
-                  limited != nullptr ? *limited : environment.budget, *agreed, cancel_,
+                  limited != nullptr ? *limited : environment.budgets, *agreed, cancel_,
                   session_options, counters_);
   session_ = &session;
   const char* const why = session.run();

@@ -28,7 +28,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
     const ServerOptions& options;
     const ExportTable& exports;
     Resources& resources;  // of the connection's loop
-    Budget& budget;
+    Budgets& budgets;
   };
 
   // What the listener says that the client came by.

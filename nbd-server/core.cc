@@ -34,7 +34,7 @@ ServerOptions sane(ServerOptions options) noexcept {
 }  // namespace
 
 Server::Core::Core(base::LoopGroup& loops, ServerOptions options)
-    : loops_(loops), options_(sane(options)), budget_(options_.memory) {
+    : loops_(loops), options_(sane(options)), budgets_(options_.memory) {
   for (size_t i = 0; i < loops.size(); ++i) {
     resources_[loops.loop(i).index()] = std::make_unique<Resources>();
   }
@@ -43,7 +43,7 @@ Server::Core::Core(base::LoopGroup& loops, ServerOptions options)
 // --- exports ---
 
 void Server::Core::add_export(std::shared_ptr<Export> added) {
-  added->limit_memory(budget_);
+  added->limit_memory(budgets_);
   exports_.add(std::move(added));
   warn_if_open_to_writers();
 }
@@ -282,7 +282,7 @@ void Server::Core::serve(base::UniqueFd connected, Connection::Terms terms,
 }
 
 void Server::Core::run_client(Connection& client, base::EventLoop& loop) {
-  client.run({options_, exports_, *resources_[loop.index()], budget_});
+  client.run({options_, exports_, *resources_[loop.index()], budgets_});
   bool last = false;
   {
     const std::lock_guard lock(mutex_);
@@ -367,7 +367,8 @@ std::vector<std::string> Server::Core::describe() const {
   }
   for (const auto& each : exports_.all()) out.push_back(each->describe());
   for (const auto& client : clients()) out.push_back("NBD " + client->describe());
-  out.push_back(fmt::format("NBD payload memory: {} of {} bytes", budget_.used(), budget_.total()));
+  out.push_back(
+      fmt::format("NBD payload memory: {} of {} bytes", budgets_.used(), budgets_.total()));
   return out;
 }
 

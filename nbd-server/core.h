@@ -63,7 +63,7 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   base::LoopGroup& loops_;
   const ServerOptions options_;
   ExportTable exports_;
-  Budget budget_;
+  Budgets budgets_;
   std::array<std::unique_ptr<Resources>, base::EventLoop::kMaxLoops> resources_;
 
   mutable std::mutex mutex_;

@@ -50,9 +50,9 @@ bool Export::allows(std::string_view client) const noexcept {
                      [client](const std::string& each) { return each == "*" || each == client; });
 }
 
-void Export::limit_memory(Budget& all) {
+void Export::limit_memory(Budgets& all) {
   if (options_.memory == 0) return;
-  memory_ = std::make_unique<Budget>(std::clamp(options_.memory, kMinMemory, all.total()), &all);
+  memory_ = std::make_unique<Budgets>(std::clamp(options_.memory, kMinMemory, all.total()), &all);
 }
 
 uint16_t Export::transmission_flags(wire::Headers headers) const noexcept {

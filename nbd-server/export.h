@@ -53,8 +53,8 @@ class Export {
   bool cloned() const noexcept { return clones_ != nullptr; }
 
   // Once, before clients: a limit on what its clients hold together, if it has one.
-  void limit_memory(Budget& all);
-  Budget* memory() noexcept { return (origin_ ? origin_->memory_ : memory_).get(); }
+  void limit_memory(Budgets& all);
+  Budgets* memory() noexcept { return (origin_ ? origin_->memory_ : memory_).get(); }
 
   // "NBD export 'd': 'disk0' (qcow2, /srv/o.qcow2), 1048576 bytes, writable, 2 clients". Any time.
   std::string describe() const;
@@ -79,7 +79,7 @@ class Export {
   const std::shared_ptr<Export> origin_;
   const std::string client_;
   block::Handle handle_;  // stays while somebody is inside users_
-  std::unique_ptr<Budget> memory_;
+  std::unique_ptr<Budgets> memory_;
   mutable base::Gate users_;
   std::atomic<unsigned> sessions_{0};
   std::atomic<bool> withdrawn_{false};

@@ -40,7 +40,7 @@ class Session::Pause {
   Session& session_;
 };
 
-Session::Session(base::EventLoop& loop, Stream& stream, Resources& resources, Budget& budget,
+Session::Session(base::EventLoop& loop, Stream& stream, Resources& resources, Budgets& budgets,
                  const Agreement& agreed, base::CancelSource& cancel, const SessionOptions& options,
                  SessionCounters& counters)
     : loop_(loop),
@@ -51,8 +51,8 @@ Session::Session(base::EventLoop& loop, Stream& stream, Resources& resources, Bu
       cancel_(cancel),
       options_(options),
       counters_(counters),
-      account_(budget, std::min(options.memory, budget.total())),
-      input_(resources, budget),
+      account_(budgets, std::min(options.memory, budgets.open().total())),
+      input_(resources, budgets.open()),
       commands_(agreed_, resources),
       replies_(loop, stream, resources, *this) {}
 
@@ -229,7 +229,7 @@ Session::Admitted Session::make_request(const wire::Request& head, uint64_t char
 // number of such clients: they leave room for those who read.
 bool Session::holds_too_much(uint64_t bytes) noexcept {
   if (!replies_.blocked() || account_.used() == 0) return false;
-  return account_.used() + bytes > std::max(kUnread, account_.budget().spare() / 2);
+  return account_.used() + bytes > std::max(kUnread, account_.budgets().open().spare() / 2);
 }
 
 bool Session::wait_for_memory(uint64_t bytes) {
@@ -377,7 +377,7 @@ void Session::on_sent(Request& request) noexcept {
 }
 
 bool Session::on_stall(std::chrono::nanoseconds stalled) noexcept {
-  return stalled >= options_.stall_limit && account_.budget().contended();
+  return stalled >= options_.stall_limit && account_.budgets().contended();
 }
 
 // --- receiving ---
@@ -446,7 +446,7 @@ bool Session::receive_into(std::span<iovec> to, size_t& received, Progress* prog
 }
 
 bool Session::stalls(const Progress& progress, base::Clock::time_point now) noexcept {
-  return now - progress.since >= options_.stall_limit && account_.budget().contended();
+  return now - progress.since >= options_.stall_limit && account_.budgets().contended();
 }
 
 bool Session::wait_readable(Progress* progress) {

@@ -42,7 +42,7 @@ struct SessionOptions {
 
 class Session final : private ReplyQueue::Owner {
  public:
-  Session(base::EventLoop& loop, Stream& stream, Resources& resources, Budget& budget,
+  Session(base::EventLoop& loop, Stream& stream, Resources& resources, Budgets& budgets,
           const Agreement& agreed, base::CancelSource& cancel, const SessionOptions& options,
           SessionCounters& counters);
   Session(const Session&) = delete;

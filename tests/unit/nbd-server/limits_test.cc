@@ -26,6 +26,7 @@ constexpr bool kMemoryIsOurs = true;
 
 using std::chrono::milliseconds;
 constexpr uint16_t kRead = 0;
+constexpr uint16_t kWrite = 1;
 constexpr uint32_t kGo = 7;
 constexpr uint32_t kErrPolicy = 0x80000002;
 
@@ -214,6 +215,26 @@ TEST_F(Limits, ClientsThatNeverReadCostLittle) {
   Client other = connect();
   other.enter("disk");
   for (int i = 0; i < 20; ++i) EXPECT_EQ(other.read(0, 65536).size(), 65536u);
+}
+
+// More clients than there is memory for announce large writes and do not send them. Who asks for
+// little is not behind them in a queue, which would be as long as the stall limit (5 s) and more.
+TEST_F(Limits, SmallRequestsDoNotWaitBehindLargeOnes) {
+  add("disk", "driver=null,size=1G");
+  std::vector<Client> hogs;
+  for (int i = 0; i < 60; ++i) {
+    hogs.push_back(connect());
+    hogs.back().enter("disk");
+    hogs.back().send(hogs.back().request(kWrite, 1, 0, 1 << 20));
+  }
+  for (int i = 0; i < 500 && used() < uint64_t{44} << 20; ++i) ::usleep(10'000);
+  ASSERT_GE(used(), uint64_t{44} << 20);
+  Client other = connect();
+  other.enter("disk");
+  const auto began = base::Clock::now();
+  for (int i = 0; i < 20; ++i) EXPECT_EQ(other.read(0, 65536).size(), 65536u);
+  EXPECT_EQ(other.error_of(kWrite, 0, 4096, 0, Bytes(4096)), 0u);
+  EXPECT_LT(base::Clock::now() - began, std::chrono::seconds(3));
 }
 
 TEST_F(Limits, ConnectingAndLeavingLeaksNothing) {

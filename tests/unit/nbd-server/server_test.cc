@@ -422,16 +422,39 @@ TEST(Budgets, AreHandedOutInOrderAndTakenBackWhenCancelled) {
 }
 
 TEST(Budgets, AnAccountKeepsNothingThatItDoesNotUseWhileItsClientWaits) {
-  Budget budget(1 << 20);
-  Account account(budget, 512 << 10);
+  Budgets budgets(1 << 20);
+  Account account(budgets, 512 << 10);
   EXPECT_TRUE(account.try_take(1000));
-  EXPECT_GT(budget.used(), 1000u);  // in steps
+  EXPECT_GT(budgets.used(), 1000u);  // in steps
   EXPECT_FALSE(account.try_take(512 << 10));
   EXPECT_FALSE(account.within_limit(512 << 10));
   account.set_eager(true);
-  EXPECT_EQ(budget.used(), 1000u);
+  EXPECT_EQ(budgets.used(), 1000u);
   account.give_back(1000);
-  EXPECT_EQ(budget.used(), 0u);
+  EXPECT_EQ(budgets.used(), 0u);
+}
+
+TEST(Budgets, AShareIsKeptForSmallRequests) {
+  Budgets budgets(16 << 20);
+  Account hog(budgets, 16 << 20);
+  EXPECT_TRUE(hog.try_take(15 << 20));
+  EXPECT_FALSE(hog.try_take(Budgets::kSmall + 1));
+  Account client(budgets, 16 << 20);
+  EXPECT_FALSE(client.try_take(Budgets::kSmall + 1));
+  EXPECT_TRUE(client.try_take(Budgets::kSmall));
+  EXPECT_EQ(budgets.kept().used(), Budgets::kSmall);
+  // What is open again is used first, and the share comes back before anything else.
+  hog.give_back(15 << 20);
+  hog.settle();
+  EXPECT_TRUE(client.try_take(Budgets::kSmall));
+  EXPECT_EQ(budgets.kept().used(), Budgets::kSmall);
+  client.give_back(Budgets::kSmall);
+  client.settle();
+  EXPECT_EQ(budgets.kept().used(), 0u);
+  EXPECT_EQ(budgets.open().used(), Budgets::kSmall);
+  client.give_back(Budgets::kSmall);
+  client.settle();
+  EXPECT_EQ(budgets.used(), 0u);
 }
 
 }  // namespace
