@@ -25,9 +25,10 @@ class Zeroes final : public CloneSource {
     if (broken) throw base::Error(ENOSPC, "no room for a clone");
     const std::string name = "clone" + std::to_string(++made);
     graph_.add(block::Options::from_keys("driver=memory,size=1M,node-name=" + name));
-    const std::lock_guard lock(mutex_);
+    block::Handle disk = graph_.attach(name, "clone", block::Permissions::front_end(true));
+    const std::lock_guard lock(mutex_);  // over no call that may suspend the fiber
     ++open_[client];
-    return graph_.attach(name, "clone", block::Permissions::front_end(true));
+    return disk;
   }
   void close(block::Handle disk, const std::string& client) override {
     const std::string name = disk.node_name();
