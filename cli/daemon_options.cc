@@ -94,6 +94,9 @@ po::options_description process_options() {
     ("io-backend", po::value<std::string>()->default_value("auto")->value_name("NAME"),
      "auto, io_uring or epoll")
     ("no-seccomp", "no filters of system calls for the threads that serve guests and clients")
+    ("qmp", po::value<std::string>()->value_name("unix:PATH"),
+     "a control socket that speaks QMP: nodes, exports, sizes, snapshots and bitmaps can be changed "
+     "while they are used")
     ("ready-fd", po::value<std::string>()->value_name("N"),
      "write READY to this descriptor once everything can be used")
     ("pid-file", po::value<std::string>()->value_name("PATH"), "write the process id there")
@@ -214,9 +217,26 @@ void check_exports(const control::Config& config) {
                               wanted.node_name, config.nbd.empty() ? "--nbd URI" : "--fuse DIR"));
     }
   }
-  if (config.exports.empty() && !(config.nbd.empty() && config.fuse.empty())) {
+  if (config.exports.empty() && config.control_socket.empty() &&
+      !(config.nbd.empty() && config.fuse.empty())) {
     throw base::Error(EINVAL, "--nbd and --fuse publish what --export names: add --export NODE");
   }
+}
+
+// "unix:PATH", with what QEMU's users write behind it and means the same here.
+std::string socket_path(const std::string& text) {
+  constexpr std::string_view kUnix = "unix:";
+  std::string path = text.substr(0, text.find(','));
+  const std::string rest = text.substr(path.size());
+  const bool known = rest.empty() || rest == ",server" || rest == ",server=on" ||
+                     rest == ",server,nowait" || rest == ",server=on,wait=off";
+  if (!known || !path.starts_with(kUnix) || path.size() == kUnix.size()) {
+    throw base::Error(EINVAL, fmt::format("--qmp {}: unix:PATH is expected; there is no other kind "
+                                          "of control socket, because who reaches it can do "
+                                          "everything",
+                                          text));
+  }
+  return path.substr(kUnix.size());
 }
 
 }  // namespace
@@ -264,6 +284,8 @@ control::Config make_config(const po::variables_map& values) {
   for (const std::string& text : list(values, "export")) {
     config.exports.push_back(control::parse_export(text));
   }
+  if (values.count("qmp") != 0)
+    config.control_socket = socket_path(values["qmp"].as<std::string>());
   check_exports(config);
   if (values.count("ready-fd") != 0) {
     config.ready_fd = static_cast<int>(number_value(values, "ready-fd", 0, INT_MAX));

@@ -39,8 +39,10 @@ int run_serve(const std::vector<std::string>& arguments) {
   po::variables_map values;
   if (!parse(arguments, kUsage, options, values)) return 0;
   control::Config config = make_config(values);
-  if (config.exports.empty()) {
-    throw UsageError{"nothing to serve: give --disk IMAGE, --export NODE, and --nbd or --fuse"};
+  if (config.exports.empty() && config.control_socket.empty()) {
+    throw UsageError{
+        "nothing to serve: give --disk IMAGE, --export NODE, and --nbd or --fuse; or --qmp "
+        "unix:PATH, and say what to serve later"};
   }
   if (values.count("once") != 0 && values.count("persistent") != 0) {
     throw UsageError{"--once and --persistent exclude each other"};

@@ -53,6 +53,7 @@ struct CloneOptions {
 
 // `--export NODE[,name=N][,writable][,nbd][,fuse][,clone]`.
 struct Export {
+  std::string id;  // for the control socket; empty: NAME.nbd, NAME.fuse
   std::string node_name;
   std::string name;
   std::string description;
@@ -63,6 +64,8 @@ struct Export {
   bool nbd = false;
   bool fuse = false;
   bool every_front_end = false;  // none was named: those that are open
+  std::string file;              // of a command: where FUSE is to show it
+  bool allow_other = false;      // of a mount that is made for that
   std::optional<CloneOptions> clone;
 };
 
@@ -120,6 +123,7 @@ struct Config {
   bool confine_threads = true;
   int ready_fd = -1;
   std::string pid_file;
+  std::string control_socket;  // a path; empty: none
   std::chrono::milliseconds shutdown_timeout{10'000};
 };
 

@@ -18,14 +18,12 @@
 #include "base/error.h"
 #include "base/io_threads.h"
 #include "base/log.h"
-#include "control/clone_maker.h"
 #include "control/side_by_side.h"
 #include "control/snapshot.h"
 #include "vmm/terminal.h"
 
 namespace minivmm::control {
 
-using block::Permissions;
 using std::chrono::milliseconds;
 using std::chrono::steady_clock;
 
@@ -34,12 +32,23 @@ namespace {
 // The parts share the shutdown timeout; this is for the last flushes.
 constexpr std::chrono::seconds kLastFlushes{5};
 
+void signal_event(const base::UniqueFd& fd) noexcept {
+  const uint64_t one = 1;
+  (void)!::write(fd.get(), &one, sizeof one);
+}
+
+void take_event(const base::UniqueFd& fd) noexcept {
+  uint64_t value = 0;
+  (void)!::read(fd.get(), &value, sizeof value);
+}
+
 }  // namespace
 
 Daemon::Daemon(Config config)
     : config_(std::move(config)),
       left_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
-      unmounted_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
+      unmounted_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      asked_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)) {}
 
 Daemon::~Daemon() = default;
 
@@ -77,8 +86,7 @@ void Daemon::run_watched(const std::function<void()>& body) {
     } catch (...) {
       error = std::current_exception();
     }
-    const uint64_t one = 1;
-    (void)!::write(done.get(), &one, sizeof one);
+    signal_event(done);
   });
   pollfd fds[] = {{done.get(), POLLIN, 0}, {signals_.fd(), POLLIN, 0}};
   for (;;) {
@@ -126,32 +134,42 @@ void Daemon::start() {
   loops_ = std::make_unique<base::LoopGroup>(config_.io_threads, config_.io_backend);
   graph_ = std::make_unique<block::Graph>(config_.open_policy);
   open_nodes();
-  make_nbd();
-  for (const FuseMount& mount : config_.fuse) {
-    mounts_.push_back(std::make_unique<fuse::Mount>(*loops_, mount.directory, mount.options));
-    mounts_.back()->on_unmounted([this] {
-      const uint64_t one = 1;
-      (void)!::write(unmounted_.get(), &one, sizeof one);
-    });
-  }
+  make_front_ends();
   if (config_.boot) {
     serial_port_ =
         std::make_unique<SerialPort>(*loops_, config_.boot->serial, config_.confine_threads);
     Guest::bind_loops(*loops_, *config_.boot);
     make_guest();
   }
-  on_loop("publish", [this] {
-    for (const Export& wanted : config_.exports) publish(wanted);
-  });
-  open_fuse();
-  open_nbd();
+  on_loop("publish", [this] { front_ends_->publish_configured(); });
+  on_loop("open front ends", [this] { front_ends_->open(); });
+  if (!config_.control_socket.empty()) make_control_socket();
   if (config_.confine_threads) confine();
   if (guest_) guest_->start();
+  if (control_) control_->start();
+}
+
+void Daemon::make_front_ends() {
+  front_ends_ = std::make_unique<FrontEnds>(
+      *loops_, *graph_, config_,
+      FrontEnds::Callbacks{.last_client_left = [this] { signal_event(left_); },
+                           .unmounted = [this] { signal_event(unmounted_); },
+                           .export_deleted =
+                               [this](const std::string& id) {
+                                 emit("BLOCK_EXPORT_DELETED", {{"id", id}});
+                               }});
+}
+
+void Daemon::make_control_socket() {
+  control_ = std::make_shared<qmp::Server>(loops_->loop(0), static_cast<qmp::Target&>(*this));
+  on_loop("control socket", [this] { control_->bind(config_.control_socket); });
 }
 
 void Daemon::make_guest() {
-  guest_ = std::make_unique<Guest>(*loops_, *graph_, *serial_port_, *config_.boot, config_.disks,
-                                   config_.confine_threads);
+  auto made = std::make_unique<Guest>(*loops_, *graph_, *serial_port_, *config_.boot, config_.disks,
+                                      config_.confine_threads);
+  const std::lock_guard lock(guest_mutex_);
+  guest_ = std::move(made);
 }
 
 void Daemon::open_nodes() {
@@ -163,100 +181,6 @@ void Daemon::open_nodes() {
         add_snapshot(*graph_, disk);
       } else {
         graph_->add(disk.node);
-      }
-    }
-  });
-}
-
-void Daemon::publish(const Export& wanted) {
-  const auto attach = [&](const char* front_end) {
-    return graph_->attach(wanted.node_name, fmt::format("{} export '{}'", front_end, wanted.name),
-                          Permissions::front_end(wanted.writable));
-  };
-  if (wanted.clone) {
-    // Nobody may write to it while there are clones, or may come to be.
-    nbd_->add_clone_export(
-        wanted.name,
-        graph_->attach(wanted.node_name, fmt::format("NBD clone export '{}'", wanted.name),
-                       Permissions::backing()),
-        std::make_shared<CloneMaker>(*graph_, wanted),
-        {.description = wanted.description,
-         .allow = wanted.allow,
-         .memory = wanted.in_flight,
-         .max_connections = wanted.max_connections});
-    return;
-  }
-  if (wanted.nbd && nbd_) {
-    nbd_->add_export(wanted.name, attach("NBD"),
-                     {.description = wanted.description,
-                      .writable = wanted.writable,
-                      .allow = wanted.allow,
-                      .multi_conn = config_.nbd_clients != 1,
-                      .memory = wanted.in_flight,
-                      .max_connections = wanted.max_connections});
-  }
-  if (wanted.fuse) {
-    for (auto& mount : mounts_) {
-      mount->add_file(wanted.name, attach("FUSE"), {.writable = wanted.writable});
-    }
-  }
-}
-
-void Daemon::open_fuse() {
-  on_loop("mount", [this] {
-    for (auto& mount : mounts_) mount->start();
-  });
-}
-
-void Daemon::make_nbd() {
-  if (config_.nbd.empty()) return;
-  nbd::ServerOptions options;
-  if (config_.nbd_clients != 0) options.max_connections = config_.nbd_clients;
-  const bool all_connected =
-      std::all_of(config_.nbd.begin(), config_.nbd.end(), [](const NbdListener& each) {
-        return each.stdio || (each.fd >= 0 && is_connected_socket(each.fd));
-      });
-  // Where nobody else can come there is nothing to wait for.
-  if (config_.once || all_connected) {
-    options.on_last_left = [this, all_connected](bool entered) {
-      if (!entered && !all_connected) return;
-      const uint64_t one = 1;
-      (void)!::write(left_.get(), &one, sizeof one);
-    };
-  }
-  nbd_ = std::make_unique<nbd::Server>(*loops_, options);
-}
-
-// True: it was no listener but a client.
-bool Daemon::serve_connected(const NbdListener& wanted) {
-  if (wanted.stdio) {
-    nbd_->serve(take_standard_socket());
-    return true;
-  }
-  if (wanted.fd < 0 || !is_connected_socket(wanted.fd)) return false;
-  nbd_->serve(base::UniqueFd(wanted.fd));
-  return true;
-}
-
-void Daemon::open_nbd() {
-  if (!nbd_) return;
-  const bool writable = std::any_of(config_.exports.begin(), config_.exports.end(),
-                                    [](const Export& e) { return e.writable && e.nbd; });
-  on_loop("listen", [&] {
-    for (const NbdListener& wanted : config_.nbd) {
-      if (serve_connected(wanted)) continue;
-      nbd::ListenOptions options;
-      options.uri = wanted.uri;
-      options.allow_remote = config_.nbd_allow_remote;
-      options.tls = wanted.tls;
-      options.handshake_limit = wanted.handshake_timeout;
-      options.idle_limit = wanted.idle_timeout;
-      options.max_connections = wanted.max_connections;
-      options.max_per_client = wanted.max_per_client;
-      if (wanted.fd >= 0) options.fd.reset(wanted.fd);
-      const std::string uri = nbd_->listen(std::move(options));
-      if (writable && uri.starts_with("nbd://")) {
-        base::log_warning("{}: writable by whoever can reach this TCP port", uri);
       }
     }
   });
@@ -289,48 +213,71 @@ void Daemon::warn_of_two_writers() const {
 
 void Daemon::announce() {
   warn_of_two_writers();
-  if (nbd_) {
-    for (const std::string& uri : nbd_->uris()) base::log_info("NBD export at {}", uri);
-  }
-  for (const auto& mount : mounts_) {
+  for (const std::string& uri : front_ends_->uris()) base::log_info("NBD export at {}", uri);
+  for (const std::string& directory : front_ends_->mountpoints()) {
     for (const Export& wanted : config_.exports) {
-      if (wanted.fuse) base::log_info("FUSE file at {}/{}", mount->mountpoint(), wanted.name);
+      if (wanted.fuse) base::log_info("FUSE file at {}/{}", directory, wanted.name);
     }
   }
+  if (control_) base::log_info("control socket at {}", control_->path());
   notify_service_manager("READY=1");
+}
+
+// What a command of the control socket left for this thread.
+void Daemon::take_request() {
+  take_event(asked_);
+  if (quit_asked_.load()) {
+    base::log_info("asked to end by the control socket");
+    end_reason_ = "host-qmp-quit";
+    if (!ending_) begin_end();
+  }
 }
 
 void Daemon::wait_for_end() {
   pollfd fds[] = {{signals_.fd(), POLLIN, 0},
                   {unmounted_.get(), POLLIN, 0},
                   {guest_ ? guest_->machine().ended_fd() : -1, POLLIN, 0},
-                  {left_.get(), POLLIN, 0}};
+                  {left_.get(), POLLIN, 0},
+                  {asked_.get(), POLLIN, 0}};
   while (!ending_) {
-    if (::poll(fds, 4, -1) < 0) continue;  // EINTR
+    if (::poll(fds, 5, -1) < 0) continue;  // EINTR
     if ((fds[3].revents & POLLIN) != 0) return;
     if ((fds[2].revents & POLLIN) != 0) {
-      if (!restart_guest()) return;
+      if (!guest_ended()) return;
       fds[2].fd = guest_->machine().ended_fd();
       continue;
     }
     if ((fds[1].revents & POLLIN) != 0) {
-      uint64_t value = 0;
-      (void)!::read(unmounted_.get(), &value, sizeof value);
+      take_event(unmounted_);
       base::log_warning(
           "a FUSE mount of ours was unmounted by somebody else; the other front ends "
           "go on");
     }
+    if ((fds[4].revents & POLLIN) != 0) take_request();
     if ((fds[0].revents & POLLIN) != 0) take_signal();
   }
 }
 
-// True: the guest has reset itself and runs again, on the same disks. Other front ends have gone on
-// meanwhile, and so have throw-away overlays and the serial port.
+// True: it runs again, because it has reset itself, or a command did.
+bool Daemon::guest_ended() {
+  const vmm::ExitReason& reason = guest_->machine().wait();
+  const bool asked = reset_asked_.exchange(false);
+  const bool itself = reason.kind == vmm::ExitKind::kReset;
+  end_reason_ = itself                                         ? "guest-reset"
+                : reason.kind == vmm::ExitKind::kCrash         ? "guest-panic"
+                : reason.kind == vmm::ExitKind::kInternalError ? "host-error"
+                                                               : "guest-shutdown";
+  if (!asked && !(itself && config_.boot->restart_on_reboot)) return false;
+  base::log_info("guest: {}; it starts again", reason.text);
+  if (!restart_guest()) return false;
+  emit("RESET", {{"guest", itself}, {"reason", itself ? end_reason_ : "host-qmp-system-reset"}});
+  end_reason_ = "host-signal";
+  return true;
+}
+
+// On the same disks. Other front ends go on meanwhile, and so do throw-away overlays and the serial
+// port. False: it could not be.
 bool Daemon::restart_guest() {
-  if (!config_.boot->restart_on_reboot || guest_->machine().wait().kind != vmm::ExitKind::kReset) {
-    return false;
-  }
-  base::log_info("guest: {}; it starts again", guest_->machine().wait().text);
   std::vector<std::string> problems;
   bool idle = true;
   started_ = false;
@@ -338,7 +285,12 @@ bool Daemon::restart_guest() {
     run_watched([&] {
       idle = guest_->stop(config_.shutdown_timeout, problems);
       if (!idle) return;
-      guest_.reset();
+      std::unique_ptr<Guest> last;
+      {
+        const std::lock_guard lock(guest_mutex_);
+        last = std::move(guest_);
+      }
+      last.reset();
       if (!problems.empty()) return;
       make_guest();
       guest_->start();
@@ -354,8 +306,22 @@ bool Daemon::restart_guest() {
   return !restart_failed_;
 }
 
+// Commands may use whatever comes down later. Half of the time is theirs.
+void Daemon::stop_control_socket(Outcome& outcome) {
+  static constexpr std::string_view kOfGuest = "guest";
+  emit("SHUTDOWN",
+       {{"guest", std::string_view(end_reason_).starts_with(kOfGuest)}, {"reason", end_reason_}});
+  on_loop("stop the control socket", [&] {
+    for (std::string& line : control_->stop(base::Clock::now() + config_.shutdown_timeout / 2)) {
+      outcome.idle = false;
+      outcome.problems.push_back(std::move(line));
+    }
+  });
+}
+
 Daemon::Outcome Daemon::take_down() {
   Outcome outcome;
+  if (control_) stop_control_socket(outcome);
   std::mutex mutex;  // guards outcome while the parts stop
   const auto collect = [&](std::vector<std::string> lines, bool idle) {
     const std::lock_guard lock(mutex);
@@ -371,13 +337,9 @@ Daemon::Outcome Daemon::take_down() {
       collect(std::move(lines), idle);
     });
   }
-  if (nbd_) {
-    parts.emplace_back([&] {
-      on_loop("stop NBD", [&] { collect(nbd_->stop(base::Clock::now() + limit), true); });
-    });
-  }
-  for (auto& mount : mounts_) {
-    parts.emplace_back([&] { on_loop("stop FUSE", [&] { collect(mount->stop(limit), true); }); });
+  if (front_ends_) {
+    front_ends_->add_stops(
+        parts, limit, [&](std::vector<std::string> lines) { collect(std::move(lines), true); });
   }
   run_side_by_side(parts);
   if (graph_) on_loop("close graph", [&] { close_graph(outcome); });
@@ -424,15 +386,23 @@ void Daemon::give_up_now(const char* why) {
   ::_exit(1);
 }
 
-void Daemon::print_state() const {
-  std::string text = "minivmm: state\n";
-  const auto add = [&](const std::vector<std::string>& lines) {
-    for (const std::string& line : lines) text += fmt::format("  {}\n", line);
+std::vector<std::string> Daemon::state_lines() const {
+  std::vector<std::string> out;
+  const auto add = [&](std::vector<std::string> lines) {
+    for (std::string& line : lines) out.push_back(std::move(line));
   };
   if (graph_) add(graph_->describe());
-  if (guest_) add(guest_->describe());
-  if (nbd_) add(nbd_->describe());
-  for (const auto& mount : mounts_) add(mount->describe());
+  {
+    const std::lock_guard lock(guest_mutex_);
+    if (guest_) add(guest_->describe());
+  }
+  if (front_ends_) add(front_ends_->describe());
+  return out;
+}
+
+void Daemon::print_state() const {
+  std::string text = "minivmm: state\n";
+  for (const std::string& line : state_lines()) text += fmt::format("  {}\n", line);
   (void)!::write(STDERR_FILENO, text.data(), text.size());
 }
 

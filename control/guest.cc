@@ -274,13 +274,28 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const SerialPort& seri
 Guest::~Guest() = default;
 
 void Guest::pause(const std::string& why) {
+  disk_failed_.store(true);
   machine_->pause();
   base::log_error("{}; the guest is paused: put that right, then: kill -USR2 {}", why, ::getpid());
+}
+
+bool Guest::hold() {
+  if (machine_->paused()) return false;
+  machine_->pause();
+  base::log_info("the guest is paused");
+  return true;
+}
+
+std::string_view Guest::status() const noexcept {
+  if (machine_->ended()) return "shutdown";
+  if (!machine_->paused()) return "running";
+  return disk_failed_.load() ? "io-error" : "paused";
 }
 
 void Guest::resume() {
   if (!machine_->paused()) return;
   base::log_info("the guest goes on");
+  disk_failed_.store(false);
   // Requests first: a vCPU may be waiting for one.
   for (const auto& slot : slots_) slot->device().resume();
   machine_->resume();

@@ -3,7 +3,9 @@
 #pragma once
 
 #include <string>
+#include <string_view>
 
+#include <atomic>
 #include <chrono>
 #include <memory>
 #include <optional>
@@ -38,8 +40,12 @@ class Guest {
   // The built-in guest, which mounts no file systems.
   bool is_probe() const noexcept { return is_probe_; }
 
-  // Goes on after a disk's error has paused the guest. Any thread.
+  // Pauses it; false: it was paused already. Any thread.
+  bool hold();
+  // Goes on after that, or after a disk's error has paused the guest. Any thread.
   void resume();
+  // QMP's word: running, paused, io-error, shutdown. Any thread.
+  std::string_view status() const noexcept;
 
   // Stops the machine and its devices, closes their handles. Plain thread, once. Appends what did
   // not end well to `problems`; returns false if requests still run in guest memory (the process
@@ -56,6 +62,7 @@ class Guest {
   bool use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const Disk& disk,
                        vmm::MachineConfig& config);
   bool is_probe_ = false;
+  std::atomic<bool> disk_failed_{false};   // and that is why it is paused
   std::optional<DiskKernel> disk_kernel_;  // read when the guest starts
   std::unique_ptr<vmm::Machine> machine_;
   std::vector<std::unique_ptr<Slot>> slots_;

@@ -251,12 +251,17 @@ std::optional<std::chrono::milliseconds> take_seconds(Options& given, const char
 }
 
 nbd::TlsOptions take_tls(Options& given) {
-  nbd::TlsOptions out;
   const auto id = given.take_string("tls-creds");
   const size_t mode = given.take_choice("tls", {"required", "optional"}, 0);
-  if (!id) return out;
-  const block::crypto::TlsObject object = block::crypto::tls_objects().get(*id, true);
-  out.mode = mode == 0 ? nbd::TlsOptions::Mode::kRequired : nbd::TlsOptions::Mode::kOptional;
+  return id ? tls_options(*id, mode == 1) : nbd::TlsOptions();
+}
+
+}  // namespace
+
+nbd::TlsOptions tls_options(const std::string& id, bool optional) {
+  const block::crypto::TlsObject object = block::crypto::tls_objects().get(id, true);
+  nbd::TlsOptions out;
+  out.mode = optional ? nbd::TlsOptions::Mode::kOptional : nbd::TlsOptions::Mode::kRequired;
   out.kind = object.kind == block::crypto::TlsObject::Kind::kX509 ? nbd::TlsOptions::Kind::kX509
                                                                   : nbd::TlsOptions::Kind::kPsk;
   out.directory = object.directory;
@@ -264,6 +269,8 @@ nbd::TlsOptions take_tls(Options& given) {
   out.priority = object.priority;
   return out;
 }
+
+namespace {
 
 // Where nothing is said, so much memory for all clones of an export.
 constexpr uint64_t kUsualCloneMemory = uint64_t{1} << 30;
@@ -275,34 +282,31 @@ void require_file_name(const std::string& name) {
                                   name));
 }
 
-void take_clone(Export& out, Options& given) {
+}  // namespace
+
+std::optional<CloneOptions> take_clone(Options& given, const std::string& export_name) {
   const std::string kind = given.take_string("clone").value_or("off");
   const auto limit = given.take_size("clone-limit");
   const auto total = given.take_size("clone-total");
   const auto directory = given.take_string("clone-dir");
   if (kind == "off") {
-    if (!limit && !total && !directory) return;
+    if (!limit && !total && !directory) return std::nullopt;
     throw Error(EINVAL, "options 'clone-limit', 'clone-total' and 'clone-dir' go with 'clone'");
   }
   if (kind != "on" && kind != "memory" && kind != "qcow2") {
     throw Error(EINVAL, fmt::format("option 'clone={}': memory or qcow2 is expected", kind));
   }
-  if (out.fuse && !out.every_front_end) throw Error(EINVAL, "only NBD clients can have clones");
   CloneOptions clone;
   clone.in_memory = kind != "qcow2";
   clone.limit = limit.value_or(UINT64_MAX);
   clone.total = total.value_or(clone.in_memory ? kUsualCloneMemory : UINT64_MAX);
   if (directory) {
     if (clone.in_memory) throw Error(EINVAL, "option 'clone-dir' goes with clone=qcow2");
-    require_file_name(out.name);
+    require_file_name(export_name);
     clone.directory = *directory;
   }
-  out.clone = std::move(clone);
-  out.fuse = out.every_front_end = false;
-  out.nbd = true;
+  return clone;
 }
-
-}  // namespace
 
 Export parse_export(std::string_view text) {
   return with_context("--export", text, [&] {
@@ -321,7 +325,14 @@ Export parse_export(std::string_view text) {
     out.fuse = given.take_bool("fuse", false);
     // None named: through every front end that is open.
     if (!out.nbd && !out.fuse) out.every_front_end = out.nbd = out.fuse = true;
-    take_clone(out, given);
+    out.clone = take_clone(given, out.name);
+    if (out.clone) {
+      if (out.fuse && !out.every_front_end) {
+        throw Error(EINVAL, "only NBD clients can have clones");
+      }
+      out.fuse = out.every_front_end = false;
+      out.nbd = true;
+    }
     given.finish("--export");
     return out;
   });

@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -23,6 +24,10 @@ std::pair<std::string, std::vector<unsigned>> parse_pin(std::string_view text);
 Export parse_export(std::string_view text);
 FuseMount parse_fuse(std::string_view text);
 NbdListener parse_nbd(std::string_view text);
+// Of the options clone=, clone-limit=, clone-total= and clone-dir= of an export, which it takes.
+std::optional<CloneOptions> take_clone(block::Options& given, const std::string& export_name);
+// Those that --object made under this id. Throws ENOENT, EINVAL.
+nbd::TlsOptions tls_options(const std::string& id, bool optional);
 
 // A node's options for an image file: what `--disk` and the image tool expand a plain path into.
 // `format` empty: guessed from the file's first bytes, and `*guessed` says so.

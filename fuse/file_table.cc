@@ -51,10 +51,13 @@ void FileTable::add(const std::string& name, block::Handle handle, bool writable
   listed_.emplace(inode, std::make_shared<File>(inode, name, std::move(handle), writable));
 }
 
-std::shared_ptr<File> FileTable::remove(const std::string& name) {
+std::shared_ptr<File> FileTable::remove(const std::string& name, bool only_unused) {
   const std::lock_guard lock(mutex_);
   for (auto it = listed_.begin(); it != listed_.end(); ++it) {
     if (it->second->name() != name) continue;
+    if (only_unused && it->second->opens > 0) {
+      throw base::Error(EBUSY, fmt::format("FUSE file '{}' is open", name));
+    }
     std::shared_ptr<File> file = std::move(it->second);
     listed_.erase(it);
     if (file->opens > 0) unlisted_.emplace(file->inode(), file);

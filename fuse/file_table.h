@@ -28,8 +28,8 @@ class FileTable {
   // Throws EINVAL (see check_file_name) and EEXIST.
   void add(const std::string& name, block::Handle handle, bool writable);
   // Takes the file out of the directory; it stays known by its inode number while it is open.
-  // nullptr if there is none.
-  std::shared_ptr<File> remove(const std::string& name);
+  // nullptr if there is none. Throws EBUSY where it is to be unused and is open.
+  std::shared_ptr<File> remove(const std::string& name, bool only_unused = false);
 
   std::shared_ptr<File> find(std::string_view name) const;
   std::shared_ptr<File> find(uint64_t inode) const;

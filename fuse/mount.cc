@@ -28,8 +28,9 @@ void Mount::add_file(const std::string& name, block::Handle handle, FileOptions 
   state_->files().add(name, std::move(handle), options.writable);
 }
 
-void Mount::remove_file(const std::string& name, std::chrono::milliseconds deadline) {
-  state_->remove_file(name, base::Clock::now() + deadline);
+void Mount::remove_file(const std::string& name, std::chrono::milliseconds deadline,
+                        bool only_unused) {
+  state_->remove_file(name, base::Clock::now() + deadline, only_unused);
 }
 void Mount::start() { state_->start(); }
 

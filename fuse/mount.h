@@ -53,8 +53,9 @@ class Mount {
   // Takes the file away: waits for its requests in flight, flushes, closes the handle. Files that
   // are open fail with ENODEV from then on. Throws ENOENT; ETIMEDOUT if that has not ended by the
   // deadline (the handle is closed when it has); or what the flush threw. The file is gone all the
-  // same.
-  void remove_file(const std::string& name, std::chrono::milliseconds deadline);
+  // same. `only_unused`: throws EBUSY instead where it is open, and nothing has changed.
+  void remove_file(const std::string& name, std::chrono::milliseconds deadline,
+                   bool only_unused = false);
 
   // Mounts. The mountpoint must be an empty directory, or not exist: then it is made, and removed
   // by stop(). A mount that a crash of ours left there is detached first; a mount that is alive

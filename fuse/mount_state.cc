@@ -54,12 +54,17 @@ void Mount::State::start() {
 }
 
 void Mount::State::mount() {
-  session_ = std::make_unique<Session>(files_, appearance_of(options_));
-  base::Pool::errands().run([this] { session_->mount(mountpoint_.path, options_.allow_other); });
+  std::vector<base::UniqueFd> devices;
+  // Whole: a loop's filter does not even tell who this process is.
+  base::Pool::errands().run([&] {
+    session_ = std::make_unique<Session>(files_, appearance_of(options_));
+    session_->mount(mountpoint_.path, options_.allow_other);
+    for (size_t i = 0; i < loops_.size(); ++i) devices.push_back(session_->clone_device());
+  });
   const std::lock_guard lock(channels_mutex_);
   for (size_t i = 0; i < loops_.size(); ++i) {
     base::EventLoop& loop = loops_.loop(i);
-    channels_.push_back(std::make_unique<Channel>(loop, session_->clone_device(), *session_));
+    channels_.push_back(std::make_unique<Channel>(loop, std::move(devices[i]), *session_));
     session_->set_channel(loop, *channels_.back());
   }
 }
@@ -88,8 +93,9 @@ void Mount::State::lost() {
   if (on_unmounted_) on_unmounted_();
 }
 
-void Mount::State::remove_file(const std::string& name, Clock::time_point deadline) {
-  const std::shared_ptr<File> file = files_.remove(name);
+void Mount::State::remove_file(const std::string& name, Clock::time_point deadline,
+                               bool only_unused) {
+  const std::shared_ptr<File> file = files_.remove(name, only_unused);
   if (!file) throw base::Error(ENOENT, fmt::format("FUSE: there is no file '{}'", name));
   const auto late = [&](const char* what) {
     return base::Error(ETIMEDOUT,

@@ -33,7 +33,7 @@ class Mount::State : public std::enable_shared_from_this<Mount::State> {
 
   // As Mount's.
   void start();
-  void remove_file(const std::string& name, base::Clock::time_point deadline);
+  void remove_file(const std::string& name, base::Clock::time_point deadline, bool only_unused);
   std::vector<std::string> stop(base::Clock::time_point deadline);
   std::vector<std::string> describe() const;
 

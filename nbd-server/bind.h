@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// Listening sockets. Fiber: names are resolved in the pool, and what is in the way (the socket of
-// a dead process, a port whose last user is just ending) is waited for up to about two seconds.
+// Listening sockets. Fiber: they are made as errands (base/pool.h), also while the loops have
+// filters; what is in the way (the socket of a dead process, a port whose last user is just ending)
+// is waited for up to about two seconds.
 #pragma once
 
 #include <string>

@@ -53,7 +53,7 @@ std::vector<Resolved> resolve(const std::string& host, uint16_t port) {
     ::freeaddrinfo(found);
     return out;
   };
-  return base::Pool::syscalls().run(std::move(work));
+  return base::Pool::errands().run(std::move(work));
 }
 
 // A listening socket, or an errno value.
@@ -89,7 +89,7 @@ BoundSocket bind_tcp(const Uri& address, bool allow_remote) {
     int err = EADDRNOTAVAIL;
     for (const Resolved& each : list) {
       BoundSocket out;
-      const int failed = try_listen(each, out.fd);
+      const int failed = base::Pool::errands().run([&] { return try_listen(each, out.fd); });
       if (failed == 0) {
         out.address = uri_of_socket(out.fd.get());
         out.tcp = true;

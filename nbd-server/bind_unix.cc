@@ -13,12 +13,14 @@
 #include <cstdio>
 #include <cstring>
 #include <filesystem>
+#include <thread>
 
 #include <fmt/core.h>
 
 #include "base/error.h"
 #include "base/io.h"
 #include "base/log.h"
+#include "base/pool.h"
 #include "nbd-server/bind.h"
 
 namespace minivmm::nbd {
@@ -63,7 +65,7 @@ class LockedDirectory {
     const auto deadline = base::Clock::now() + kPatience;
     while (::flock(fd_.get(), LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK &&
            base::Clock::now() < deadline) {
-      (void)base::io::sleep_for(kRetry);
+      std::this_thread::sleep_for(kRetry);
     }
   }
   int get() const noexcept { return fd_.get(); }
@@ -125,7 +127,7 @@ UniqueFd listen_aside(const LockedDirectory& directory, const std::string& name)
   return fd;
 }
 
-// False: somebody else was faster, look again.
+// An errand. False: somebody else was faster, look again.
 bool try_bind(const std::filesystem::path& path, BoundSocket& out) {
   static std::atomic<unsigned> number{0};
   const LockedDirectory directory(path);
@@ -199,12 +201,13 @@ std::filesystem::path absolute_path(const std::string& given) {
 
 BoundSocket bind_unix(const std::string& path) {
   (void)unix_address(path);  // what clients will have to connect to
-  const std::filesystem::path absolute = absolute_path(path);
+  const std::filesystem::path absolute =
+      base::Pool::errands().run([&] { return absolute_path(path); });
   const auto deadline = base::Clock::now() + kPatience;
   BoundSocket out;
   for (;;) {
     try {
-      if (try_bind(absolute, out)) {
+      if (base::Pool::errands().run([&] { return try_bind(absolute, out); })) {
         // What clients connect to.
         out.address.socket_path = absolute.native().size() <= kMaxPath ? absolute.string() : path;
         return out;

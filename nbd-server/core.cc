@@ -48,8 +48,9 @@ void Server::Core::add_export(std::shared_ptr<Export> added) {
   warn_if_open_to_writers();
 }
 
-void Server::Core::remove_export(const std::string& name, base::Clock::time_point deadline) {
-  const std::shared_ptr<Export> target = exports_.remove(name);
+void Server::Core::remove_export(const std::string& name, base::Clock::time_point deadline,
+                                 bool only_unused) {
+  const std::shared_ptr<Export> target = exports_.remove(name, only_unused);
   if (!target) throw base::Error(ENOENT, fmt::format("there is no NBD export '{}'", name));
   target->withdraw();
   for (const auto& client : clients_of(*target)) client->end_soon();
@@ -116,7 +117,7 @@ std::string Server::Core::listen(ListenOptions options) {
   const bool encrypted = options.tls.mode == TlsOptions::Mode::kRequired;
   if (options.tls.mode != TlsOptions::Mode::kOff) {
     listener->terms.security.mode = options.tls.mode;
-    listener->terms.security.credentials = base::Pool::syscalls().run(
+    listener->terms.security.credentials = base::Pool::errands().run(
         [&] { return std::make_shared<const TlsCredentials>(options.tls); });
   }
   if (options.fd) {

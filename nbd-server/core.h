@@ -29,7 +29,7 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   Core(base::LoopGroup& loops, ServerOptions options);
 
   void add_export(std::shared_ptr<Export> added);
-  void remove_export(const std::string& name, base::Clock::time_point deadline);
+  void remove_export(const std::string& name, base::Clock::time_point deadline, bool only_unused);
   std::string listen(ListenOptions options);
   void serve(base::UniqueFd connected, Connection::Terms terms = {}, unsigned max_per_client = 0);
   std::vector<std::string> uris() const;

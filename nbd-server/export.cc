@@ -188,10 +188,14 @@ std::vector<std::shared_ptr<Export>> ExportTable::all() const {
   return out;
 }
 
-std::shared_ptr<Export> ExportTable::remove(const std::string& name) {
+std::shared_ptr<Export> ExportTable::remove(const std::string& name, bool only_unused) {
+  // Who begins to use it does so under the mutex, too.
   const std::lock_guard lock(mutex_);
   const auto found = exports_.find(name);
   if (found == exports_.end()) return nullptr;
+  if (const uint64_t clients = found->second->clients(); only_unused && clients > 0) {
+    throw base::Error(EBUSY, fmt::format("NBD export '{}' is in use by {} clients", name, clients));
+  }
   auto out = std::move(found->second);
   exports_.erase(found);
   return out;

@@ -41,6 +41,9 @@ class Export {
   // Of a clone too, whose image may be rounded up to whole sectors.
   uint64_t size() const noexcept { return (origin_ ? origin_->handle_ : handle_).size(); }
 
+  // Clients that use it, or are about to.
+  uint64_t clients() const { return users_.inside(); }
+
   // What clients may do, with several connections each.
   uint16_t transmission_flags(wire::Headers headers) const noexcept;
   // The size and alignment of requests that works best: a power of two from 4096 to the maximum.
@@ -140,8 +143,8 @@ class ExportTable {
   // is; "golden/alice" is the client alice of the clone export "golden".
   ExportUse find(std::string_view name) const;
   std::vector<std::shared_ptr<Export>> all() const;
-  // Takes it out. Nullptr if there is none.
-  std::shared_ptr<Export> remove(const std::string& name);
+  // Takes it out. Nullptr if there is none. Throws EBUSY where it is to be unused and is not.
+  std::shared_ptr<Export> remove(const std::string& name, bool only_unused);
   // Takes all out; add() fails from then on.
   std::vector<std::shared_ptr<Export>> close();
 

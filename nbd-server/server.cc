@@ -28,8 +28,9 @@ void Server::add_clone_export(std::string name, block::Handle base,
                                              std::move(clones)));
 }
 
-void Server::remove_export(const std::string& name, base::Clock::time_point deadline) {
-  core_->remove_export(name, deadline);
+void Server::remove_export(const std::string& name, base::Clock::time_point deadline,
+                           bool only_unused) {
+  core_->remove_export(name, deadline, only_unused);
 }
 std::string Server::listen(ListenOptions options) { return core_->listen(std::move(options)); }
 void Server::serve(base::UniqueFd connected) { core_->serve(std::move(connected)); }

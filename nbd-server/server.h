@@ -115,8 +115,10 @@ class Server {
   // Withdraws an export: its clients' further requests fail with ESHUTDOWN, those in flight are
   // finished until the deadline, then the clients are cut off and the handle is closed. Throws
   // ENOENT; ETIMEDOUT naming what still runs, whose end then closes the handle; or what closing
-  // threw. The name is free again all the same.
-  void remove_export(const std::string& name, base::Clock::time_point deadline);
+  // threw. The name is free again all the same. `only_unused`: throws EBUSY instead where a client
+  // uses it, and nothing has changed.
+  void remove_export(const std::string& name, base::Clock::time_point deadline,
+                     bool only_unused = false);
 
   // Starts a listener. Clients can connect when it returns. Returns its address as a URI, ready to
   // paste (the port filled in). Throws base::Error: EADDRINUSE names a live socket's path; a

@@ -297,8 +297,26 @@ void Graph::replace_node(Handle& handle, const std::string& node_name) {
   handle.root_->edge.replace(std::move(node));
 }
 
-std::vector<std::string> Graph::describe() const {
+std::vector<std::shared_ptr<Node>> Graph::nodes() const {
   const std::lock_guard lock(mutex_);
+  std::vector<std::shared_ptr<Node>> out;
+  out.reserve(nodes_.size());
+  for (const Entry& entry : nodes_) out.push_back(entry.node);
+  return out;
+}
+
+std::vector<Graph::User> Graph::users() const {
+  const std::lock_guard lock(mutex_);
+  std::vector<User> out;
+  out.reserve(roots_.size());
+  for (const Handle::Root* root : roots_) {
+    out.push_back({root->edge.user(), root->edge.node().name(), root->in_flight()});
+  }
+  return out;
+}
+
+std::vector<std::string> Graph::describe() const {
+  std::unique_lock lock(mutex_);
   std::vector<std::string> out;
   for (const Entry& entry : nodes_) {
     const Node& node = *entry.node;
@@ -312,9 +330,10 @@ std::vector<std::string> Graph::describe() const {
       out.push_back(fmt::format("node '{}': {}", node.name(), state));
     }
   }
-  for (const Handle::Root* root : roots_) {
-    out.push_back(fmt::format("user {} of '{}': {} requests in flight", root->edge.user(),
-                              root->edge.node().name(), root->in_flight()));
+  lock.unlock();
+  for (const User& user : users()) {
+    out.push_back(fmt::format("user {} of '{}': {} requests in flight", user.name, user.node_name,
+                              user.in_flight));
   }
   return out;
 }

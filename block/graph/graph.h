@@ -80,6 +80,14 @@ class Graph {
   // error after having closed everything.
   void close();
 
+  // All nodes, children first, and who uses them from outside. Any thread.
+  std::vector<std::shared_ptr<Node>> nodes() const;
+  struct User {
+    std::string name;  // "NBD export 'disk0'"
+    std::string node_name;
+    uint64_t in_flight = 0;
+  };
+  std::vector<User> users() const;
   // The live state, a line each: nodes, users, requests in flight, errors. Any thread.
   std::vector<std::string> describe() const;
 

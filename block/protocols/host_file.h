@@ -34,7 +34,7 @@ struct HostFileOptions {
 class HostFile {
  public:
   // Opens, or finds the one that is open; open until the pointer and its copies are gone. Blocking;
-  // call in Pool::syscalls(). Throws with the file's name: ENOENT, EACCES, EISDIR, EBUSY (locked,
+  // call in Pool::errands(). Throws with the file's name: ENOENT, EACCES, EISDIR, EBUSY (locked,
   // or open here in a way that conflicts).
   static std::shared_ptr<HostFile> open(const HostFileOptions& options);
   ~HostFile();

@@ -10,7 +10,7 @@ _minivmm_fuse_keys="mode= uid= gid= allow_other"
 
 _minivmm_disks="--disk --blockdev --object --backing-root"
 _minivmm_front_ends="--nbd --nbd-allow-remote --fuse --export"
-_minivmm_process="--io-threads --io-backend --no-seccomp --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
+_minivmm_process="--io-threads --io-backend --no-seccomp --qmp --ready-fd --pid-file --shutdown-timeout --log-level --help -h"
 _minivmm_guest="--kernel --probe --initrd --append --memory --cpus --shared-memory --hugetlb --prealloc --devices --no-rng --on-reboot --pin --serial"
 
 # --- image commands: written by docs/update-image-commands ---
@@ -181,6 +181,7 @@ _minivmm() {
     boot:--object | serve:--object)
       words_for="secret,id= tls-creds-x509,id= tls-creds-psk,id="; compopt -o nospace 2>/dev/null ;;
     *:--blockdev) words_for="driver="; compopt -o nospace 2>/dev/null ;;
+    *:--qmp) words_for="unix:"; compopt -o nospace 2>/dev/null ;;
     *:--io-backend) words_for="auto io_uring epoll" ;;
     *:--log-level) words_for="debug info warning error off" ;;
     *:--serial) words_for="stdio none pty file: unix:" ;;

@@ -66,6 +66,7 @@ complete -c minivmm -n "__minivmm_in boot serve" -l fuse -x -a "(__minivmm_keys 
 complete -c minivmm -n "__minivmm_in boot serve" -l export -x -a "(__minivmm_keys name= description= writable allow= max-connections= in-flight= nbd fuse clone clone= clone-limit= clone-total= clone-dir=)" -d "Publish a node"
 complete -c minivmm -n "__minivmm_in boot serve" -l io-threads -x -d "Event loops"
 complete -c minivmm -n "__minivmm_in boot serve" -l io-backend -x -a "auto io_uring epoll" -d "How I/O is done"
+complete -c minivmm -n "__minivmm_in boot serve" -l qmp -x -a "unix:" -d "Control socket"
 complete -c minivmm -n "__minivmm_in boot serve" -l ready-fd -x -d "Descriptor that is told READY"
 complete -c minivmm -n "__minivmm_in boot serve" -l pid-file -r -d "File for the process id"
 complete -c minivmm -n "__minivmm_in boot serve" -l shutdown-timeout -x -d "How long an end may take"

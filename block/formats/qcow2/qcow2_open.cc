@@ -101,7 +101,7 @@ std::shared_ptr<Node> open_backing(Graph& graph, const NodeConfig& config, Optio
                                     "nothing: give the option 'backing'",
                                     name_of(config, file), header.backing_file));
   }
-  Options found = base::Pool::syscalls().run([&] {
+  Options found = base::Pool::errands().run([&] {
     return backing_options(graph.policy(), file.filename(), header.backing_file,
                            header.backing_format);
   });
@@ -128,7 +128,7 @@ std::shared_ptr<Node> open_data_file(Graph& graph, const NodeConfig& config, Opt
                                     "nothing: give the option 'data-file'",
                                     name, header.data_file));
   }
-  Options found = base::Pool::syscalls().run([&] {
+  Options found = base::Pool::errands().run([&] {
     return data_file_options(graph.policy(), file.filename(), header.data_file, !config.read_only);
   });
   return graph.open_inline(std::move(found), "data-file");
