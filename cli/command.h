@@ -27,6 +27,7 @@ int run_boot(const std::vector<std::string>& arguments);
 int run_serve(const std::vector<std::string>& arguments);
 int run_image(const std::vector<std::string>& arguments);
 int run_nbd(const std::vector<std::string>& arguments);
+int run_control(const std::vector<std::string>& arguments);
 // Not a subcommand: the program called as qemu-nbd.
 int run_qemu_nbd(const std::vector<std::string>& arguments);
 int run_check_host(const std::vector<std::string>& arguments);

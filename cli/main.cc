@@ -25,6 +25,7 @@ constexpr Command kCommands[] = {
     {"serve", "serve disks over NBD and FUSE without a guest", &run_serve},
     {"image", "create, inspect and check disk images (qemu-img's arguments)", &run_image},
     {"nbd", "look at NBD servers, and use their exports as block devices", &run_nbd},
+    {"control", "change what a running boot or serve does (QMP)", &run_control},
     {"check-host", "what this machine offers, and what to do about what it lacks", &run_check_host},
 };
 

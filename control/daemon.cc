@@ -132,7 +132,16 @@ void Daemon::take_signal() {
 
 void Daemon::start() {
   loops_ = std::make_unique<base::LoopGroup>(config_.io_threads, config_.io_backend);
+  // First, because whatever comes up later may have something to tell.
+  if (!config_.control_socket.empty()) {
+    control_ = std::make_shared<qmp::Server>(loops_->loop(0), static_cast<qmp::Target&>(*this));
+  }
   graph_ = std::make_unique<block::Graph>(config_.open_policy);
+  graph_->set_corruption_listener(
+      [this](const std::string& node_name, const std::string& text, bool fatal) {
+        emit("BLOCK_IMAGE_CORRUPTED",
+             {{"device", ""}, {"node-name", node_name}, {"msg", text}, {"fatal", fatal}});
+      });
   open_nodes();
   make_front_ends();
   if (config_.boot) {
@@ -143,7 +152,7 @@ void Daemon::start() {
   }
   on_loop("publish", [this] { front_ends_->publish_configured(); });
   on_loop("open front ends", [this] { front_ends_->open(); });
-  if (!config_.control_socket.empty()) make_control_socket();
+  if (control_) bind_control_socket();
   if (config_.confine_threads) confine();
   if (guest_) guest_->start();
   if (control_) control_->start();
@@ -160,14 +169,13 @@ void Daemon::make_front_ends() {
                                }});
 }
 
-void Daemon::make_control_socket() {
-  control_ = std::make_shared<qmp::Server>(loops_->loop(0), static_cast<qmp::Target&>(*this));
+void Daemon::bind_control_socket() {
   on_loop("control socket", [this] { control_->bind(config_.control_socket); });
 }
 
 void Daemon::make_guest() {
   auto made = std::make_unique<Guest>(*loops_, *graph_, *serial_port_, *config_.boot, config_.disks,
-                                      config_.confine_threads);
+                                      config_.confine_threads, guest_events());
   const std::lock_guard lock(guest_mutex_);
   guest_ = std::move(made);
 }
@@ -280,6 +288,7 @@ bool Daemon::guest_ended() {
 bool Daemon::restart_guest() {
   std::vector<std::string> problems;
   bool idle = true;
+  const bool held = guest_->machine().paused();
   started_ = false;
   try {
     run_watched([&] {
@@ -293,6 +302,7 @@ bool Daemon::restart_guest() {
       last.reset();
       if (!problems.empty()) return;
       make_guest();
+      if (held) guest_->machine().pause();
       guest_->start();
     });
   } catch (const std::exception& e) {

@@ -59,7 +59,7 @@ class Daemon : private qmp::Target {
   void start();
   void open_nodes();
   void make_front_ends();
-  void make_control_socket();
+  void bind_control_socket();
   void confine();
   void make_guest();
   bool guest_ended();
@@ -89,6 +89,7 @@ class Daemon : private qmp::Target {
   FrontEnds& front_ends() override { return *front_ends_; }
   std::vector<std::string> state() override;
   std::string_view guest_status() override;
+  std::vector<std::string> guest_disks() override;
   void stop_guest() override;
   void continue_guest() override;
   void reset_guest() override;
@@ -96,6 +97,7 @@ class Daemon : private qmp::Target {
   template <typename Body>
   auto with_guest(Body&& body);
   void emit(std::string_view event, qmp::Json data = {});
+  GuestEvents guest_events();
 
   const Config config_;
   SignalFd signals_;

@@ -3,6 +3,7 @@
 // takes a while is left to the main thread.
 #include <unistd.h>
 
+#include "base/log.h"
 #include "control/daemon.h"
 #include "control/qmp/message.h"
 
@@ -23,6 +24,26 @@ void Daemon::emit(std::string_view event, qmp::Json data) {
   if (control_) control_->emit(event, std::move(data));
 }
 
+GuestEvents Daemon::guest_events() {
+  const auto failed = [this](const std::string& disk, const virtio::FailedRequest& request) {
+    // A guest can make requests fail as fast as it likes.
+    static base::RateLimit limit(10);
+    uint64_t suppressed = 0;
+    if (!limit.allow(&suppressed)) return;
+    const char* const action = request.action == virtio::ErrorAction::kStop     ? "stop"
+                               : request.action == virtio::ErrorAction::kIgnore ? "ignore"
+                                                                                : "report";
+    emit("BLOCK_IO_ERROR", {{"device", disk},
+                            {"node-name", disk},
+                            {"operation", request.read ? "read" : "write"},
+                            {"action", action},
+                            {"nospace", request.no_space},
+                            {"reason", request.why}});
+  };
+  return {
+      .stopped = [this] { emit("STOP"); }, .resumed = [this] { emit("RESUME"); }, .failed = failed};
+}
+
 std::vector<std::string> Daemon::state() { return state_lines(); }
 
 std::string_view Daemon::guest_status() {
@@ -31,8 +52,15 @@ std::string_view Daemon::guest_status() {
   return guest_ ? guest_->status() : "prelaunch";
 }
 
+std::vector<std::string> Daemon::guest_disks() {
+  std::vector<std::string> out;
+  if (!config_.boot) return out;
+  for (const Disk& disk : config_.disks) out.push_back(disk.node_name);
+  return out;
+}
+
 void Daemon::stop_guest() {
-  if (with_guest([](Guest& guest) { return guest.hold(); })) emit("STOP");
+  with_guest([](Guest& guest) { (void)guest.hold(); });
 }
 
 void Daemon::continue_guest() {

@@ -59,6 +59,7 @@ class Guest::Slot final : public vmm::BusDevice {
   // `watcher` watches the handle's disk already.
   Slot(vmm::Machine& machine, block::Handle handle, const Disk& disk,
        std::vector<base::EventLoop*> loops, std::function<void(const std::string&)> on_stop,
+       std::function<void(const virtio::FailedRequest&)> on_error,
        std::shared_ptr<SizeWatcher> watcher)
       : irqfd_(make_eventfd()), watcher_(std::move(watcher)) {
     virtio::BlockOptions options;
@@ -72,6 +73,7 @@ class Guest::Slot final : public vmm::BusDevice {
     options.read_error = disk.device.read_error;
     options.write_error = disk.device.write_error;
     options.on_stop = std::move(on_stop);
+    options.on_error = std::move(on_error);
     options.indirect = disk.device.indirect;
     options.event_index = disk.device.event_index;
     options.legacy = disk.device.legacy;
@@ -222,7 +224,9 @@ bool Guest::use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const D
 }
 
 Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const SerialPort& serial,
-             const Boot& boot, const std::vector<Disk>& disks, bool confine_threads) {
+             const Boot& boot, const std::vector<Disk>& disks, bool confine_threads,
+             GuestEvents events)
+    : events_(std::move(events)) {
   vmm::MachineConfig config;
   config.memory_bytes = boot.memory_bytes;
   config.shared_memory = boot.shared_memory;
@@ -262,7 +266,11 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const SerialPort& seri
     first_loop += disk.device.num_queues;
     slots_.push_back(std::make_unique<Slot>(
         *machine_, std::move(handle), disk, std::move(queue_loops),
-        [this](const std::string& why) { pause(why); }, std::move(watcher)));
+        [this](const std::string& why) { pause(why); },
+        [this, name = disk.node_name](const virtio::FailedRequest& request) {
+          if (events_.failed) events_.failed(name, request);
+        },
+        std::move(watcher)));
   }
   // Behind the disks, so that their windows are where they were without it. A machine that is full
   // of disks does without, as the probe guest does.
@@ -275,13 +283,16 @@ Guest::~Guest() = default;
 
 void Guest::pause(const std::string& why) {
   disk_failed_.store(true);
+  const bool ran = !machine_->paused();
   machine_->pause();
+  if (ran && events_.stopped) events_.stopped();
   base::log_error("{}; the guest is paused: put that right, then: kill -USR2 {}", why, ::getpid());
 }
 
 bool Guest::hold() {
   if (machine_->paused()) return false;
   machine_->pause();
+  if (events_.stopped) events_.stopped();
   base::log_info("the guest is paused");
   return true;
 }
@@ -299,6 +310,7 @@ void Guest::resume() {
   // Requests first: a vCPU may be waiting for one.
   for (const auto& slot : slots_) slot->device().resume();
   machine_->resume();
+  if (events_.resumed) events_.resumed();
 }
 
 bool Guest::stop(std::chrono::milliseconds timeout, std::vector<std::string>& problems) {

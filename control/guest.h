@@ -7,6 +7,7 @@
 
 #include <atomic>
 #include <chrono>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -21,12 +22,19 @@
 
 namespace minivmm::control {
 
+// What others want to hear of. On any thread; must not wait. Each may be empty.
+struct GuestEvents {
+  std::function<void()> stopped;
+  std::function<void()> resumed;
+  std::function<void(const std::string& disk, const virtio::FailedRequest&)> failed;
+};
+
 class Guest {
  public:
   // Makes the machine and a device for each disk. Throws; then nothing is left. Plain thread.
   // `serial` outlives it.
   Guest(base::LoopGroup& loops, block::Graph& graph, const SerialPort& serial, const Boot& boot,
-        const std::vector<Disk>& disks, bool confine_threads);
+        const std::vector<Disk>& disks, bool confine_threads, GuestEvents events = {});
   Guest(const Guest&) = delete;
   Guest& operator=(const Guest&) = delete;
   ~Guest();
@@ -61,6 +69,7 @@ class Guest {
   class Rng;
   bool use_disk_kernel(base::LoopGroup& loops, block::Graph& graph, const Disk& disk,
                        vmm::MachineConfig& config);
+  const GuestEvents events_;
   bool is_probe_ = false;
   std::atomic<bool> disk_failed_{false};   // and that is why it is paused
   std::optional<DiskKernel> disk_kernel_;  // read when the guest starts

@@ -96,11 +96,18 @@ uint8_t BlockEngine::attempt(const BlockRequest& request, int& error, std::strin
 BlockEngine::Verdict BlockEngine::judge(const BlockRequest& request, int error,
                                         const std::string& why) noexcept {
   const bool read = request.type == VIRTIO_BLK_T_IN;
-  const ErrorAction action = read ? options_.read_error : options_.write_error;
+  ErrorAction action = read ? options_.read_error : options_.write_error;
   if (error == ENOTSUP || request.type == VIRTIO_BLK_T_GET_ID) return Verdict::kFail;
+  if (action == ErrorAction::kNoSpace) {
+    action = error == ENOSPC ? ErrorAction::kStop : ErrorAction::kReport;
+  }
+  try {
+    if (options_.on_error) options_.on_error({read, error == ENOSPC, action, why});
+  } catch (const std::exception&) {
+    // No memory to tell of it; the guest hears of it all the same.
+  }
   if (action == ErrorAction::kIgnore) return Verdict::kSucceed;
   if (action == ErrorAction::kReport) return Verdict::kFail;
-  if (action == ErrorAction::kNoSpace && error != ENOSPC) return Verdict::kFail;
   try {
     return wait_for_resume(request, why) ? Verdict::kAgain : Verdict::kFail;
   } catch (const std::exception&) {

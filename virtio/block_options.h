@@ -18,6 +18,15 @@ enum class ErrorAction : uint8_t {
   kNoSpace  // kStop where there is no room left, kReport for the rest
 };
 
+// A request that failed on the host.
+struct FailedRequest {
+  bool read = false;
+  bool no_space = false;
+  // kReport, kIgnore or kStop.
+  ErrorAction action = ErrorAction::kReport;
+  std::string why;
+};
+
 struct BlockOptions {
   std::string name = "disk";          // stands in messages and state dumps
   std::string serial{};               // what the guest sees as the disk's id; at most 20 bytes
@@ -31,6 +40,9 @@ struct BlockOptions {
   ErrorAction write_error = ErrorAction::kReport;  // also of flushes, discards and zeroes
   // Called with what failed where a request begins to wait (kStop); on a fiber, must not wait.
   std::function<void(const std::string&)> on_stop{};
+  // Called for each request that fails on the host, before anything is done about it; on a fiber,
+  // must not wait.
+  std::function<void(const FailedRequest&)> on_error{};
   // What drivers may use; off for tests of those that cannot.
   bool indirect = true;
   bool event_index = true;

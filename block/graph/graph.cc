@@ -105,6 +105,7 @@ std::shared_ptr<Node> Graph::open(Options options, const char* key) {
   std::shared_ptr<Node> node = driver.open(*this, config, options);
   opening_.pop_back();
   node->set_write_through(write_through);
+  node->set_corruption_listener(on_corruption_);
   {
     const std::lock_guard lock(mutex_);
     nodes_.push_back({node, key == nullptr});

@@ -36,6 +36,11 @@ class Graph {
 
   const OpenPolicy& policy() const noexcept { return policy_; }
 
+  // Of nodes that are opened from then on. Before the first.
+  void set_corruption_listener(Node::CorruptionListener listener) {
+    on_corruption_ = std::move(listener);
+  }
+
   // Opens the node that `options` describe, with its children, and keeps it under its node-name.
   // Where none is given one is made up: "disk0.file" for the child `file` of disk0, "#block0" where
   // that is taken or long. Throws; then nothing is kept.
@@ -113,6 +118,7 @@ class Graph {
   void drop_opened_since(size_t count) noexcept;
 
   const OpenPolicy policy_;
+  Node::CorruptionListener on_corruption_;
   base::FiberMutex editing_;      // one open, close or edit at a time; held across I/O
   std::vector<Opening> opening_;  // outermost first; under editing_
   mutable std::mutex mutex_;

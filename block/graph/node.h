@@ -29,6 +29,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <mutex>
 #include <utility>
@@ -130,6 +131,15 @@ class Node : public std::enable_shared_from_this<Node> {
   // The users attached now, as messages name them.
   std::vector<std::string> users() const;
 
+  // Told when the node's image is found corrupt while it is in use: the node's name, what is wrong,
+  // and whether it is not written to from then on. On a fiber of any loop; must not wait.
+  using CorruptionListener =
+      std::function<void(const std::string& node_name, const std::string& text, bool fatal)>;
+  // Before the first user.
+  void set_corruption_listener(CorruptionListener listener) {
+    on_corruption_ = std::move(listener);
+  }
+
  protected:
   friend class Edge;
 
@@ -162,6 +172,9 @@ class Node : public std::enable_shared_from_this<Node> {
   // nothing while one such is under way: the device is behind as it is. Fiber.
   virtual void driver_start_writeback(uint64_t, uint64_t) noexcept {}
 
+  void announce_corruption(const std::string& text, bool fatal) const {
+    if (on_corruption_) on_corruption_(name_, text, fatal);
+  }
   void set_size(uint64_t size) noexcept { size_.store(size, std::memory_order_release); }
   // Raises the size to at least `size`.
   void grow_size(uint64_t size) noexcept;
@@ -182,6 +195,7 @@ class Node : public std::enable_shared_from_this<Node> {
   std::atomic<uint64_t> size_{0};
   Limits limits_;
   Counters counters_;
+  CorruptionListener on_corruption_;
   std::vector<BeforeWrite*> before_write_;
   // Only used where request_alignment > 1: keeps read-modify-write apart from overlapping writes.
   RequestTracker tracker_;

@@ -4,6 +4,7 @@
 namespace minivmm::block {
 
 std::string permission_words(uint8_t bits) {
+  if ((bits & Permissions::kResizeInUse) != 0) bits |= Permissions::kResize;
   switch (bits & (Permissions::kWrite | Permissions::kResize)) {
     case Permissions::kWrite:
       return "write";

@@ -30,8 +30,8 @@ class Snapshots {
   // The disk becomes what it was; it may get another size. What it held since is lost. By id, or by
   // name where there is no such id. Throws ENOENT.
   virtual void apply(std::string_view id_or_name) = 0;
-  // The first of this name. Throws ENOENT.
-  virtual void remove(std::string_view name) = 0;
+  // The first of this name and of this id; an empty one means any. Throws ENOENT.
+  virtual void remove(std::string_view name, std::string_view id = {}) = 0;
 
  protected:
   ~Snapshots() = default;

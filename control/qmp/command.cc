@@ -9,8 +9,8 @@ namespace minivmm::control::qmp {
 
 std::vector<const Command*> all_commands() {
   std::vector<const Command*> out;
-  for (const std::span<const Command> group :
-       {query_commands(), node_commands(), export_commands(), process_commands()}) {
+  for (const std::span<const Command> group : {query_commands(), node_commands(), disk_commands(),
+                                               export_commands(), process_commands()}) {
     for (const Command& each : group) out.push_back(&each);
   }
   return out;

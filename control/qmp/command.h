@@ -26,6 +26,7 @@ struct Command {
 // Those of a file each.
 std::span<const Command> query_commands();
 std::span<const Command> node_commands();
+std::span<const Command> disk_commands();
 std::span<const Command> export_commands();
 std::span<const Command> process_commands();
 

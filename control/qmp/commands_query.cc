@@ -104,16 +104,30 @@ Json nodes(Target& target, const Arguments& arguments) {
   return out;
 }
 
+// The guest's disks.
+Json disks(Target& target, const Arguments&) {
+  const auto users = target.graph().users();
+  const bool failed = target.guest_status() == "io-error";
+  Json out = Json::array();
+  for (const std::string& name : target.guest_disks()) {
+    out.push_back({{"device", name},
+                   {"qdev", name},
+                   {"type", "unknown"},
+                   {"removable", false},
+                   {"locked", false},
+                   {"io-status", failed ? "failed" : "ok"},
+                   {"inserted", node_json(*target.graph().find(name), users)}});
+  }
+  return out;
+}
+
 constexpr Parameter kNodes[] = {{"flat", Kind::kBoolean, true}, {"node-name", Kind::kString, true}};
 
 constexpr Command kCommands[] = {
-    {"query-block-exports", {}, exports},
-    {"query-commands", {}, commands},
-    {"query-named-block-nodes", kNodes, nodes},
-    {"query-nbd-server", {}, nbd_server},
-    {"query-state", {}, state},
-    {"query-status", {}, status},
-    {"query-version", {}, version},
+    {"query-block", {}, disks},           {"query-block-exports", {}, exports},
+    {"query-commands", {}, commands},     {"query-named-block-nodes", kNodes, nodes},
+    {"query-nbd-server", {}, nbd_server}, {"query-state", {}, state},
+    {"query-status", {}, status},         {"query-version", {}, version},
 };
 
 }  // namespace

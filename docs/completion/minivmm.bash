@@ -96,6 +96,7 @@ _minivmm_options() {
   case $1 in
     boot) echo "$_minivmm_guest $_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
     serve) echo "--once --persistent $_minivmm_disks $_minivmm_front_ends $_minivmm_process" ;;
+    control) echo "--events --compact --timeout --help -h" ;;
     check-host) echo "--output --help -h" ;;
     image | nbd) echo "--help -h" ;;
     "image "*) _minivmm_image_options "${1#image }" ;;
@@ -167,7 +168,7 @@ _minivmm() {
 
   local words_for=
   case $command in
-    "") words_for="boot serve image nbd check-host" prev= ;;
+    "") words_for="boot serve image nbd control check-host" prev= ;;
     image) words_for=$_minivmm_image_commands prev= ;;
     nbd) words_for=$_minivmm_nbd_commands prev= ;;
   esac
@@ -199,7 +200,8 @@ _minivmm() {
       fi ;;
     nbd\ *:-?*) ;;
     nbd\ *) words_for="nbd:// nbd+unix:///?socket= /dev/nbd"; compopt -o nospace 2>/dev/null ;;
-    *:--kernel | *:--initrd | *:--pid-file | image\ *)
+    control:--timeout) ;;
+    control:control | *:--kernel | *:--initrd | *:--pid-file | image\ *)
       compopt -o filenames 2>/dev/null
       mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
   esac

@@ -34,6 +34,7 @@ complete -c minivmm -n "__fish_use_subcommand" -f -a boot -d "Run a guest on dis
 complete -c minivmm -n "__fish_use_subcommand" -f -a serve -d "Serve disks over NBD and FUSE"
 complete -c minivmm -n "__fish_use_subcommand" -f -a image -d "Create, inspect and check disk images"
 complete -c minivmm -n "__fish_use_subcommand" -f -a nbd -d "Look at NBD servers, and use them"
+complete -c minivmm -n "__fish_use_subcommand" -f -a control -d "Change what a running boot or serve does"
 complete -c minivmm -n "__fish_use_subcommand" -f -a check-host -d "What this machine offers"
 complete -c minivmm -n "__fish_use_subcommand" -s V -l version -d "Show the version"
 complete -c minivmm -n "not __minivmm_in_image" -s h -l help -d "Show the options"
@@ -72,6 +73,9 @@ complete -c minivmm -n "__minivmm_in boot serve" -l pid-file -r -d "File for the
 complete -c minivmm -n "__minivmm_in boot serve" -l shutdown-timeout -x -d "How long an end may take"
 complete -c minivmm -n "__minivmm_in boot serve" -l log-level -x -a "debug info warning error off" -d "What is logged"
 
+complete -c minivmm -n "__minivmm_in control" -l events -d "Print events"
+complete -c minivmm -n "__minivmm_in control" -l compact -d "Answers in one line"
+complete -c minivmm -n "__minivmm_in control" -l timeout -x -d "How long an answer may take"
 complete -c minivmm -n "__minivmm_in check-host" -l output -x -a "human json" -d "Form of the output"
 
 # --- image commands: written by docs/update-image-commands ---

@@ -38,6 +38,7 @@ Error ImageFile::corruption(const std::string& text) {
     base::log_error("{}: the image is corrupt: {}{}", name_, text,
                     writable_ ? "; no more writes are done to it" : "");
     if (writable_) mark_corrupt();
+    if (on_corruption_) on_corruption_(text);
   }
   return Error(
       EIO, fmt::format("{}: the image is corrupt: {}; `minivmm image check -r all` may help", name_,

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 
 #include "base/error.h"
@@ -35,6 +36,10 @@ class ImageFile {
   bool writable() const noexcept { return writable_; }
   const std::string& name() const noexcept { return name_; }
 
+  // Told once, when corruption is found. Before the first request.
+  void on_corruption(std::function<void(const std::string& text)> listener) {
+    on_corruption_ = std::move(listener);
+  }
   // Corruption was found since the image was opened.
   bool broken() const noexcept { return broken_.load(std::memory_order_acquire); }
   // Throws EIO if it is broken.
@@ -68,6 +73,7 @@ class ImageFile {
   const Geometry geometry_;
   const bool writable_;
   const std::string name_;
+  std::function<void(const std::string& text)> on_corruption_;
   std::atomic<bool> broken_{false};
   std::atomic<uint64_t> incompatible_;
   HeaderUpdate header_update_;

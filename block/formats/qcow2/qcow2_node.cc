@@ -30,6 +30,8 @@ Qcow2Node::Qcow2Node(const NodeConfig& config, Children children, qcow2::Header 
                                                : children.file->filename(),
              sizes),
       end_(image_.file().header().size) {
+  image_.file().on_corruption(
+      [this](const std::string& text) { announce_corruption(text, !this->read_only()); });
   if (children.backing) {
     backing_ = std::make_unique<Edge>(std::move(children.backing),
                                       "the overlay '" + config.node_name + "' (backing file)",

@@ -40,9 +40,9 @@ class Qcow2Node::SnapshotCommands final : public Snapshots {
     node_.content_changed(node_.file(), 0, std::max(size, old_size));
   }
 
-  void remove(std::string_view name) override {
+  void remove(std::string_view name, std::string_view id) override {
     prepare();
-    node_.image_.snapshots().remove(name, node_.epoch_);
+    node_.image_.snapshots().remove(name, id, node_.epoch_);
   }
 
  private:

@@ -163,21 +163,30 @@ void Bitmaps::guard_places() {
 void Bitmaps::mark_in_use(bool all) {
   bool wrote = false;
   for (const auto& bitmap : bitmaps_) {
-    BitmapEntry& entry = bitmap->entry;
-    const bool wanted = all || (entry.flags & kBitmapAuto) != 0;
-    if (!wanted || !bitmap->on_disk || (entry.flags & kBitmapInUse) != 0) continue;
-    std::byte flags[4];
-    base::store_be(flags, entry.flags | kBitmapInUse);
-    image_.file().file().write(extension_->directory_offset + bitmap->position + kBitmapFlagsField,
-                               base::SingleBuffer(std::span<const std::byte>(flags)));
-    entry.flags |= kBitmapInUse;
-    bitmap->marked = true;
-    bitmap->changed = !bitmap->inconsistent;
-    wrote = true;
+    const bool wanted = all || (bitmap->entry.flags & kBitmapAuto) != 0;
+    if (wanted && mark_in_use(*bitmap)) wrote = true;
   }
   // Those that were removed and are still on disk are freed by a store; until then a crash brings
   // them back, and they have missed changes since.
   if (wrote) image_.file().file().flush();
+}
+
+// Not durable yet. False: it is marked already, or not on disk.
+bool Bitmaps::mark_in_use(Bitmap& bitmap) {
+  BitmapEntry& entry = bitmap.entry;
+  if (!bitmap.on_disk || (entry.flags & kBitmapInUse) != 0) return false;
+  std::byte flags[4];
+  base::store_be(flags, entry.flags | kBitmapInUse);
+  image_.file().file().write(extension_->directory_offset + bitmap.position + kBitmapFlagsField,
+                             base::SingleBuffer(std::span<const std::byte>(flags)));
+  entry.flags |= kBitmapInUse;
+  bitmap.marked = true;
+  bitmap.changed = !bitmap.inconsistent;
+  return true;
+}
+
+void Bitmaps::before_change(Bitmap& bitmap) {
+  if (mark_in_use(bitmap)) image_.file().file().flush();
 }
 
 void Bitmaps::prepare_resize() {
@@ -301,8 +310,10 @@ void Bitmaps::add(std::string_view name, uint64_t granularity, bool enabled) {
 
 void Bitmaps::remove(std::string_view name) {
   require_changeable();
+  image_.prepare_write();
   const std::lock_guard lock(changing_);
   Bitmap& found = find(name);
+  before_change(found);
   const auto it = std::find_if(bitmaps_.begin(), bitmaps_.end(),
                                [&](const auto& bitmap) { return bitmap.get() == &found; });
   const std::unique_ptr<Bitmap> bitmap = std::move(*it);
@@ -327,10 +338,12 @@ void Bitmaps::clear(std::string_view name) {
 
 void Bitmaps::set_enabled(std::string_view name, bool enabled) {
   require_changeable();
+  image_.prepare_write();
   const std::lock_guard lock(changing_);
   Bitmap& bitmap = find_consistent(name);
   if (bitmap.enabled == enabled) return;
   (void)bits_of(bitmap);
+  before_change(bitmap);
   bitmap.enabled = enabled;
   bitmap.changed = true;
   publish();
@@ -338,10 +351,13 @@ void Bitmaps::set_enabled(std::string_view name, bool enabled) {
 
 void Bitmaps::merge(std::string_view name, DirtyBitmaps& from, std::string_view other) {
   require_changeable();
+  image_.prepare_write();
   uint64_t disk_size = 0;
   {
     const std::lock_guard lock(changing_);
-    (void)bits_of(find_consistent(name));
+    Bitmap& bitmap = find_consistent(name);
+    (void)bits_of(bitmap);
+    before_change(bitmap);
     disk_size = disk_size_;
   }
   // Not under the lock: `from` may be this very set.

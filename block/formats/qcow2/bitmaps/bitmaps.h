@@ -92,7 +92,10 @@ class Bitmaps final : public DirtyBitmaps {
   // The bits of a bitmap that was not read yet.
   DirtyBits& bits_of(Bitmap& bitmap);
   bool try_bits_of(Bitmap& bitmap) noexcept;
+  bool mark_in_use(Bitmap& bitmap);
   void mark_in_use(bool all);
+  // What the image says of it is not true from now on: a crash must not bring that back.
+  void before_change(Bitmap& bitmap);
   // Makes mark() know which are enabled; `also` is marked beside them. What mark() knew before is
   // not used any more when this returns.
   void publish(const std::vector<DirtyBits*>& also = {});

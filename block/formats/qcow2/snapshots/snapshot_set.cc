@@ -206,10 +206,11 @@ std::string SnapshotSet::create(std::string_view name, uint64_t size, base::Epoc
   return id;
 }
 
-void SnapshotSet::remove(std::string_view name, base::Epoch& epoch) {
+void SnapshotSet::remove(std::string_view name, std::string_view id, base::Epoch& epoch) {
   std::vector<SnapshotEntry> wanted = entries();
-  const auto it = std::find_if(wanted.begin(), wanted.end(),
-                               [&](const SnapshotEntry& entry) { return entry.name == name; });
+  const auto it = std::find_if(wanted.begin(), wanted.end(), [&](const SnapshotEntry& entry) {
+    return (name.empty() || entry.name == name) && (id.empty() || entry.id == id);
+  });
   if (it == wanted.end()) throw Error(ENOENT, "snapshot not found");
   settle(epoch);
   const SnapshotEntry entry = *it;

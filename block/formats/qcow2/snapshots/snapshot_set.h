@@ -47,7 +47,8 @@ class SnapshotSet {
   std::string create(std::string_view name, uint64_t size, base::Epoch& epoch);
   // Returns the disk's new size.
   uint64_t apply(std::string_view id_or_name, uint64_t size, base::Epoch& epoch);
-  void remove(std::string_view name, base::Epoch& epoch);
+  // The first of this name and id; an empty one means any.
+  void remove(std::string_view name, std::string_view id, base::Epoch& epoch);
 
  private:
   struct List {
