@@ -217,6 +217,7 @@ Session::Admitted Session::make_request(const wire::Request& head, uint64_t char
     out.head = head;
     out.contexts = agreed_.every_context();
     out.charge = charge;
+    if (charge > kLargeRequest) large_ += charge;
     bump(counters_.requests, uint64_t{1});
     return {&out, Dropper{this}};
   } catch (...) {
@@ -225,10 +226,13 @@ Session::Admitted Session::make_request(const wire::Request& head, uint64_t char
   }
 }
 
-// A client that does not read gets, while it does not, a part of what is free that shrinks with the
-// number of such clients: they leave room for those who read.
+// It has to see replies on their way first. A client that does not read gets, while it does not, a
+// part of what is free that shrinks with the number of such clients: they leave room for those who
+// read.
 bool Session::holds_too_much(uint64_t bytes) noexcept {
-  if (!replies_.blocked() || account_.used() == 0) return false;
+  if (account_.used() == 0) return false;
+  if (bytes > kLargeRequest && large_ > 0 && large_ + bytes > kMostLarge) return true;
+  if (!replies_.blocked()) return false;
   return account_.used() + bytes > std::max(kUnread, account_.budgets().open().spare() / 2);
 }
 
@@ -371,6 +375,7 @@ void Session::finish_group(Request& first, unsigned failed) noexcept {
 }
 
 void Session::on_sent(Request& request) noexcept {
+  if (request.charge > kLargeRequest) large_ -= request.charge;
   account_.give_back(request.charge);
   resources_.give_back(request);
   memory_.notify();

@@ -16,6 +16,21 @@ using base::Error;
 
 constexpr const char* kPriority = "NORMAL:-VERS-TLS1.0:-VERS-TLS1.1";
 constexpr const char* kKeyExchange = ":+ECDHE-PSK:+DHE-PSK:+PSK";
+// ChaCha20 is what everybody can do without the instructions for AES; with them AES-GCM takes an
+// eighth of its time (measured: 0.4 s against 3.5 s for a GiB). With keys, clients put ChaCha20
+// first, because their first choice, AES-256, does not go with the hash of the keys.
+constexpr const char* kAesFirst = ":%SERVER_PRECEDENCE:-CHACHA20-POLY1305:+CHACHA20-POLY1305";
+
+bool aes_is_fast() noexcept {
+#if defined(__x86_64__)
+  return __builtin_cpu_supports("aes") != 0 && __builtin_cpu_supports("pclmul") != 0;
+#else
+  return false;
+#endif
+}
+
+// Of ours, not of those that were given.
+std::string usual_priority() { return std::string(kPriority) + (aes_is_fast() ? kAesFirst : ""); }
 
 void require_file(const std::string& path) {
   if (std::error_code error; !std::filesystem::exists(path, error)) {
@@ -41,9 +56,8 @@ TlsCredentials::TlsCredentials(const TlsOptions& options) : options_(options) {
   (void)gnutls_api();
   handles_ = std::make_unique<Handles>();
   const bool psk = options_.kind == TlsOptions::Kind::kPsk;
-  const std::string priority =
-      (options_.priority.empty() ? std::string(kPriority) : options_.priority) +
-      (psk ? kKeyExchange : "");
+  const std::string priority = (options_.priority.empty() ? usual_priority() : options_.priority) +
+                               (psk ? kKeyExchange : "");
   require_tls(gnutls_api().priority_init(&handles_->priority, priority.c_str(), nullptr),
               "priority " + priority);
   psk ? load_keys() : load_certificates();

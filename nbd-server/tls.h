@@ -17,8 +17,10 @@ struct TlsOptions {
   Mode mode = Mode::kOff;
   Kind kind = Kind::kX509;
   std::string directory = {};
-  std::string priority = {};  // GnuTLS's; empty: its usual one, without what is older than TLS 1.2
-  bool verify_peer = true;    // x509: the client needs a certificate of our authority
+  // GnuTLS's; empty: its usual one, without what is older than TLS 1.2, and AES before ChaCha20
+  // where the processor has instructions for it.
+  std::string priority = {};
+  bool verify_peer = true;  // x509: the client needs a certificate of our authority
 };
 
 class TlsCredentials {

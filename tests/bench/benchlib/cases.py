@@ -5,7 +5,7 @@ import dataclasses
 import re
 import shutil
 
-from . import loads, servers, vmm
+from . import loads, servers, tls, vmm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,6 +94,22 @@ def nbd_copy_group(tools):
                                  servers.QemuNbd(tools, "threads"), servers.Nbdkit(tools)))
 
 
+def nbd_tls_group(tools, kind):
+    """The client is nbdcopy: it knows TLS. It encrypts as much as the server, so what differs
+    between servers is their CPU time more than the rate."""
+    if not shutil.which("nbdcopy"):
+        return Group([], [])
+    prefix = f"nbd-tls-{kind.kind}"
+    cases = [Case(_name(f"{prefix}/{rw} {text}", c, (1, 4)), rw, block, depth, c, "large")
+             for rw in ("read", "write")
+             for text, block, depth in (("4k d32", 4096, 32), ("256k", 256 << 10, 8))
+             for c in (1, 4)]
+    servers_with_tls = [s.with_tls(kind) for s in (servers.OurNbd(tools),
+                                                   servers.QemuNbd(tools, "threads"),
+                                                   servers.Nbdkit(tools))]
+    return Group(cases, _entries(loads.copy, *servers_with_tls))
+
+
 def fuse_group(tools):
     cases = _random("fuse", (1, 32)) + _sequential("fuse")
     floor = servers.TheFile(tools, by_fio=False)
@@ -124,6 +140,7 @@ def runtime_group(tools):
 
 def groups(tools):
     return [runtime_group(tools), nbd_group(tools), nbd_tcp_group(tools), nbd_copy_group(tools),
+            nbd_tls_group(tools, tls.Keys), nbd_tls_group(tools, tls.Certificates),
             fuse_group(tools), qcow2_group(tools),
             Group(vmm.cases(Case), [Entry(m.name, m, vmm.load) for m in vmm.machines(tools)])]
 
@@ -131,7 +148,9 @@ def groups(tools):
 GOALS = [
     Goal(r"^runtime/", "minivmm graph", r"^fio/", 0.9),
     # Everywhere at least the best peer.
-    Goal(r"^(nbd|nbd-tcp|nbd-copy)/", "minivmm", r"^(qemu-nbd/|nbdkit$)", 1.0),
+    Goal(r"^(nbd|nbd-tcp|nbd-copy|nbd-tls-psk|nbd-tls-x509)/", "minivmm", r"^(qemu-nbd/|nbdkit$)",
+         1.0),
+    Goal(r"^nbd-tls-", "minivmm", r"^(qemu-nbd/|nbdkit$)", 1.0, cpu=True),
     Goal(r"^nbd/randread 4k d32 c1$", "minivmm", r"^qemu-nbd/", 5.0),
     Goal(r"^nbd/randread 4k d32 c1$", "minivmm", r"^nbdkit$", 3.0),
     Goal(r"^nbd/randread 4k d32 ", "minivmm", r"^bare$", 0.6),

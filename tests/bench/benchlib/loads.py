@@ -62,9 +62,10 @@ def copy(_tools, case, running, _seconds, _ramp, _seed):
     size = os.path.getsize(running.image)
     before = running.child.cpu_seconds()
     began = time.monotonic()
-    processes.run(["nbdcopy", *names], timeout=300)
+    processes.run(["nbdcopy", f"--request-size={case.block}", f"--requests={case.depth}",
+                   f"--connections={case.connections}", *names], timeout=300)
     seconds = time.monotonic() - began
-    blocks = size / (256 << 10)  # nbdcopy's requests
+    blocks = size / case.block
     return {"value": size / seconds / 1e6, "unit": "MB/s", "errors": 0, "seconds": seconds,
             "requests": blocks, "server_cpu_seconds": running.child.cpu_seconds() - before,
             "server_peak_mib": running.child.peak_mib(), "ramp": 0}

@@ -9,7 +9,7 @@ import os
 import shutil
 import socket
 
-from . import processes
+from . import processes, tls
 
 
 def _accepts(family, address):
@@ -67,16 +67,23 @@ def _free_port():
 
 
 class Place:
-    """Where an NBD server listens: a unix socket, or a port of loopback."""
+    """Where an NBD server listens: a unix socket, or a port of loopback; with TLS or not."""
 
-    def __init__(self, workplace, tcp):
+    def __init__(self, workplace, tcp, secret=None):
         self.port = _free_port() if tcp else None
         self.path = None if tcp else workplace.new("nbd.sock")
+        self.secret = secret  # tls.Keys, tls.Certificates or None
 
     def uri(self, export=""):
         if self.port:
             return f"nbd://127.0.0.1:{self.port}/{export}".rstrip("/")
+        if self.secret:
+            return self.secret.uri(export, self.path)
         return f"nbd+unix:///{export}?socket={self.path}"
+
+    def listen_uri(self):
+        """For a server whose options have the secret."""
+        return self.uri() if self.port else f"nbd+unix:///?socket={self.path}"
 
     def listens(self):
         if self.port:
@@ -87,16 +94,22 @@ class Place:
 class NbdServer(Server):
     export = ""
     tcp = False
+    secret = None
 
     def over_tcp(self):
         self.tcp = True
+        return self
+
+    def with_tls(self, kind):
+        """`kind`: tls.Keys or tls.Certificates."""
+        self.secret = kind
         return self
 
     def command(self, place, image, image_format):
         raise NotImplementedError
 
     def start(self, workplace, image, image_format):
-        place = Place(workplace, self.tcp)
+        place = Place(workplace, self.tcp, self.secret and self.secret.of(workplace))
         log = workplace.new("log")
         child = processes.Child(self.command(place, image, image_format), log)
         try:
@@ -116,8 +129,10 @@ class OurNbd(NbdServer):
         return self.tools.lacks_minivmm()
 
     def command(self, place, image, image_format):
+        secure = ",tls-creds=tls0" if place.secret else ""
         return [self.tools.minivmm, "serve", "--disk", f"{image},id=disk0,format={image_format}",
-                "--nbd", place.uri(), "--export", "disk0,writable"]
+                *(["--object", place.secret.qemu_object()] if place.secret else []),
+                "--nbd", place.listen_uri() + secure, "--export", "disk0,writable"]
 
 
 class QemuNbd(NbdServer):
@@ -131,7 +146,9 @@ class QemuNbd(NbdServer):
 
     def command(self, place, image, image_format):
         where = ["-b", "127.0.0.1", "-p", place.port] if place.port else ["-k", place.path]
-        return ["qemu-nbd", "-t", "-f", image_format, *where, "-e", "16",
+        secret = place.secret
+        secure = ["--object", secret.qemu_object(), "--tls-creds", "tls0"] if secret else []
+        return ["qemu-nbd", "-t", "-f", image_format, *where, "-e", "16", *secure,
                 "--cache=writeback", f"--aio={self.aio}", image]
 
 
@@ -143,7 +160,8 @@ class Nbdkit(NbdServer):
 
     def command(self, place, image, image_format):
         where = ["-i", "127.0.0.1", "-p", place.port] if place.port else ["-U", place.path]
-        return ["nbdkit", "-f", *where, "file", image]
+        secure = ["--tls=require", place.secret.nbdkit_option()] if place.secret else []
+        return ["nbdkit", "-f", *where, *secure, "file", image]
 
 
 class Bare(NbdServer):
