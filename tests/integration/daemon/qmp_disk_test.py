@@ -12,15 +12,15 @@ import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
 from harness.daemon import SHELL
-from harness.qmp import Qmp, QmpError
+from harness.qmp import ControlScene
 from harness.nbd import NbdClient
-from harness.scene import MIB, Scene, have, run, wait_until
+from harness.scene import MIB, have, run, wait_until
 
 UNIX = ("--nbd", "nbd+unix:///?socket=m.sock")
 EXPORT = ("--export", "disk0,writable")
 
 
-class DiskScene(Scene):
+class DiskScene(ControlScene):
     def setUp(self):
         super().setUp()
         self.create("disk", 8 * MIB, "-f", "qcow2")
@@ -28,18 +28,7 @@ class DiskScene(Scene):
     def start(self, *arguments, command="serve"):
         self.running = self.daemon(command, "--disk", "disk,id=disk0", "--qmp", "unix:c.sock",
                                    *UNIX, *arguments)
-        self.qmp = Qmp(self.path("c.sock"))
-        self.addCleanup(self.qmp.close)
-
-    def refuses(self, text, name, /, **arguments):
-        with self.assertRaises(QmpError) as caught:
-            self.qmp.command(name, **arguments)
-        self.assertIn(text, caught.exception.desc)
-
-    def nbd(self, export="disk0"):
-        client = NbdClient(self.path("m.sock"), export)
-        self.addCleanup(client.close)
-        return client
+        self.connect()
 
     def info(self):
         return json.loads(self.tool("info", "--output=json", self.path("disk")))

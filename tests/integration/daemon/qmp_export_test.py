@@ -6,20 +6,19 @@ All of it with the threads' filters of system calls in effect: what is opened la
 import errno
 import os
 import signal
-import subprocess
 import sys
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
-from harness.qmp import Qmp, QmpError
+from harness.qmp import ControlScene, QmpError
 from harness.nbd import NbdClient
-from harness.scene import MIB, Scene, have, is_mounted, run, wait_until
+from harness.scene import MIB, have, is_mounted, run, wait_until
 
 QMP = ("--qmp", "unix:c.sock")
 UNIX = ("--nbd", "nbd+unix:///?socket=m.sock")
 
 
-class ExportScene(Scene):
+class ExportScene(ControlScene):
     def setUp(self):
         super().setUp()
         self.create("disk", 8 * MIB, "-f", "qcow2")
@@ -27,22 +26,11 @@ class ExportScene(Scene):
 
     def serve(self, *arguments):
         self.running = self.daemon("serve", "--disk", "disk,id=disk0", *QMP, *arguments)
-        self.qmp = Qmp(self.path("c.sock"))
-        self.addCleanup(self.qmp.close)
-
-    def refuses(self, text, name, /, **arguments):
-        with self.assertRaises(QmpError) as caught:
-            self.qmp.command(name, **arguments)
-        self.assertIn(text, caught.exception.desc)
+        self.connect()
 
     def add_node(self, name="other", file="other", **more):
         self.qmp.command("blockdev-add", driver="qcow2", node_name=name,
                          file={"driver": "file", "filename": file}, **more)
-
-    def nbd(self, export):
-        client = NbdClient(self.path("m.sock"), export)
-        self.addCleanup(client.close)
-        return client
 
     def ended(self):
         self.assert_ended(self.running, 0, signal.SIGTERM)

@@ -12,23 +12,22 @@ import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
 from harness.daemon import minivmm
-from harness.qmp import Qmp, QmpError
+from harness.qmp import ControlScene
 from harness.nbd import NbdClient
-from harness.scene import MIB, Scene, wait_until
+from harness.scene import MIB, wait_until
 
 QMP = ("--qmp", "unix:c.sock")
 UNIX = ("--nbd", "nbd+unix:///?socket=m.sock")
 
 
-class GuestScene(Scene):
+class GuestScene(ControlScene):
     def setUp(self):
         super().setUp()
         self.create("disk", 8 * MIB, "-f", "qcow2")
 
     def start(self, *arguments, disk="disk,id=disk0", probe=("--probe",)):
         self.running = self.boot(*probe, "--disk", disk, *QMP, *arguments)
-        self.qmp = Qmp(self.path("c.sock"))
-        self.addCleanup(self.qmp.close)
+        self.connect()
 
     def status(self):
         return self.qmp.command("query-status")["status"]
@@ -81,7 +80,7 @@ class Guest(GuestScene):
 
     def test_reset(self):
         self.start(*UNIX, "--export", "disk0,writable")
-        client = NbdClient(self.path("m.sock"))
+        client = self.nbd()
         client.write(0, b"n" * 512)
         for paused in (False, True):
             if paused:
@@ -114,9 +113,7 @@ class Guest(GuestScene):
 
     def test_a_disk_that_is_used_stays(self):
         self.start()
-        with self.assertRaises(QmpError) as caught:
-            self.qmp.command("blockdev-del", node_name="disk0")
-        self.assertIn("guest disk 'disk0'", caught.exception.desc)
+        self.refuses("guest disk 'disk0'", "blockdev-del", node_name="disk0")
 
 
 class Corruption(GuestScene):
@@ -137,8 +134,7 @@ class Corruption(GuestScene):
             f.write(struct.pack(">Q", 1 << 63 | 0x12345 << 9))
         self.running = self.daemon("serve", "--disk", "disk,id=disk0", *UNIX, *QMP, "--export",
                                    "disk0,writable")
-        self.qmp = Qmp(self.path("c.sock"))
-        self.addCleanup(self.qmp.close)
+        self.connect()
         client = NbdClient(self.path("m.sock"))
         with self.assertRaises(OSError):
             client.read(0, 512)

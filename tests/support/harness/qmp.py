@@ -5,6 +5,9 @@ import json
 import socket
 import time
 
+from .nbd import NbdClient
+from .scene import Scene
+
 
 class QmpError(Exception):
     def __init__(self, error):
@@ -84,3 +87,21 @@ class Qmp:
 
     def __exit__(self, *_):
         self.close()
+
+
+class ControlScene(Scene):
+    """A test with one daemon whose control socket is c.sock and whose NBD socket is m.sock."""
+
+    def connect(self):
+        self.qmp = Qmp(self.path("c.sock"))
+        self.addCleanup(self.qmp.close)
+
+    def refuses(self, text, name, /, **arguments):
+        with self.assertRaises(QmpError) as caught:
+            self.qmp.command(name, **arguments)
+        self.assertIn(text, caught.exception.desc)
+
+    def nbd(self, export="disk0"):
+        client = NbdClient(self.path("m.sock"), export)
+        self.addCleanup(client.close)
+        return client
