@@ -8,6 +8,8 @@
 #include <exception>
 #include <span>
 
+#include <fmt/format.h>
+
 #include "base/error.h"
 #include "bootdisk/channel.h"
 #include "bootdisk/finder.h"
@@ -33,6 +35,13 @@ void search(Channel& channel, const Terms& terms) {
   Finder finder(disk);
   for (const std::string& note : finder.notes()) channel.send_text(Kind::kNote, note);
   const auto found = finder.find();
+  if (!found && !finder.foreign().empty()) {
+    throw Error(
+        EOPNOTSUPP,
+        fmt::format("only ext2, ext3 and ext4 can be read, and there is none with a kernel, but "
+                    "{}",
+                    fmt::join(finder.foreign(), ", ")));
+  }
   if (!found) {
     channel.send_text(Kind::kNothing, {});
     return;

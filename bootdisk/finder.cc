@@ -10,6 +10,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "bootdisk/foreign.h"
 #include "bootdisk/grub_config.h"
 #include "bootdisk/loader_entries.h"
 
@@ -27,7 +28,9 @@ bool newer(const std::string& a, const std::string& b) {
   return ::strverscmp(a.c_str(), b.c_str()) > 0;
 }
 
-std::string absolute(const std::string& path, const std::string& folder) {
+std::string absolute(std::string path, const std::string& folder) {
+  // GRUB may name the device before the path: (hd0,gpt2)/vmlinuz, ($root)/vmlinuz.
+  if (path.starts_with('(')) path.erase(0, std::min(path.find(')'), path.size() - 1) + 1);
   return path.starts_with('/') ? path : folder + "/" + path;
 }
 
@@ -37,7 +40,11 @@ Finder::Finder(ByteSource& disk) {
   for (const Volume& volume : find_volumes(disk)) {
     try {
       auto opened = ExtVolume::open(disk, volume);
-      if (!opened) continue;
+      if (!opened) {
+        const std::string_view name = foreign_content(disk, volume);
+        if (!name.empty()) foreign_.push_back(fmt::format("{}: {}", name_of(volume), name));
+        continue;
+      }
       if (opened->needs_recovery()) {
         notes_.push_back(
             fmt::format("{}: its journal was not replayed: it was not unmounted", name_of(volume)));

@@ -40,6 +40,8 @@ class Finder {
 
   // What a user should know: file systems that were left out, journals not replayed.
   const std::vector<std::string>& notes() const noexcept { return notes_; }
+  // "partition 2: XFS", "the disk: btrfs": where a system may be that is not looked into.
+  const std::vector<std::string>& foreign() const noexcept { return foreign_; }
 
  private:
   using Entries = std::vector<BootEntry>;
@@ -55,6 +57,7 @@ class Finder {
   std::vector<std::unique_ptr<ExtVolume>> volumes_;
   const ExtVolume* chosen_ = nullptr;  // where the entry was found: its files are looked for first
   std::vector<std::string> notes_;
+  std::vector<std::string> foreign_;
 };
 
 }  // namespace minivmm::bootdisk

@@ -13,6 +13,7 @@
 #include "base/error.h"
 #include "base/log.h"
 #include "bootdisk/channel.h"
+#include "bootdisk/foreign.h"
 #include "control/finder_process.h"
 
 namespace minivmm::control {
@@ -25,22 +26,54 @@ namespace {
 
 constexpr size_t kMaxNotes = 64;
 
+class HandleSource final : public bootdisk::ByteSource {
+ public:
+  explicit HandleSource(block::Handle& handle) : handle_(handle) {}
+  uint64_t size() const noexcept override { return handle_.size(); }
+  void read(uint64_t offset, std::span<std::byte> out) override {
+    handle_.read(offset, base::SingleBuffer(out.data(), out.size()));
+  }
+
+ private:
+  block::Handle& handle_;
+};
+
+// A partition table or a file system at its beginning. Without one there is nothing to start a
+// process for.
+bool worth_a_search(block::Handle& disk) {
+  std::vector<std::byte> head(4608);
+  const size_t length = std::min<uint64_t>(disk.size(), head.size());
+  try {
+    disk.read(0, base::SingleBuffer(head.data(), length));
+  } catch (Error& e) {
+    e.prepend(fmt::format("{}: reading its first blocks", disk.describe()));
+    throw;
+  }
+  const auto has = [&](size_t at, std::string_view text) {
+    return std::memcmp(head.data() + at, text.data(), text.size()) == 0;
+  };
+  constexpr std::string_view kGpt = "EFI PART";
+  if (has(510, "\x55\xaa") || has(1080, "\x53\xef") || has(512, kGpt) || has(4096, kGpt))
+    return true;
+  HandleSource source(disk);
+  return !bootdisk::foreign_content(source, {0, 0, disk.size(), {}}).empty();
+}
+
+void let_go(block::Handle& handle) noexcept {
+  try {
+    handle.close();
+  } catch (const std::exception&) {
+    // Nothing was written, so nothing is lost.
+  }
+}
+
 // The disk as the search sees it: attached like a guest that only reads.
 class DiskReader {
  public:
-  DiskReader(base::EventLoop& loop, block::Graph& graph, const std::string& node_name)
-      : loop_(loop), handle_(loop.call("attach to search", [&] {
-          return graph.attach(node_name, fmt::format("search for a kernel on '{}'", node_name),
-                              block::Permissions::front_end(false));
-        })) {}
+  DiskReader(base::EventLoop& loop, block::Handle handle)
+      : loop_(loop), handle_(std::move(handle)) {}
   ~DiskReader() {
-    loop_.call("detach from search", [this] {
-      try {
-        handle_.close();
-      } catch (const Error&) {
-        // Nothing was written, so nothing is lost.
-      }
-    });
+    loop_.call("detach from search", [this] { let_go(handle_); });
   }
   DiskReader(const DiskReader&) = delete;
   DiskReader& operator=(const DiskReader&) = delete;
@@ -67,20 +100,6 @@ class DiskReader {
   base::EventLoop& loop_;
   block::Handle handle_;
 };
-
-// A partition table or an ext file system. Without one there is nothing to start a process for.
-bool worth_a_search(DiskReader& disk) {
-  std::vector<std::byte> head(4608);
-  const size_t length = std::min<uint64_t>(disk.size(), head.size());
-  if (const int err = disk.read(0, std::span(head).first(length)); err != 0) {
-    throw base::errno_error(err, fmt::format("{}: reading its first blocks", disk.describe()));
-  }
-  const auto has = [&](size_t at, std::string_view text) {
-    return std::memcmp(head.data() + at, text.data(), text.size()) == 0;
-  };
-  constexpr std::string_view kGpt = "EFI PART";
-  return has(510, "\x55\xaa") || has(1080, "\x53\xef") || has(512, kGpt) || has(4096, kGpt);
-}
 
 class Search {
  public:
@@ -171,12 +190,26 @@ class Search {
 
 std::optional<DiskKernel> find_disk_kernel(base::EventLoop& loop, block::Graph& graph,
                                            const std::string& node_name, uint64_t limit) {
-  DiskReader disk(loop, graph, node_name);
-  if (!worth_a_search(disk)) return std::nullopt;
+  // In one go: most disks end here, and a hand-over to the loop and back is long at a start.
+  auto handle = loop.call("look at the disk", [&]() -> std::optional<block::Handle> {
+    block::Handle out =
+        graph.attach(node_name, fmt::format("search for a kernel on '{}'", node_name),
+                     block::Permissions::front_end(false));
+    try {
+      if (worth_a_search(out)) return out;
+    } catch (...) {
+      let_go(out);
+      throw;
+    }
+    let_go(out);
+    return std::nullopt;
+  });
+  if (!handle) return std::nullopt;
+  DiskReader disk(loop, std::move(*handle));
   Search search(disk, limit);
   const auto failed = [&](const std::string& why) {
     return Error(EIO, fmt::format("{}: the search for a kernel in its /boot: {}; give one with "
-                                  "--kernel",
+                                  "--kernel, or --probe for the built-in guest",
                                   disk.describe(), why));
   };
   try {

@@ -103,6 +103,19 @@ class DiskKernel(Scene):
                             self.path("large.raw") + ",format=raw,id=disk0")
         self.assertRegex(text, "bytes are more than 1048576|memory")
 
+    def test_file_systems_that_cannot_be_read_are_named(self):
+        for name, offset, magic in (("XFS", 0, b"XFSB"), ("btrfs", 0x10040, b"_BHRfS_M"),
+                                    ("an LVM physical volume", 512, b"LABELONE")):
+            with open(self.path("disk.raw"), "wb") as file:
+                file.truncate(4 * MIB)
+                file.seek(offset)
+                file.write(magic)
+            text = self.refused("boot", "--disk", self.path("disk.raw") + ",format=raw")
+            self.assertIn(f"the disk: {name}; give one with --kernel, or --probe", text)
+        vm = self.start(self.path("disk.raw") + ",format=raw", "--probe", "--append", SHELL)
+        vm.type("exit")
+        self.assert_ended(vm)
+
     def test_text_from_the_disk_does_not_reach_the_terminal_raw(self):
         self.file_system("disk.raw", {
             "boot/vmlinuz-1": None,

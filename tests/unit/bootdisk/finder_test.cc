@@ -3,6 +3,7 @@
 #include "bootdisk/finder.h"
 
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <iterator>
@@ -169,6 +170,75 @@ TEST_F(FinderTest, NothingOnEmptyDisks) {
   file("home/x", "");
   MemorySource data(file_system(4 * kMiB));
   EXPECT_FALSE(Finder(data).find());
+}
+
+// What mke2fs makes today, and may make of options: file systems of other versions and settings.
+TEST_F(FinderTest, FileSystemsWithAllKindsOfFeatures) {
+  for (const char* options :
+       {"-t ext2", "-t ext3", "-t ext4 -O metadata_csum,metadata_csum_seed,orphan_file",
+        "-t ext4 -b 1024 -O ^64bit,inline_data", "-t ext4 -b 4096 -O bigalloc,quota,project",
+        "-t ext4 -O casefold,encrypt,verity,ea_inode,large_dir", "-t ext4 -O meta_bg,^resize_inode",
+        "-t ext4 -O sparse_super2,stable_inodes",
+        "-t ext4 -I 128 -O ^64bit,^extents,^metadata_csum",
+        "-t ext4 -O flex_bg,uninit_bg,^metadata_csum -G 4"}) {
+    SCOPED_TRACE(options);
+    file("boot/grub/grub.cfg", "menuentry x {\n linux /boot/vmlinuz-1 a\n}\n");
+    file("boot/vmlinuz-1", std::string(50'000, 'k'));
+    MemorySource disk(file_system(16 * kMiB, options));
+    Finder finder(disk);
+    EXPECT_THAT(finder.notes(), IsEmpty());
+    const auto found = finder.find();
+    ASSERT_TRUE(found);
+    EXPECT_EQ(content(finder, found->entry.kernel), std::string(50'000, 'k'));
+  }
+}
+
+// A feature of years to come, without which the file system cannot be understood.
+TEST_F(FinderTest, AnUnknownFeatureIsNamedAsTheReason) {
+  file("boot/vmlinuz-1", "kernel");
+  MemorySource disk(file_system(4 * kMiB, "-t ext4 -O ^metadata_csum"));
+  constexpr size_t kIncompatible = 1024 + 0x60;
+  disk.bytes[kIncompatible + 3] |= std::byte{0x40};
+  Finder finder(disk);
+  EXPECT_FALSE(finder.find());
+  EXPECT_THAT(finder.notes(), ElementsAre(HasSubstr("unsupported")));
+}
+
+TEST_F(FinderTest, WhatIsNotLookedIntoIsNamed) {
+  struct Case {
+    size_t offset;
+    std::string_view magic;
+    const char* name;
+  };
+  for (const Case& each :
+       {Case{0, "XFSB", "XFS"}, Case{0x10040, "_BHRfS_M", "btrfs"}, Case{512, "LABELONE", "LVM"},
+        Case{0, "LUKS\xba\xbe", "LUKS"}, Case{4096, "\xfc\x4e\x2b\xa9", "RAID"},
+        Case{3, "NTFS    ", "NTFS"}, Case{1024, "\x10\x20\xf5\xf2", "F2FS"}}) {
+    MemorySource disk(kMiB);
+    std::memcpy(disk.bytes.data() + each.offset, each.magic.data(), each.magic.size());
+    Finder finder(disk);
+    EXPECT_FALSE(finder.find());
+    EXPECT_THAT(finder.foreign(), ElementsAre(HasSubstr(each.name)));
+  }
+  // Also where it ends before the places that are looked at.
+  for (const size_t size : {0, 1, 511, 513, 4096, 4100, 0x10040}) {
+    MemorySource disk(size);
+    EXPECT_THAT(Finder(disk).foreign(), IsEmpty());
+  }
+}
+
+// GRUB's path may begin with a device.
+TEST_F(FinderTest, ADeviceBeforeThePathIsLeftOut) {
+  file("boot/grub/grub.cfg",
+       "menuentry x {\n linux (hd0,gpt2)/boot/vmlinuz-1 a\n initrd ($root)/boot/initrd.img-1\n}\n");
+  file("boot/vmlinuz-1", "kernel");
+  file("boot/initrd.img-1", "initrd");
+  MemorySource disk(file_system(4 * kMiB));
+  Finder finder(disk);
+  const auto found = finder.find();
+  ASSERT_TRUE(found);
+  EXPECT_EQ(found->entry.kernel, "/boot/vmlinuz-1");
+  EXPECT_THAT(found->entry.initrds, ElementsAre("/boot/initrd.img-1"));
 }
 
 // The library may refuse, and find nothing or something else; it must come back. (A crash is
