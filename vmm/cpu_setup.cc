@@ -25,9 +25,11 @@ kvm_cpuid_entry2& leaf(std::vector<kvm_cpuid_entry2>& table, uint32_t function, 
   return table.emplace_back(fresh);
 }
 
+// One thread a core, all cores in one package. What KVM copied from the host goes: it has levels
+// (modules, dies) and ids of processors that the guest does not have.
 void set_topology(std::vector<kvm_cpuid_entry2>& table, uint32_t function,
                   const CpuidInput& input) {
-  // One thread a core, all cores in one package.
+  std::erase_if(table, [&](const auto& entry) { return entry.function == function; });
   const auto package_bits = static_cast<uint32_t>(std::bit_width(input.vcpus - 1));
   auto& threads = leaf(table, function, 0, true);
   threads.eax = 0;
@@ -51,12 +53,14 @@ void fix_leaf_1(kvm_cpuid_entry2& entry, const CpuidInput& input) {
   entry.edx = input.vcpus > 1 ? entry.edx | bit(28) : entry.edx & ~bit(28);
 }
 
-void fix_leaf_4(kvm_cpuid_entry2& entry, const CpuidInput& input) {
+// A cache: the last level is everybody's, the others are a core's own. The bits above who shares it
+// are the number of cores in leaf 4, and nothing in AMD's.
+void fix_cache(kvm_cpuid_entry2& entry, const CpuidInput& input) {
   if ((entry.eax & 0x1f) == 0) return;
   const uint32_t level = (entry.eax >> 5) & 7;
   const uint32_t sharing = level >= 3 ? input.vcpus - 1 : 0;
-  entry.eax = (entry.eax & 0x3fff) | (std::min(sharing, 0xfffu) << 14) |
-              (std::min(input.vcpus - 1, 0x3fu) << 26);
+  const uint32_t cores = entry.function == 4 ? std::min(input.vcpus - 1, 0x3fu) << 26 : 0;
+  entry.eax = (entry.eax & 0x3fff) | (std::min(sharing, 0xfffu) << 14) | cores;
 }
 
 void fix_entry(kvm_cpuid_entry2& entry, const CpuidInput& input) {
@@ -64,7 +68,8 @@ void fix_entry(kvm_cpuid_entry2& entry, const CpuidInput& input) {
     case 1:
       return fix_leaf_1(entry, input);
     case 4:
-      return fix_leaf_4(entry, input);
+    case 0x8000001d:
+      return fix_cache(entry, input);
     case 6:
       entry.eax &= ~bit(1);  // turbo
       entry.ecx &= ~bit(3);  // energy bias
@@ -149,6 +154,8 @@ std::vector<kvm_cpuid_entry2> make_cpuid(const std::vector<kvm_cpuid_entry2>& su
   const bool has_1f = std::any_of(table.begin(), table.end(), [](const auto& entry) {
     return entry.function == 0x1f && entry.eax != 0;
   });
+  auto& basic = leaf(table, 0, 0, false);
+  basic.eax = std::max(basic.eax, 0xbu);
   set_topology(table, 0xb, input);
   if (has_1f) set_topology(table, 0x1f, input);
   auto& hypervisor = leaf(table, 0x40000000, 0, false);

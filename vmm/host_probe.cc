@@ -4,11 +4,13 @@
 #include <fcntl.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <fstream>
 #include <sstream>
 
 #include "base/error.h"
 #include "vmm/kvm_api.h"
+#include "vmm/layout.h"
 #include "vmm/syscall_probe.h"
 
 namespace minivmm::vmm {
@@ -40,7 +42,7 @@ std::optional<bool> nested_parameter() {
 void ask_kvm(HostProbe& out) {
   const Kvm kvm;
   out.recommended_vcpus = kvm.capability(KVM_CAP_NR_VCPUS);
-  out.max_vcpus = kvm.capability(KVM_CAP_MAX_VCPUS);
+  out.max_vcpus = std::min(kvm.capability(KVM_CAP_MAX_VCPUS), kMaxVcpus);
   out.guest_syscalls = guest_syscall_works(kvm);
   out.kind = kind_of(out.cpu_flag, out.guest_syscalls);
   if (out.guest_syscalls.value_or(true)) return;

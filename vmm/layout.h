@@ -42,6 +42,8 @@ inline constexpr uint32_t kVirtioFirstGsi = 5;
 inline constexpr uint32_t kIoapicPins = 24;
 inline constexpr unsigned kVirtioSlots = kIoapicPins - kVirtioFirstGsi;
 
+inline constexpr int kMaxVcpus = 254;  // APIC ids have 8 bits, and 255 is everybody's
+
 inline constexpr uint64_t kIoapicAddress = 0xfec00000;
 inline constexpr uint64_t kLapicAddress = 0xfee00000;
 // Used by KVM itself on Intel processors without unrestricted guest mode.

@@ -69,6 +69,58 @@ TEST(Cpuid, GivesEachVcpuItsIdAndTheTopology) {
   EXPECT_EQ((find(table, 4, 0)->eax >> 14) & 0xfff, 0u) << "the first is not";
 }
 
+// KVM of Linux before 6.2 copies these leaves from the host. A level of them that stays makes a
+// guest believe in dies, or take the id of the host's processor for its own.
+TEST(Cpuid, NothingOfTheHostsTopologyIsLeft) {
+  auto supported = sample();
+  for (const uint32_t function : {0xbu, 0x1fu}) {
+    for (uint32_t index = 0; index < 4; ++index) {
+      kvm_cpuid_entry2 entry{};
+      entry.function = function;
+      entry.index = index;
+      entry.eax = 5;
+      entry.ebx = 16;
+      entry.ecx = ((index < 3 ? index + 1 : 0) << 8) | index;
+      entry.edx = 0x5555;
+      supported.push_back(entry);
+    }
+  }
+  const auto table = make_cpuid(supported, {.apic_id = 1, .vcpus = 2});
+  for (const uint32_t function : {0xbu, 0x1fu}) {
+    ASSERT_NE(find(table, function, 0), nullptr);
+    ASSERT_NE(find(table, function, 1), nullptr);
+    EXPECT_EQ(find(table, function, 1)->ebx, 2u);
+    EXPECT_EQ(find(table, function, 2), nullptr) << "a level more";
+  }
+  for (const auto& entry : table) EXPECT_NE(entry.edx, 0x5555u) << "leaf " << entry.function;
+}
+
+// A leaf above the largest one is not looked at.
+TEST(Cpuid, TheTopologyIsWithinTheLeavesThatThereAre) {
+  auto supported = sample();
+  kvm_cpuid_entry2 entry{};
+  entry.eax = 7;
+  supported.push_back(entry);
+  EXPECT_EQ(find(make_cpuid(supported, {.apic_id = 0, .vcpus = 2}), 0)->eax, 0xbu);
+  supported.back().eax = 0x1f;
+  EXPECT_EQ(find(make_cpuid(supported, {.apic_id = 0, .vcpus = 2}), 0)->eax, 0x1fu);
+}
+
+// The host's sixteen threads do not share a guest's cache.
+TEST(Cpuid, CachesAreThoseOfTheGuestsProcessors) {
+  auto supported = sample();
+  for (const uint32_t level : {1u, 3u}) {
+    kvm_cpuid_entry2 entry{};
+    entry.function = 0x8000001d;
+    entry.index = level;
+    entry.eax = (15u << 14) | (level << 5) | 1;
+    supported.push_back(entry);
+  }
+  const auto table = make_cpuid(supported, {.apic_id = 0, .vcpus = 3});
+  EXPECT_EQ(find(table, 0x8000001d, 1)->eax >> 14, 0u);
+  EXPECT_EQ(find(table, 0x8000001d, 3)->eax >> 14, 2u);
+}
+
 TEST(Cpuid, TellsTheTscFrequency) {
   const auto table = make_cpuid(sample(), {.apic_id = 0, .vcpus = 1, .tsc_khz = 2500000});
   EXPECT_EQ(find(table, 0x40000000)->eax, 0x40000010u);
