@@ -76,7 +76,8 @@ CallFilter::CallFilter() {
 }
 
 void CallFilter::add(int code, uint32_t value, uint8_t yes, uint8_t no) {
-  code_.push_back({static_cast<uint16_t>(code), yes, no, value});
+  code_.at(length_) = {static_cast<uint16_t>(code), yes, no, value};
+  ++length_;
 }
 void CallFilter::end(uint32_t action) { add(BPF_RET | BPF_K, action, 0, 0); }
 void CallFilter::skip_unless(uint32_t value, uint8_t length) {
@@ -125,9 +126,8 @@ CallFilter& CallFilter::allow_threads() {
 void CallFilter::apply(const std::string& thread) noexcept {
   if (kSanitized) return;
   try {
-    CallFilter whole = *this;
-    whole.end(SECCOMP_RET_ERRNO | EPERM);
-    const sock_fprog program{static_cast<uint16_t>(whole.code_.size()), whole.code_.data()};
+    end(SECCOMP_RET_ERRNO | EPERM);
+    const sock_fprog program{static_cast<uint16_t>(length_), code_.data()};
     // A thread that inherited a filter has it set, and may not ask.
     (void)::prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0);
     // SPEC_ALLOW: older kernels would slow the thread down, as if it ran code that we do not trust.

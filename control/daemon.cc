@@ -10,6 +10,7 @@
 #include <climits>
 #include <cstring>
 #include <exception>
+#include <latch>
 #include <mutex>
 #include <thread>
 
@@ -150,8 +151,10 @@ void Daemon::start() {
     Guest::bind_loops(*loops_, *config_.boot);
     make_guest();
   }
-  on_loop("publish", [this] { front_ends_->publish_configured(); });
-  on_loop("open front ends", [this] { front_ends_->open(); });
+  on_loop("open front ends", [this] {
+    front_ends_->publish_configured();
+    front_ends_->open();
+  });
   if (control_) bind_control_socket();
   if (config_.confine_threads) confine();
   if (guest_) guest_->start();
@@ -197,10 +200,15 @@ void Daemon::open_nodes() {
 // All is open. What comes now comes from guests and clients.
 void Daemon::confine() {
   base::confine_io_threads();
+  std::latch confined(static_cast<ptrdiff_t>(loops_->size()));
   for (size_t i = 0; i < loops_->size(); ++i) {
     base::EventLoop& loop = loops_->loop(i);
-    loop.call("confine", [&loop] { base::confine_io_thread(base::IoThread::kLoop, loop.name()); });
+    loop.post("confine", [&] {
+      base::confine_io_thread(base::IoThread::kLoop, loop.name());
+      confined.count_down();
+    });
   }
+  confined.wait();
 }
 
 // Two systems that write to one file system destroy it, and what the guest mounts cannot be seen.

@@ -248,16 +248,19 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const SerialPort& seri
   is_probe_ = !config.kernel.bytes.empty();
   if (!is_probe_) prepare_for_emulated_host(config);
   machine_ = std::make_unique<vmm::Machine>(std::move(config));
+  std::vector<std::shared_ptr<SizeWatcher>> watchers;
+  std::vector<block::Handle> handles;
+  loops.loop(0).call("attach disks", [&] {
+    for (const Disk& disk : disks) {
+      handles.push_back(graph.attach(disk.node_name, fmt::format("guest disk '{}'", disk.node_name),
+                                     block::Permissions::front_end(!disk.read_only)));
+      watchers.push_back(std::make_shared<SizeWatcher>());
+      handles.back().watch(watchers.back());
+    }
+  });
   size_t first_loop = 0;
-  for (const Disk& disk : disks) {
-    auto watcher = std::make_shared<SizeWatcher>();
-    block::Handle handle = loops.loop(0).call("attach disk", [&] {
-      block::Handle out =
-          graph.attach(disk.node_name, fmt::format("guest disk '{}'", disk.node_name),
-                       block::Permissions::front_end(!disk.read_only));
-      out.watch(watcher);
-      return out;
-    });
+  for (size_t number = 0; number < disks.size(); ++number) {
+    const Disk& disk = disks[number];
     // Queues of all disks go around the loops.
     std::vector<base::EventLoop*> queue_loops;
     for (size_t i = 0; i < loops.size(); ++i) {
@@ -265,12 +268,12 @@ Guest::Guest(base::LoopGroup& loops, block::Graph& graph, const SerialPort& seri
     }
     first_loop += disk.device.num_queues;
     slots_.push_back(std::make_unique<Slot>(
-        *machine_, std::move(handle), disk, std::move(queue_loops),
+        *machine_, std::move(handles[number]), disk, std::move(queue_loops),
         [this](const std::string& why) { pause(why); },
         [this, name = disk.node_name](const virtio::FailedRequest& request) {
           if (events_.failed) events_.failed(name, request);
         },
-        std::move(watcher)));
+        std::move(watchers[number])));
   }
   // Behind the disks, so that their windows are where they were without it. A machine that is full
   // of disks does without, as the probe guest does.

@@ -52,16 +52,17 @@ class Records {
     }
   }
   std::span<const std::byte> gather(size_t limit) noexcept {
-    thread_local std::array<std::byte, kRecord> record;
+    // Not in the thread's own storage, of which every thread of the process would have this much.
+    thread_local const auto record = std::make_unique_for_overwrite<std::byte[]>(kRecord);
     size_t size = 0;
     for (; size < limit && !from_.empty(); skip_empty()) {
       const size_t n = std::min(from_.front().iov_len - at_, limit - size);
-      std::memcpy(record.data() + size, static_cast<const std::byte*>(from_.front().iov_base) + at_,
+      std::memcpy(record.get() + size, static_cast<const std::byte*>(from_.front().iov_base) + at_,
                   n);
       size += n;
       at_ += n;
     }
-    return std::span(record).first(size);
+    return {record.get(), size};
   }
 
   std::span<const iovec> from_;

@@ -24,6 +24,8 @@ constexpr auto kStallLimit = std::chrono::seconds(1);
 constexpr int kStallPoll = 1100;  // ms, a little longer
 constexpr auto kStopLimit = std::chrono::seconds(1);
 constexpr auto kInputGrace = std::chrono::milliseconds(100);
+// Long for a byte's exit, short for an eye.
+constexpr auto kCollect = std::chrono::microseconds(500);
 // A pipe that polls writable takes at least PIPE_BUF bytes without blocking.
 constexpr size_t kWriteChunk = 2048;
 constexpr size_t kFifoRoom = 64;
@@ -44,10 +46,14 @@ void Console::attach(Serial& serial) {
   serial.set_on_drained([this] { wake_input(); });
 }
 
-void Console::start() {
+void Console::open() {
   install_kick_handler();
   terminal_ = std::make_unique<RawTerminal>(config_.in_fd);
   last_progress_ = Clock::now();
+}
+
+void Console::start() {
+  if (!terminal_) open();
   const ServiceThreadSignals signals;
   output_thread_ = std::thread([this] { output_loop(); });
   input_thread_ = std::thread([this] { input_loop(); });
@@ -99,7 +105,7 @@ void Console::put(std::span<const std::byte> bytes) {
     }
     ring_[(ring_head_ + ring_count_++) % kRingBytes] = byte;
   }
-  changed_.notify_all();
+  if (!collecting_ || ring_count_ >= kWriteChunk) changed_.notify_all();
 }
 
 void Console::type(std::string_view text) {
@@ -133,6 +139,10 @@ void Console::output_loop() {
     lock.unlock();
     tell_transmitter();
     lock.lock();
+    collecting_ = true;
+    changed_.wait_for(lock, kCollect,
+                      [this] { return ring_count_ >= kWriteChunk || stopping_.load(); });
+    collecting_ = false;
   }
   output_done_ = true;
   changed_.notify_all();

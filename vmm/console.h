@@ -5,7 +5,9 @@
 //
 // Output waits in a ring. While it is full the UART says "busy", and a guest that polls loses
 // nothing; once the reader has taken nothing for a second, bytes are dropped and counted instead,
-// so that a guest is not held up for ever by a pipe that nobody reads.
+// so that a guest is not held up for ever by a pipe that nobody reads. A guest writes byte by byte:
+// what follows a first byte is collected for a moment, since waking a thread costs more than a
+// byte's exit.
 #pragma once
 
 #include <string_view>
@@ -43,7 +45,10 @@ class Console final : public SerialOutput {
 
   // Before start(). The UART must outlive the Console's threads, that is: call stop() first.
   void attach(Serial& serial);
-  // Makes a terminal raw and starts the threads. Throws base::Error.
+  // Makes a terminal raw. Before the guest runs. Throws base::Error.
+  void open();
+  // Starts the threads, with open() if that was not done; what the guest wrote until then waits.
+  // Throws std::system_error.
   void start();
   // Writes out what waits (at most a second), ends the threads, gives the terminal back. Again: no
   // effect.
@@ -91,6 +96,7 @@ class Console final : public SerialOutput {
   bool output_done_ = false;
   bool input_done_ = false;
   bool busy_reported_ = false;  // ready() said no since the last drain
+  bool collecting_ = false;     // the output thread comes back by itself
   Clock::time_point last_progress_;
   std::vector<std::byte> typed_;
 };

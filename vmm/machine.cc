@@ -175,11 +175,10 @@ Machine::Impl::~Impl() {
 
 // The order matters to KVM: addresses of its own pages and the interrupt controllers before vCPUs.
 void Machine::Impl::create_vm_parts() {
-  const int most = std::max(kvm_.capability(KVM_CAP_MAX_VCPUS), 1);
-  // APIC ids are 8 bits wide and 255 is the broadcast.
-  if (config_.vcpus == 0 || config_.vcpus > static_cast<unsigned>(most) || config_.vcpus > 254) {
+  const int most = std::clamp(kvm_.capability(KVM_CAP_MAX_VCPUS), 1, kMaxVcpus);
+  if (config_.vcpus == 0 || config_.vcpus > static_cast<unsigned>(most)) {
     throw base::Error(EINVAL, fmt::format("{} vCPUs are not possible: 1 to {} on this host",
-                                          config_.vcpus, std::min(most, 254)));
+                                          config_.vcpus, most));
   }
   const uint64_t identity_map = kIdentityMapAddress;
   kvm_ioctl_checked(vm_.get(), KVM_SET_IDENTITY_MAP_ADDR, &identity_map,
@@ -324,10 +323,14 @@ void Machine::Impl::start() {
   start_called_ = true;
   vcpus_.front()->set_boot_state(load());
   install_kick_handler();
+  // Who waits for an end that comes at once finds all threads made, or none.
+  const std::lock_guard join_lock(join_mutex_);
   if (ending()) return;
+  console_.open();
   try {
-    console_.start();
+    // The guest first: its thread starts while the others are made.
     run_vcpus();
+    console_.start();
   } catch (const std::system_error& error) {
     end({ExitKind::kStopped, 0, "a thread could not be made"});
     throw base::errno_error(error.code().value(),

@@ -71,6 +71,36 @@ TEST(Console, CarriesOutputToADescriptor) {
   EXPECT_EQ(std::string(buffer), text);
 }
 
+// A guest writes byte by byte, and a thread that is woken for each costs more than the guest's
+// exit.
+TEST(Console, BytesAreCollected) {
+  std::atomic<size_t> calls{0};
+  std::atomic<size_t> bytes{0};
+  Console console({.in_fd = -1,
+                   .out_fd = -1,
+                   .on_output =
+                       [&](std::span<const std::byte> some) {
+                         ++calls;
+                         bytes += some.size();
+                       }},
+                  [] {});
+  Serial serial(console, [] {});
+  console.attach(serial);
+  console.start();
+  constexpr size_t kBytes = 400;
+  const std::byte one{'x'};
+  for (size_t i = 0; i < kBytes; ++i) {
+    console.put(std::span(&one, 1));
+    const auto until = std::chrono::steady_clock::now() + 25us;
+    while (std::chrono::steady_clock::now() < until) {
+    }
+  }
+  // Also the last ones, behind which nothing comes.
+  EXPECT_TRUE(eventually([&] { return bytes.load() == kBytes; }));
+  EXPECT_LT(calls.load(), kBytes / 4);
+  console.stop();
+}
+
 // A pipe that nobody reads: the guest is told to wait, then loses bytes, and stop() still ends.
 TEST(Console, AStuckReaderNeitherBlocksTheGuestNorTheEnd) {
   Pipe pipe;
