@@ -64,10 +64,11 @@ def _compare(goal, case, row):
     peers = {n: value(s) for n, s in row.items() if re.search(goal.peers, n) and value(s)}
     if not peers or not value(row[goal.ours]):
         return None
-    best = (min if goal.cpu else max)(peers, key=peers.get)
+    less = goal.cpu or goal.less
+    best = (min if less else max)(peers, key=peers.get)
     ratio = value(row[goal.ours]) / peers[best]
-    passed = ratio <= goal.ratio if goal.cpu else ratio >= goal.ratio
-    text = f"{goal.ours} / {best}" + (", CPU, at most" if goal.cpu else "")
+    passed = ratio <= goal.ratio if less else ratio >= goal.ratio
+    text = f"{goal.ours} / {best}{', CPU' if goal.cpu else ''}{', at most' if less else ''}"
     return Verdict(case, text, ratio, goal.ratio, passed)
 
 
@@ -111,7 +112,7 @@ def print_verdicts(verdicts):
     print("\nGoals")
     for v in verdicts:
         mark = "pass" if v.passed else "MISS"
-        print(f"  {mark}  {v.case:24} {v.text:42} {v.value:7.2f}  goal {v.goal:g}")
+        print(f"  {mark}  {v.case:24} {v.text:42} {v.value:7.2f}  goal {v.goal:.3g}")
 
 
 def as_json(table, verdicts, facts, raw):
