@@ -1,8 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 // What a file of the mount is to those who use it.
 #include <fcntl.h>
+#include <linux/fs.h>
+#include <sys/ioctl.h>
 #include <sys/stat.h>
 #include <sys/statvfs.h>
+#include <sys/xattr.h>
 #include <unistd.h>
 
 #include <cerrno>
@@ -205,6 +208,27 @@ TEST_F(FuseFileTest, DirectoryCannotBeChanged) {
   EXPECT_EQ(::utimensat(AT_FDCWD, file("disk").c_str(), nullptr, 0), 0) << "touch is let pass";
   EXPECT_EQ(::access(file("nothing").c_str(), F_OK), -1);
   EXPECT_EQ(errno, ENOENT);
+}
+
+// Programs try what only block devices, or some file systems, understand. They go on after the
+// errors that such a file has elsewhere, not after others.
+TEST_F(FuseFileTest, WhatIsNotThereIsRefusedAsElsewhere) {
+  add("disk", "driver=memory,size=4M");
+  start();
+  const auto fd = open("disk", O_RDWR);
+  uint64_t range[2] = {0, 4096};
+  for (const auto number :
+       std::initializer_list<unsigned long>{BLKGETSIZE64, BLKDISCARD, BLKFLSBUF, FITRIM}) {
+    EXPECT_EQ(::ioctl(fd.get(), number, range), -1);
+    EXPECT_EQ(errno, ENOTTY) << std::hex << number;
+  }
+  EXPECT_EQ(::fsetxattr(fd.get(), "user.x", "1", 1, 0), -1);
+  EXPECT_EQ(errno, EOPNOTSUPP);
+  EXPECT_EQ(::open(dir_.path("mnt").c_str(), O_TMPFILE | O_RDWR, 0600), -1);
+  EXPECT_EQ(errno, EOPNOTSUPP);
+  const auto end = open("disk", O_WRONLY | O_APPEND);
+  EXPECT_EQ(::write(end.get(), "x", 1), -1) << "behind the end";
+  EXPECT_EQ(errno, ENOSPC);
 }
 
 TEST_F(FuseFileTest, FsyncFlushesAndSynchronousFilesWriteThrough) {
