@@ -376,6 +376,24 @@ TEST_F(BlockRequestTest, TheGuestChoosesTheCacheMode) {
   EXPECT_FALSE(node_->calls().at(0).fua);
 }
 
+// As above where the first request after the change is no write of data.
+TEST_F(BlockRequestTest, ZeroesAndDiscardsAlsoMakeEarlierWritesDurable) {
+  make();
+  start();
+  const std::byte off[1] = {std::byte{0}};
+  const std::byte on[1] = {std::byte{1}};
+  for (const uint32_t type : {VIRTIO_BLK_T_WRITE_ZEROES, VIRTIO_BLK_T_DISCARD}) {
+    device_->write(VIRTIO_MMIO_CONFIG + 32, on);
+    ASSERT_EQ(write(0, pattern(512, 0)), VIRTIO_BLK_S_OK);
+    device_->write(VIRTIO_MMIO_CONFIG + 32, off);
+    node_->forget_calls();
+    EXPECT_EQ(ranges(type, {{8, 8, 0}}), VIRTIO_BLK_S_OK);
+    EXPECT_EQ(node_->calls(Kind::kFlush).size(), 1U);
+    EXPECT_EQ(ranges(type, {{8, 8, 0}}), VIRTIO_BLK_S_OK);
+    EXPECT_EQ(node_->calls(Kind::kFlush).size(), 1U) << "once is enough";
+  }
+}
+
 TEST_F(BlockRequestTest, TheCacheModeIsFixedWithoutTheFeature) {
   make();
   start(feature(VIRTIO_BLK_F_FLUSH));
