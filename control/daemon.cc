@@ -324,22 +324,24 @@ bool Daemon::restart_guest() {
   return !restart_failed_;
 }
 
-// Commands may use whatever comes down later. Half of the time is theirs.
-void Daemon::stop_control_socket(Outcome& outcome) {
+// Commands may use whatever comes down later, so they come first; but one that hangs is not to cost
+// the clients their flushes, and is waited for again at the end.
+void Daemon::stop_control_socket() {
   static constexpr std::string_view kOfGuest = "guest";
   emit("SHUTDOWN",
        {{"guest", std::string_view(end_reason_).starts_with(kOfGuest)}, {"reason", end_reason_}});
-  on_loop("stop the control socket", [&] {
-    for (std::string& line : control_->stop(base::Clock::now() + config_.shutdown_timeout / 2)) {
-      outcome.idle = false;
-      outcome.problems.push_back(std::move(line));
-    }
-  });
+  (void)commands_under_way();
+}
+
+// What still runs after half of the time that an end may take.
+std::vector<std::string> Daemon::commands_under_way() {
+  const auto until = base::Clock::now() + config_.shutdown_timeout / 2;
+  return loops_->loop(0).call("stop the control socket", [&] { return control_->stop(until); });
 }
 
 Daemon::Outcome Daemon::take_down() {
   Outcome outcome;
-  if (control_) stop_control_socket(outcome);
+  if (control_) stop_control_socket();
   std::mutex mutex;  // guards outcome while the parts stop
   const auto collect = [&](std::vector<std::string> lines, bool idle) {
     const std::lock_guard lock(mutex);
@@ -360,6 +362,11 @@ Daemon::Outcome Daemon::take_down() {
         parts, limit, [&](std::vector<std::string> lines) { collect(std::move(lines), true); });
   }
   run_side_by_side(parts);
+  if (control_) {
+    std::vector<std::string> left = commands_under_way();
+    const bool idle = left.empty();
+    collect(std::move(left), idle);
+  }
   if (graph_) on_loop("close graph", [&] { close_graph(outcome); });
   return outcome;
 }

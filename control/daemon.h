@@ -77,7 +77,8 @@ class Daemon : private qmp::Target {
     std::vector<std::string> problems;
   };
   Outcome take_down();
-  void stop_control_socket(Outcome& outcome);
+  void stop_control_socket();
+  std::vector<std::string> commands_under_way();
   void close_graph(Outcome& outcome);
   int shut_down();
   [[noreturn]] void give_up_now(const char* why);

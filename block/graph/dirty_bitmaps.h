@@ -10,6 +10,7 @@
 #include <string_view>
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 namespace minivmm::block {
@@ -22,6 +23,8 @@ class DirtyBitmaps {
     bool enabled = false;
     // It missed changes, or cannot be read: it can be removed and nothing else.
     bool inconsistent = false;
+    // What is dirty, in whole granules. Not known of one that was not needed so far (status()).
+    std::optional<uint64_t> dirty_bytes = {};
   };
   virtual std::vector<Info> list() const = 0;
 

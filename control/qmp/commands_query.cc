@@ -4,6 +4,8 @@
 
 #include <algorithm>
 
+#include "base/error.h"
+#include "base/log.h"
 #include "block/graph/dirty_bitmaps.h"
 #include "block/graph/snapshots.h"
 #include "control/qmp/command.h"
@@ -49,11 +51,21 @@ Json bitmaps_of(Node& node) {
   Json out = Json::array();
   block::DirtyBitmaps* const bitmaps = node.dirty_bitmaps();
   if (bitmaps == nullptr) return out;
+  // Those that nobody has asked for yet are read now.
+  for (const auto& each : bitmaps->list()) {
+    if (each.inconsistent || each.dirty_bytes || node.size() == 0) continue;
+    try {
+      (void)bitmaps->status(each.name, 0, node.size());
+    } catch (const base::Error& e) {
+      base::log_warning("{}: bitmap '{}': {}", node.describe(), each.name, e.what());
+    }
+  }
   for (const auto& each : bitmaps->list()) {
     out.push_back({{"name", each.name},
                    {"recording", each.enabled},
                    {"busy", false},
                    {"persistent", true},
+                   {"count", each.dirty_bytes.value_or(0)},
                    {"granularity", each.granularity}});
     if (each.inconsistent) out.back()["inconsistent"] = true;
   }

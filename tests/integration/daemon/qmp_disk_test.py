@@ -158,6 +158,7 @@ class Bitmaps(DiskScene):
         self.change("disable", "b")
         client.write(2 * MIB, b"2" * 4096)
         self.assertFalse(self.bitmaps()["b"]["recording"])
+        self.assertEqual(self.bitmaps()["b"]["count"], 65536)
         self.change("add", "c", persistent=True, granularity=65536)
         self.change("enable", "b")
         client.write(3 * MIB, b"3" * 4096)
@@ -175,6 +176,7 @@ class Bitmaps(DiskScene):
         self.assertEqual(self.stored(), {"b": {"auto"}, "d": set()})
         # And it goes on.
         self.start(*EXPORT)
+        self.assertEqual({n: b["count"] for n, b in self.bitmaps().items()}, {"b": 65536, "d": 0})
         self.assertEqual(self.dirty("b"), [(3 * MIB, 65536)])
         self.nbd().write(5 * MIB, b"5" * 4096)
         self.assertEqual(self.dirty("b"), [(3 * MIB, 65536), (5 * MIB, 65536)])

@@ -8,6 +8,7 @@ import signal
 import socket
 import stat
 import sys
+import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
@@ -88,6 +89,28 @@ class Protocol(QmpScene):
             self.assertEqual(each.event("SHUTDOWN")["reason"], "host-qmp-quit")
             self.assertIsNone(each.receive())
         self.assert_ended(daemon, 0)
+
+    def test_an_end_while_a_command_hangs(self):
+        """It is waited for twice: before anything is taken down, and before the graph is closed. So
+        one that ends in between costs nobody anything."""
+        mute = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.addCleanup(mute.close)
+        mute.bind(self.path("mute.sock"))
+        mute.listen()
+        running = self.serve(*UNIX, "--export", "disk0,writable", "--shutdown-timeout", "2")
+        nbd = NbdClient(self.path("m.sock"))
+        nbd.write(0, b"x" * 4096)
+        client = self.qmp()
+        client.begin("blockdev-add", driver="nbd", node_name="far",
+                     server={"type": "unix", "path": "mute.sock"})
+        peer, _ = mute.accept()
+        running.send(signal.SIGTERM)
+        time.sleep(1.3)  # more than half of the time that an end may take
+        peer.close()
+        self.assertIn("error", client.answer())
+        self.assert_ended(running, 0)
+        nbd.close()
+        self.check("disk")
 
     def test_arguments_are_checked(self):
         self.serve()

@@ -42,6 +42,7 @@ TEST(DirtyBitsTest, FollowsAModel) {
         for (uint64_t i = offset >> bits; i <= last >> bits; ++i) model[i] = true;
       }
     }
+    ASSERT_EQ(tested.count(), static_cast<uint64_t>(std::count(model.begin(), model.end(), true)));
     // Through its stored form, in pieces of any size.
     std::vector<std::byte> stored(tested.data_bytes() + 5);
     for (uint64_t at = 0; at < stored.size();) {

@@ -250,8 +250,9 @@ std::vector<DirtyBitmaps::Info> Bitmaps::list() const {
   std::vector<Info> out;
   for (const auto& bitmap : bitmaps_) {
     const BitmapEntry& entry = bitmap->entry;
-    out.push_back({entry.name, uint64_t{1} << (entry.granularity_bits & 63), bitmap->enabled,
-                   bitmap->inconsistent});
+    const uint64_t granularity = uint64_t{1} << (entry.granularity_bits & 63);
+    out.push_back({entry.name, granularity, bitmap->enabled, bitmap->inconsistent});
+    if (bitmap->bits) out.back().dirty_bytes = bitmap->bits->count() * granularity;
   }
   return out;
 }

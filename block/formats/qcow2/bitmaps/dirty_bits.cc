@@ -58,6 +58,21 @@ DirtyBits::Chunk* DirtyBits::chunk_for_change(uint64_t index) {
   return found == &full() ? nullptr : found;
 }
 
+uint64_t DirtyBits::count() const noexcept {
+  uint64_t out = 0;
+  for (uint64_t i = 0; i < chunk_count_; ++i) {
+    const Chunk* chunk = chunks_[i].load(std::memory_order_acquire);
+    if (chunk == &full()) {
+      out += std::min(kChunkBits, bits_ - i * kChunkBits);
+    } else if (chunk != nullptr) {
+      for (const auto& word : chunk->words) {
+        out += static_cast<uint64_t>(std::popcount(word.load(std::memory_order_relaxed)));
+      }
+    }
+  }
+  return out;
+}
+
 void DirtyBits::mark(uint64_t offset, uint64_t length) {
   if (length == 0 || offset >= disk_size_) return;
   const uint64_t last = offset + std::min(length, disk_size_ - offset) - 1;

@@ -35,6 +35,8 @@ class DirtyBits {
   };
   // How far from `offset` on, at most `max` bytes, it is the same. Both inside the disk.
   Run run_at(uint64_t offset, uint64_t max) const;
+  // Bits that are set; those that are being set count or do not.
+  uint64_t count() const noexcept;
 
   void clear() noexcept;
   // Adds what is dirty in another one, as far as this one reaches.
