@@ -8,6 +8,7 @@
 #include "block/filters/compress.h"
 #include "block/filters/fault.h"
 #include "block/filters/log_writes.h"
+#include "block/filters/write_policy.h"
 #include "block/formats/luks/luks_node.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/raw.h"
@@ -36,6 +37,7 @@ constexpr Driver kDrivers[] = {
     {"fault", kFilter, &open_fault},
     {"log-writes", kFilter, &open_log_writes},
     {"compress", kFilter, &open_compress},
+    {"write-policy", kFilter, &open_write_policy},
 };
 
 }  // namespace

@@ -115,8 +115,8 @@ Media take_media(Options& given) {
 // Options of the path form that belong to the node.
 void apply_node_options(Options& node, Options& given, const std::string& format) {
   apply_cache_mode(node, given);
-  for (const char* key :
-       {"locking", "reconnect-delay", "open-timeout", "connections", "tls-creds", "tls-hostname"}) {
+  for (const char* key : {"locking", "reconnect-delay", "open-timeout", "request-timeout",
+                          "connections", "tls-creds", "tls-hostname"}) {
     if (auto value = given.take_string(key)) node.set(std::string("file.") + key, *value);
   }
   for (const char* key : {"offset", "size"}) {

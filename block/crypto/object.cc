@@ -37,8 +37,9 @@ void add_object(std::string_view text) {
   if (object.type == "tls-creds-psk") {
     return tls_objects().add(TlsObject::Kind::kPsk, std::move(object.options));
   }
+  if (object.type == "authz-simple") return tls_objects().add_identity(std::move(object.options));
   throw base::Error(ENOTSUP, fmt::format("objects of type '{}' are not supported; there are: "
-                                         "secret, tls-creds-x509, tls-creds-psk",
+                                         "secret, tls-creds-x509, tls-creds-psk, authz-simple",
                                          object.type));
 }
 

@@ -51,6 +51,36 @@ TlsObject TlsObjects::get(const std::string& id, bool server) const {
   return found->second;
 }
 
+void TlsObjects::add_identity(Options options) {
+  const std::string id = options.require_string("id");
+  std::string name = options.require_string("identity");
+  options.finish("authorization '" + id + "'");
+  const std::lock_guard lock(mutex_);
+  if (!identities_.try_emplace(id, std::move(name)).second) {
+    throw Error(EEXIST, fmt::format("there is an authorization '{}' already", id));
+  }
+}
+
+std::string TlsObjects::identity(const std::string& id) const {
+  const std::lock_guard lock(mutex_);
+  const auto found = identities_.find(id);
+  if (found != identities_.end()) return found->second;
+  throw Error(ENOENT, fmt::format("No authorization with id '{0}': give --object "
+                                  "authz-simple,id={0},identity=NAME",
+                                  id));
+}
+
+void use_tls_object(const TlsObject& object, base::NbdUri& uri) {
+  uri.tls = true;
+  uri.verify_peer = object.verify_peer;
+  if (object.kind == TlsObject::Kind::kX509) {
+    uri.certificates = object.directory;
+  } else {
+    uri.psk_file = object.directory + "/keys.psk";
+    uri.user = object.username;
+  }
+}
+
 TlsObjects& tls_objects() {
   static TlsObjects objects;
   return objects;

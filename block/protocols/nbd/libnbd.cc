@@ -49,7 +49,7 @@ Libnbd load() {
   library.find("nbd_can_fast_zero", out.can_fast_zero);
   library.find("nbd_can_cache", out.can_cache);
   library.find("nbd_can_multi_conn", out.can_multi_conn);
-  library.find("nbd_aio_pread", out.aio_pread);
+  library.find("nbd_aio_pread_structured", out.aio_pread_structured);
   library.find("nbd_aio_pwrite", out.aio_pwrite);
   library.find("nbd_aio_flush", out.aio_flush);
   library.find("nbd_aio_trim", out.aio_trim);
@@ -61,6 +61,8 @@ Libnbd load() {
   library.find("nbd_set_uri_allow_local_file", out.set_uri_allow_local_file);
   library.find("nbd_connect_uri", out.connect_uri);
   library.find("nbd_opt_info", out.opt_info);
+  library.find("nbd_opt_go", out.opt_go);
+  library.find("nbd_block_status", out.block_status);
   library.find("nbd_opt_list", out.opt_list);
   library.find("nbd_opt_list_meta_context", out.opt_list_meta_context);
   library.find("nbd_get_canonical_export_name", out.get_canonical_export_name);

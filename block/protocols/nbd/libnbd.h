@@ -47,7 +47,7 @@ struct Libnbd {
   decltype(&::nbd_can_fast_zero) can_fast_zero;
   decltype(&::nbd_can_cache) can_cache;
   decltype(&::nbd_can_multi_conn) can_multi_conn;
-  decltype(&::nbd_aio_pread) aio_pread;
+  decltype(&::nbd_aio_pread_structured) aio_pread_structured;
   decltype(&::nbd_aio_pwrite) aio_pwrite;
   decltype(&::nbd_aio_flush) aio_flush;
   decltype(&::nbd_aio_trim) aio_trim;
@@ -59,6 +59,8 @@ struct Libnbd {
   decltype(&::nbd_set_uri_allow_local_file) set_uri_allow_local_file;
   decltype(&::nbd_connect_uri) connect_uri;
   decltype(&::nbd_opt_info) opt_info;
+  decltype(&::nbd_opt_go) opt_go;
+  decltype(&::nbd_block_status) block_status;
   decltype(&::nbd_opt_list) opt_list;
   decltype(&::nbd_opt_list_meta_context) opt_list_meta_context;
   decltype(&::nbd_get_canonical_export_name) get_canonical_export_name;

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "block/protocols/nbd/link.h"
 
+#include <fcntl.h>
 #include <poll.h>
 #include <sys/socket.h>
 
@@ -13,7 +14,10 @@
 #include "base/error.h"
 #include "base/fresh_stack.h"
 #include "base/io.h"
+#include "base/log.h"
 #include "base/pool.h"
+#include "block/protocols/nbd/read_coverage.h"
+#include "block/protocols/nbd/tls_setup.h"
 
 namespace minivmm::block {
 namespace {
@@ -33,6 +37,11 @@ int64_t poll_until(int fd, uint32_t events, base::Clock::time_point deadline) {
   return result;
 }
 
+struct DisarmAtEnd {
+  base::Timer& timer;
+  ~DisarmAtEnd() { base::EventLoop::current()->timers().disarm(timer); }
+};
+
 uint32_t events_of(unsigned direction) noexcept {
   uint32_t out = 0;
   if ((direction & LIBNBD_AIO_DIRECTION_READ) != 0) out |= POLLIN;
@@ -46,6 +55,7 @@ uint32_t events_of(unsigned direction) noexcept {
 struct NbdLink::Waiting {
   NbdLink& link;
   NbdCommand& command;
+  ReadCoverage coverage{command.offset, command.length};
   base::Fiber* fiber = nullptr;  // set while it is suspended
   bool done = false;
   int error = 0;
@@ -56,9 +66,17 @@ struct NbdLink::Waiting {
     self.error = *error;
     ++self.link.completed_;
     NbdCommand& command = self.command;
+    if (*error == 0 && command.kind == NbdCommand::Kind::kRead && !self.coverage.complete()) {
+      self.error = EPROTO;
+    }
     if (*error == 0 && command.unflushed != nullptr) command.unflushed->add(*command.record);
     if (self.fiber != nullptr) self.link.home_.wake(*self.fiber);
     return 1;  // libnbd forgets the command
+  }
+  static int on_chunk(void* user, const void*, size_t count, uint64_t offset, unsigned status,
+                      int*) noexcept {
+    if (status != LIBNBD_READ_ERROR) static_cast<Waiting*>(user)->coverage.add(offset, count);
+    return 0;
   }
   static int on_extents(void* user, const char*, uint64_t, uint32_t* entries, size_t count,
                         int*) noexcept {
@@ -73,8 +91,12 @@ struct NbdLink::Waiting {
 
 // --- connecting ---
 
-NbdLink::NbdLink(base::EventLoop& home, const Libnbd& library)
-    : home_(home), nbd_(library), handle_(library.create()) {
+NbdLink::NbdLink(base::EventLoop& home, const Libnbd& library, std::chrono::seconds patience)
+    : home_(home),
+      nbd_(library),
+      handle_(library.create()),
+      patience_(patience),
+      silence_(&look_for_answers, this) {
   if (handle_ == nullptr) throw base::Error(ENOMEM, "libnbd: no memory for a connection");
 }
 
@@ -83,11 +105,11 @@ NbdLink::~NbdLink() { nbd_.close(handle_); }
 std::shared_ptr<NbdLink> NbdLink::connect(const NbdTarget& target, base::Clock::time_point deadline,
                                           const std::atomic<bool>& stop) {
   const Libnbd& library = *base::Pool::errands().run([] { return &libnbd(); });
-  const std::shared_ptr<NbdLink> out(new NbdLink(*base::EventLoop::current(), library));
+  const std::shared_ptr<NbdLink> out(
+      new NbdLink(*base::EventLoop::current(), library, target.request_timeout));
   out->configure(target);
   out->handshake(target, deadline, stop);
   out->learn();
-  out->fd_ = library.aio_get_fd(out->handle_);
   out->home_.spawn("nbd client", [out] { out->drive(); });
   return out;
 }
@@ -99,37 +121,12 @@ void NbdLink::fail(const NbdTarget& target) const {
                     fmt::format("{}: {}", target.uri.text(), said != nullptr ? said : "failed"));
 }
 
-// What this libnbd would not check is not done unchecked.
-void NbdLink::check_verification(const base::NbdUri& uri) const {
-  if (nbd_.set_tls_hostname != nullptr) return;
-  if (!uri.tls_hostname.empty()) {
-    throw base::Error(ENOTSUP, "option 'tls-hostname' needs libnbd 1.22 or later");
-  }
-  const bool certificates = uri.psk_file.empty();
-  if (certificates && uri.verify_peer && (uri.is_unix() || uri.is_vsock())) {
-    throw base::Error(ENOTSUP, fmt::format("{}: libnbd before 1.22 does not check a server's "
-                                           "certificate here: take a pre-shared key, or say "
-                                           "verify-peer=off (in a URI tls-verify-peer=false)",
-                                           uri.text()));
-  }
-}
-
 void NbdLink::configure(const NbdTarget& target) {
   const base::NbdUri& uri = target.uri;
-  bool good = nbd_.set_export_name(handle_, uri.export_name.c_str()) == 0 &&
-              nbd_.add_meta_context(handle_, kAllocation) == 0 &&
-              nbd_.set_pread_initialize(handle_, false) == 0 &&
-              nbd_.set_tls(handle_, uri.tls ? LIBNBD_TLS_REQUIRE : LIBNBD_TLS_DISABLE) == 0;
-  if (good && uri.tls) {
-    check_verification(uri);
-    good = nbd_.set_tls_verify_peer(handle_, uri.verify_peer) == 0 &&
-           (uri.tls_hostname.empty() ||
-            nbd_.set_tls_hostname(handle_, uri.tls_hostname.c_str()) == 0) &&
-           (uri.user.empty() || nbd_.set_tls_username(handle_, uri.user.c_str()) == 0) &&
-           (uri.certificates.empty() ||
-            nbd_.set_tls_certificates(handle_, uri.certificates.c_str()) == 0) &&
-           (uri.psk_file.empty() || nbd_.set_tls_psk_file(handle_, uri.psk_file.c_str()) == 0);
-  }
+  const bool good = nbd_.set_export_name(handle_, uri.export_name.c_str()) == 0 &&
+                    nbd_.add_meta_context(handle_, kAllocation) == 0 &&
+                    nbd_.set_pread_initialize(handle_, false) == 0 &&
+                    set_up_tls(nbd_, handle_, uri);
   if (!good) fail(target);
 }
 
@@ -144,6 +141,9 @@ void NbdLink::handshake(const NbdTarget& target, base::Clock::time_point deadlin
     });
   };
   const base::NbdUri& uri = target.uri;
+  // A server that never ends an answer keeps libnbd in one step, which only the socket's end ends.
+  base::Timer late([](void* link) noexcept { static_cast<NbdLink*>(link)->cut(); }, this);
+  const DisarmAtEnd disarm{late};
   step([&] {
     if (uri.is_unix()) return nbd_.aio_connect_unix(handle_, uri.socket_path.c_str());
     if (uri.is_vsock()) return nbd_.aio_connect_vsock(handle_, *uri.vsock_cid, uri.vsock_port);
@@ -159,6 +159,11 @@ void NbdLink::handshake(const NbdTarget& target, base::Clock::time_point deadlin
     const int64_t ready =
         poll_until(nbd_.aio_get_fd(handle_), events_of(direction), std::min(deadline, now + kLook));
     if (ready <= 0) continue;
+    // Of several addresses it is the one that answers.
+    if (!socket_ && (ready & (POLLIN | POLLERR | POLLHUP)) == POLLIN) {
+      take_socket();
+      home_.timers().arm(late, deadline);
+    }
     const bool write = (direction & LIBNBD_AIO_DIRECTION_WRITE) != 0 &&
                        ((ready & POLLIN) == 0 || direction == LIBNBD_AIO_DIRECTION_WRITE);
     step([&] { return write ? nbd_.aio_notify_write(handle_) : nbd_.aio_notify_read(handle_); });
@@ -166,6 +171,15 @@ void NbdLink::handshake(const NbdTarget& target, base::Clock::time_point deadlin
   if (over()) {
     throw base::Error(ECONNRESET, fmt::format("{}: the server closed the connection", uri.text()));
   }
+  if (!socket_) take_socket();
+}
+
+// libnbd closes its descriptor when the connection ends, and the number is somebody else's then.
+void NbdLink::take_socket() {
+  base::Pool::errands().run([this] {
+    socket_.reset(::fcntl(nbd_.aio_get_fd(handle_), F_DUPFD_CLOEXEC, 0));
+    if (!socket_) throw base::errno_error(errno, "NBD: another descriptor");
+  });
 }
 
 void NbdLink::learn() {
@@ -175,7 +189,7 @@ void NbdLink::learn() {
     return static_cast<uint32_t>(std::clamp<int64_t>(value, 0, UINT32_MAX));
   };
   const int64_t size = nbd_.get_size(handle_);
-  if (size < 0) throw base::Error(EIO, fmt::format("NBD: {}", nbd_.get_error()));
+  if (size < 0) throw base::Error(EFBIG, "NBD: the server's export is larger than any disk may be");
   info_.size = static_cast<uint64_t>(size);
   info_.minimum_block = block(LIBNBD_SIZE_MINIMUM);
   info_.preferred_block = block(LIBNBD_SIZE_PREFERRED);
@@ -216,7 +230,7 @@ int NbdLink::run(NbdCommand& command) {
 int NbdLink::run_here(NbdCommand& command) {
   if (ended_ || over()) return kLost;
   Waiting waiting{*this, command};
-  in_flight_.fetch_add(1, std::memory_order_relaxed);
+  if (in_flight_.fetch_add(1, std::memory_order_relaxed) == 0) watch_answers();
   int64_t cookie = -1;
   base::run_with_stack([&] { cookie = issue(command, waiting); });
   if (cookie < 0) {
@@ -241,11 +255,29 @@ int NbdLink::run_here(NbdCommand& command) {
   return waiting.error;
 }
 
+// One timer for all commands: it costs none of them anything, and finds silence between one and two
+// times the patience after it began.
+void NbdLink::watch_answers() noexcept {
+  if (patience_.count() == 0 || silence_.armed()) return;
+  completed_before_ = completed_;
+  home_.timers().arm(silence_, base::Clock::now() + patience_);
+}
+
+void NbdLink::look_for_answers(void* link) noexcept {
+  auto& self = *static_cast<NbdLink*>(link);
+  if (self.in_flight_.load(std::memory_order_relaxed) == 0) return;
+  if (self.completed_ != self.completed_before_) return self.watch_answers();
+  base::log_warning("an NBD server has not answered for {} seconds: the connection is cut",
+                    self.patience_.count());
+  self.cut();
+}
+
 int64_t NbdLink::issue(NbdCommand& c, Waiting& waiting) noexcept {
   const nbd_completion_callback done{&Waiting::on_done, &waiting, nullptr};
   switch (c.kind) {
     case NbdCommand::Kind::kRead:
-      return nbd_.aio_pread(handle_, c.data, c.length, c.offset, done, 0);
+      return nbd_.aio_pread_structured(handle_, c.data, c.length, c.offset,
+                                       {&Waiting::on_chunk, &waiting, nullptr}, done, 0);
     case NbdCommand::Kind::kWrite:
       return nbd_.aio_pwrite(handle_, c.data, c.length, c.offset, done, c.flags);
     case NbdCommand::Kind::kZero:
@@ -269,22 +301,23 @@ int64_t NbdLink::issue(NbdCommand& c, Waiting& waiting) noexcept {
 // another command.
 bool NbdLink::more_has_come() const noexcept {
   char byte;
-  return ::recv(fd_.load(std::memory_order_relaxed), &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 1;
+  return ::recv(socket_.get(), &byte, 1, MSG_PEEK | MSG_DONTWAIT) == 1;
 }
 
 void NbdLink::drive() {
-  const int fd = fd_.load();
   while (!over()) {
     const unsigned direction = nbd_.aio_get_direction(handle_);
     base::CancelSource wake;
     poll_ = &wake;
     watches_write_ = (direction & LIBNBD_AIO_DIRECTION_WRITE) != 0;
-    const int64_t ready = base::io::poll(fd, events_of(direction), &wake);
+    const int64_t ready = base::io::poll(socket_.get(), events_of(direction), &wake);
     poll_ = nullptr;
     if (ready > 0) advance(ready);
   }
   // libnbd has told every command by now.
   ended_ = true;
+  cut();
+  home_.timers().disarm(silence_);
   if (when_ended_) std::exchange(when_ended_, nullptr)(shared_from_this());
   if (leaving_ != nullptr) home_.wake(*leaving_);
 }
@@ -307,7 +340,7 @@ void NbdLink::advance(int64_t ready) noexcept {
 
 // --- the end ---
 
-void NbdLink::cut() noexcept { ::shutdown(fd_.load(), SHUT_RDWR); }
+void NbdLink::cut() noexcept { ::shutdown(socket_.get(), SHUT_RDWR); }
 
 void NbdLink::close(base::Clock::time_point deadline) {
   base::Fiber& caller = *base::Fiber::current();

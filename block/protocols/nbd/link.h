@@ -15,6 +15,8 @@
 
 #include "base/cancel.h"
 #include "base/event_loop.h"
+#include "base/timer_queue.h"
+#include "base/unique_fd.h"
 #include "block/protocols/nbd/command.h"
 #include "block/protocols/nbd/libnbd.h"
 #include "block/protocols/nbd/target.h"
@@ -75,12 +77,12 @@ class NbdLink final : public std::enable_shared_from_this<NbdLink> {
 
  private:
   struct Waiting;
-  NbdLink(base::EventLoop& home, const Libnbd& library);
+  NbdLink(base::EventLoop& home, const Libnbd& library, std::chrono::seconds patience);
 
   void configure(const NbdTarget& target);
-  void check_verification(const base::NbdUri& uri) const;
   void handshake(const NbdTarget& target, base::Clock::time_point deadline,
                  const std::atomic<bool>& stop);
+  void take_socket();
   void learn();
   [[noreturn]] void fail(const NbdTarget& target) const;
   bool over() const noexcept;
@@ -91,16 +93,21 @@ class NbdLink final : public std::enable_shared_from_this<NbdLink> {
   void advance(int64_t ready) noexcept;
   bool more_has_come() const noexcept;
   void leave(base::Clock::time_point deadline);
+  void watch_answers() noexcept;
+  static void look_for_answers(void* link) noexcept;
 
   base::EventLoop& home_;
   const Libnbd& nbd_;
   nbd_handle* handle_ = nullptr;
   NbdExport info_;
-  std::atomic<int> fd_{-1};
+  base::UniqueFd socket_;  // our own descriptor of libnbd's socket; from the handshake on
   std::atomic<uint32_t> in_flight_{0};
 
   // The home loop's thread only.
-  base::CancelSource* poll_ = nullptr;  // ends the present wait of drive()
+  const std::chrono::seconds patience_;  // with a server that answers nothing; zero: for ever
+  base::Timer silence_;                  // armed while commands are in flight
+  uint64_t completed_before_ = 0;        // when it was armed
+  base::CancelSource* poll_ = nullptr;   // ends the present wait of drive()
   bool watches_write_ = false;
   uint64_t completed_ = 0;
   base::Fiber* leaving_ = nullptr;  // waits for the end of drive()

@@ -18,6 +18,8 @@ using Kind = NbdCommand::Kind;
 
 // What a READ or WRITE brings where the server does not say: every server takes that.
 constexpr uint32_t kDefaultMaximum = 32u << 20;
+// Of the block size below which a server takes no request.
+constexpr uint32_t kLargestMinimum = 64u << 10;
 // Ranges without data: lengths are 32 bits, and this is a whole number of every block.
 constexpr uint64_t kMaxRange = uint64_t{1} << 30;
 
@@ -29,7 +31,8 @@ Limits limits_of(const NbdExport& info) {
   const uint32_t maximum = info.maximum_block == 0 ? kDefaultMaximum : info.maximum_block;
   Limits out;
   out.request_alignment = minimum;
-  out.max_transfer = base::align_down<uint64_t>(std::min(maximum, kDefaultMaximum), minimum);
+  out.max_transfer = base::align_down<uint64_t>(
+      std::clamp(maximum, minimum, std::max(minimum, kDefaultMaximum)), minimum);
   out.optimal_io = info.preferred_block;
   out.discard_granularity = minimum;
   out.can_discard = info.trim;
@@ -102,7 +105,9 @@ void NbdNode::driver_write(uint64_t offset, IoSpan from, WriteFlags flags) {
 void NbdNode::change(NbdCommand& command, const char* what, base::Buffer data, bool fua) {
   const bool durable = fua && (command.flags & LIBNBD_CMD_FLAG_FUA) != 0;
   UnflushedLog::Records record;
-  if (!durable && pool_->keeps_unflushed()) {
+  // One that is durable, too, behind others that are not: they are done again, and would be the
+  // newer ones then.
+  if (pool_->keeps_unflushed() && (!durable || !pool_->unflushed().empty())) {
     record = UnflushedLog::prepare(command, std::move(data));
     command.unflushed = &pool_->unflushed();
     command.record = &record;
@@ -110,8 +115,7 @@ void NbdNode::change(NbdCommand& command, const char* what, base::Buffer data, b
   // `data` or the record holds the bytes until the server has answered.
   const std::shared_ptr<UnflushedLog::Record> kept = record.empty() ? nullptr : record.front();
   run(command, what);
-  if (durable) return;
-  if (fua || pool_->unflushed().bytes() > kMaxUnflushed) driver_flush();
+  if ((fua && !durable) || pool_->unflushed().bytes() > kMaxUnflushed) driver_flush();
 }
 
 void NbdNode::change_range(Kind kind, uint64_t offset, uint64_t length, uint32_t flags,
@@ -156,6 +160,10 @@ BlockStatus NbdNode::driver_block_status(uint64_t offset, uint64_t length) {
   NbdCommand command{
       .kind = Kind::kStatus, .offset = offset, .length = std::min(length, kMaxRange)};
   run(command, "block status");
+  if (command.status_length == 0) {
+    throw Error(EIO, fmt::format("{}: the server answers a question for extents with none",
+                                 pool_->target().uri.text()));
+  }
   out.length = command.status_length;
   constexpr uint32_t kHole = 1;
   constexpr uint32_t kZero = 2;
@@ -182,6 +190,12 @@ std::shared_ptr<Node> open_nbd(Graph&, const NodeConfig& config, Options& option
     if (info.size > kMaxDiskSize) {
       throw Error(EFBIG, fmt::format("{}: {} bytes is larger than any disk may be",
                                      pool->target().uri.text(), info.size));
+    }
+    if (info.minimum_block > kLargestMinimum) {
+      throw Error(ENOTSUP,
+                  fmt::format("{}: the server's smallest block has {} bytes; the protocol "
+                              "allows {}",
+                              pool->target().uri.text(), info.minimum_block, kLargestMinimum));
     }
     if (info.read_only && !config.read_only) {
       throw Error(EROFS, fmt::format("{}: the server allows reading only: open it with "

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "block/protocols/nbd/survey.h"
 
+#include <string_view>
+
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
@@ -10,6 +12,7 @@
 
 #include "base/error.h"
 #include "block/protocols/nbd/libnbd.h"
+#include "block/protocols/nbd/tls_setup.h"
 
 namespace minivmm::block {
 namespace {
@@ -30,6 +33,7 @@ class Talk {
     check(nbd_.set_full_info(handle_, true));
     // The URI is the user's own word.
     check(nbd_.set_uri_allow_local_file(handle_, true));
+    if (!set_up_tls(nbd_, handle_, uri_)) fail();
     check(nbd_.connect_uri(handle_, uri_.text().c_str()));
   }
   ~Talk() { nbd_.close(handle_); }
@@ -77,8 +81,19 @@ int add_context(void* contexts, const char* name) noexcept {
   return 0;
 }
 
+// Of before 2012: it has one export, told at once, and no options.
+bool is_oldstyle(const Talk& talk) {
+  return std::string_view(talk.nbd().get_protocol(talk.handle())) == "oldstyle";
+}
+
 Names list_names(const Talk& talk) {
   Names names;
+  if (is_oldstyle(talk)) {
+    throw Error(ENOTSUP,
+                fmt::format("{}: the server is of the oldstyle: it has one export, without "
+                            "a name, and lists nothing",
+                            talk.uri().text()));
+  }
   talk.check(talk.nbd().opt_list(
       talk.handle(),
       nbd_list_callback{.callback = &add_name, .user_data = &names, .free = nullptr}));
@@ -90,7 +105,7 @@ NbdExportSurvey survey_export(const Talk& talk) {
   nbd_handle* const h = talk.handle();
   NbdExportSurvey out;
   // Before the contexts: a server of the older kind has neither.
-  talk.check(nbd.opt_info(h));
+  if (!is_oldstyle(talk)) talk.check(nbd.opt_info(h));
   out.size = static_cast<uint64_t>(talk.check(nbd.get_size(h)));
   out.name = talk.text(nbd.get_canonical_export_name(h));
   if (out.name.empty()) out.name = talk.uri().export_name;
@@ -128,7 +143,70 @@ NbdExportSurvey survey_export(const Talk& talk) {
   return out;
 }
 
+// Puts together what the server tells in pieces.
+class Mapper {
+ public:
+  Mapper(uint64_t size, const std::function<void(const NbdExtent&)>& take)
+      : size_(size), take_(take) {}
+
+  uint64_t at() const noexcept { return at_; }
+  static int on_extents(void* user, const char*, uint64_t offset, uint32_t* entries, size_t count,
+                        int*) noexcept {
+    auto& self = *static_cast<Mapper*>(user);
+    if (offset != self.at_) return 0;
+    for (size_t i = 0; i + 1 < count; i += 2) self.add(entries[i], entries[i + 1]);
+    return 0;
+  }
+  void finish() {
+    if (last_.length > 0) take_(last_);
+  }
+
+ private:
+  void add(uint64_t length, uint32_t type) {
+    length = std::min(length, size_ - at_);
+    if (length == 0) return;
+    if (last_.length > 0 && last_.type != type) take_(last_);
+    if (last_.length == 0 || last_.type != type) last_ = {at_, 0, type};
+    last_.length += length;
+    at_ += length;
+  }
+
+  const uint64_t size_;
+  const std::function<void(const NbdExtent&)>& take_;
+  uint64_t at_ = 0;
+  NbdExtent last_;
+};
+
 }  // namespace
+
+void map_nbd_export(const NbdUri& uri, const std::string& context,
+                    const std::function<void(const NbdExtent&)>& take) {
+  // Lengths have 32 bits, and a server answers as far as it likes.
+  constexpr uint64_t kMost = uint64_t{1} << 30;
+  const Talk talk(uri);
+  const Libnbd& nbd = talk.nbd();
+  nbd_handle* const h = talk.handle();
+  if (!is_oldstyle(talk)) {
+    talk.check(nbd.add_meta_context(h, context.c_str()));
+    talk.check(nbd.opt_go(h));
+  }
+  if (nbd.can_meta_context(h, context.c_str()) != 1) {
+    throw Error(ENOTSUP,
+                fmt::format("the server does not support metadata context \"{}\"", context));
+  }
+  const auto size = static_cast<uint64_t>(talk.check(nbd.get_size(h)));
+  Mapper mapper(size, take);
+  while (mapper.at() < size) {
+    const uint64_t before = mapper.at();
+    talk.check(nbd.block_status(h, std::min(kMost, size - before), before,
+                                {&Mapper::on_extents, &mapper, nullptr}, 0));
+    if (mapper.at() == before) {
+      throw Error(EPROTO, fmt::format("{}: the server says nothing of what lies at {}",
+                                      talk.uri().text(), before));
+    }
+  }
+  mapper.finish();
+}
 
 NbdServerSurvey survey_nbd_server(const NbdUri& uri, bool all) {
   const Talk talk(uri);

@@ -42,4 +42,14 @@ NbdServerSurvey survey_nbd_server(const base::NbdUri& uri, bool all);
 // Names and descriptions only.
 std::vector<std::pair<std::string, std::string>> list_nbd_exports(const base::NbdUri& uri);
 
+// What a metadata context says of the whole of an export, in order: adjacent parts of the same type
+// are one. Throws ENOTSUP where the server does not offer the context.
+struct NbdExtent {
+  uint64_t offset = 0;
+  uint64_t length = 0;
+  uint32_t type = 0;
+};
+void map_nbd_export(const base::NbdUri& uri, const std::string& context,
+                    const std::function<void(const NbdExtent&)>& take);
+
 }  // namespace minivmm::block

@@ -53,15 +53,7 @@ NbdUri take_address(Options& options, const std::string& prefix) {
 
 void take_tls(Options& options, NbdUri& uri) {
   if (const auto id = options.take_string("tls-creds")) {
-    const crypto::TlsObject tls = crypto::tls_objects().get(*id, false);
-    uri.tls = true;
-    uri.verify_peer = tls.verify_peer;
-    if (tls.kind == crypto::TlsObject::Kind::kX509) {
-      uri.certificates = tls.directory;
-    } else {
-      uri.psk_file = tls.directory + "/keys.psk";
-      uri.user = tls.username;
-    }
+    crypto::use_tls_object(crypto::tls_objects().get(*id, false), uri);
   }
   if (auto name = options.take_string("tls-hostname")) {
     if (!uri.tls) throw Error(EINVAL, "option 'tls-hostname' needs tls-creds= or a nbds URI");
@@ -89,6 +81,7 @@ NbdTarget take_nbd_target(Options& options) {
   take_tls(options, out.uri);
   out.reconnect_delay = take_seconds(options, "reconnect-delay");
   out.open_timeout = take_seconds(options, "open-timeout");
+  out.request_timeout = take_seconds(options, "request-timeout");
   out.connections = static_cast<unsigned>(options.take_uint("connections", 0, 0, kMaxConnections));
   return out;
 }

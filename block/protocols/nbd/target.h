@@ -21,6 +21,9 @@ struct NbdTarget {
   std::chrono::seconds reconnect_delay{0};
   // How long opening may take; further attempts are made until then.
   std::chrono::seconds open_timeout{0};
+  // A connection on which nothing is answered for so long, while requests wait, is taken to be
+  // broken; zero: never.
+  std::chrono::seconds request_timeout{0};
   // The most connections at once, where the server allows several; 0: one for each thread that
   // has requests, up to four.
   unsigned connections = 0;
@@ -28,7 +31,7 @@ struct NbdTarget {
 
 // Takes: uri, or server.type=unix|inet|vsock with server.path, server.host, server.port,
 // server.cid, or host and port, or path; export; tls-creds, tls-hostname; reconnect-delay,
-// open-timeout (seconds); connections. Throws EINVAL.
+// open-timeout, request-timeout (seconds); connections. Throws EINVAL.
 NbdTarget take_nbd_target(Options& options);
 
 }  // namespace minivmm::block

@@ -51,6 +51,11 @@ uint64_t UnflushedLog::bytes() const {
   return bytes_;
 }
 
+bool UnflushedLog::empty() const {
+  const std::lock_guard lock(mutex_);
+  return records_.empty();
+}
+
 std::vector<std::shared_ptr<UnflushedLog::Record>> UnflushedLog::records() const {
   const std::lock_guard lock(mutex_);
   return {records_.begin(), records_.end()};

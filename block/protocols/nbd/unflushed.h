@@ -34,6 +34,7 @@ class UnflushedLog {
   // A flush that was begun at `mark` has succeeded.
   void flushed(uint64_t mark);
   uint64_t bytes() const;
+  bool empty() const;
   // Those there are, oldest first.
   std::vector<std::shared_ptr<Record>> records() const;
 

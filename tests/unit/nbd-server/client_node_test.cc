@@ -283,6 +283,38 @@ TEST_F(ClientNode, WhatAKilledServerForgotIsDoneAgain) {
   EXPECT_EQ(behind("node3", 0, 20480), Bytes(20480));
 }
 
+// A write that was durable at once is newer than those before it that were not: when they are done
+// again, so is it.
+TEST_F(ClientNode, WhatIsDoneAgainDoesNotCoverWhatWasDurable) {
+  open(",reconnect-delay=30");
+  write(0, Bytes(8192, std::byte{1}));
+  on_fiber([&] {
+    Bytes data(4096, std::byte{2});
+    remote_.write(0, base::SingleBuffer(data.data(), data.size()), {.fua = true});
+    remote_.write_zeroes(6144, 1024, {.fua = true});
+  });
+  stop();
+  start_again();
+  add("disk", "driver=memory,size=1M");
+  listen();
+  on_fiber([&] { remote_.flush(); });
+  Bytes expected(8192, std::byte{1});
+  std::fill_n(expected.begin(), 4096, std::byte{2});
+  std::fill_n(expected.begin() + 6144, 1024, std::byte{0});
+  EXPECT_EQ(behind("node2", 0, expected.size()), expected);
+  // Where there is nothing before it nothing has to be kept.
+  on_fiber([&] {
+    Bytes data(4096, std::byte{3});
+    remote_.write(0, base::SingleBuffer(data.data(), data.size()), {.fua = true});
+  });
+  stop();
+  start_again();
+  add("disk", "driver=memory,size=1M");
+  listen();
+  on_fiber([&] { remote_.flush(); });
+  EXPECT_EQ(behind("node3", 0, 4096), Bytes(4096));
+}
+
 TEST_F(ClientNode, AnotherDiskUnderTheNameIsNotTaken) {
   open(",reconnect-delay=1");
   write(0, Bytes(512, std::byte{1}));
