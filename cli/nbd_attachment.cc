@@ -13,6 +13,7 @@
 #include <cstring>
 #include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include <fmt/core.h>
@@ -224,20 +225,34 @@ class Handshake {
   bool no_zeroes_ = false;
 };
 
-}  // namespace
-
-NbdAttachment attach_to_nbd(const NbdUri& uri, std::chrono::seconds limit) {
-  if (uri.tls) {
-    throw Error(ENOTSUP, fmt::format("{}: the kernel's NBD driver does not do TLS; serve a disk on "
-                                     "this export with `minivmm serve` on a unix socket, and "
-                                     "connect to that",
-                                     uri.text()));
-  }
+NbdAttachment shake_hands(UniqueFd connected, const NbdUri& uri) {
   NbdAttachment out;
-  out.socket = connect(uri, limit);
+  out.socket = std::move(connected);
   Handshake(out.socket.get(), uri).run(out);
   set_limit(out.socket.get(), std::chrono::seconds(0));
   return out;
+}
+
+}  // namespace
+
+void refuse_tls(const NbdUri& uri) {
+  if (!uri.tls) return;
+  throw Error(ENOTSUP, fmt::format("{}: the kernel's NBD driver does not do TLS; serve a disk on "
+                                   "this export with `minivmm serve` on a unix socket, and "
+                                   "connect to that",
+                                   uri.text()));
+}
+
+NbdAttachment attach_to_nbd(const NbdUri& uri, std::chrono::seconds limit) {
+  refuse_tls(uri);
+  return shake_hands(connect(uri, limit), uri);
+}
+
+NbdAttachment attach_over(UniqueFd connected, const std::string& export_name) {
+  NbdUri uri;
+  uri.export_name = export_name;
+  set_limit(connected.get(), kNbdConnectLimit);
+  return shake_hands(std::move(connected), uri);
 }
 
 }  // namespace minivmm::cli

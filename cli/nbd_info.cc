@@ -2,6 +2,7 @@
 // minivmm nbd info and list: nbdinfo's output, and nbd-client's list of names.
 #include <string>
 
+#include <algorithm>
 #include <vector>
 
 #include <fmt/core.h>
@@ -10,6 +11,7 @@
 #include "block/protocols/nbd/survey.h"
 #include "cli/command.h"
 #include "cli/nbd_commands.h"
+#include "cli/nbd_map.h"
 
 namespace minivmm::cli {
 
@@ -86,6 +88,21 @@ void print_human(const NbdServerSurvey& server) {
   }
 }
 
+// As nbdinfo's --can and --is ask.
+bool is_so(const NbdServerSurvey& server, const std::string& what) {
+  if (what == "connect" || what == "read") return true;
+  if (what == "tls") return server.tls;
+  const NbdExportSurvey& e = server.exports.at(0);
+  const bool negated = what == "write";
+  std::string name = negated ? "read_only" : what;
+  std::replace(name.begin(), name.end(), '-', '_');
+  for (const auto& [ability, value] : e.abilities) {
+    const std::string_view full = ability;
+    if (full == "can_" + name || full == "is_" + name) return value != negated;
+  }
+  throw UsageError{fmt::format("unknown --can or --is option: {}", what)};
+}
+
 void print_survey(const po::variables_map& values, const NbdServerSurvey& server) {
   if (is_set(values, "json")) {
     print_json(server);
@@ -98,7 +115,8 @@ void print_survey(const po::variables_map& values, const NbdServerSurvey& server
 
 ImageSyntax nbd_info_syntax() {
   return nbd_syntax(
-      "Usage: minivmm nbd info [--json] [--size] URI|HOST[:PORT]\n\n"
+      "Usage: minivmm nbd info [--json] [--size|--map [--totals]|--can WHAT|--is WHAT] "
+      "URI|HOST[:PORT]\n\n"
       "Shows what an NBD server says of an export, as nbdinfo does: its size, what clients may "
       "do,\n"
       "block sizes, metadata contexts. Without a name it is the server's default export.\n\n"
@@ -109,12 +127,31 @@ ImageSyntax nbd_info_syntax() {
       {
           {"json", nullptr, "for programs, with nbdinfo's names"},
           {"size", nullptr, "only the size, in bytes"},
+          {"map", nullptr, "where there are data, holes and zeroes"},
+          {"context", "NAME", "with --map: what this metadata context says instead"},
+          {"totals", nullptr, "with --map: how much of each kind there is"},
+          {"can", "WHAT",
+           "exit status 0 or 2: read, write, cache, df, fast-zero, flush, fua, multi-conn, trim, "
+           "zero, connect"},
+          {"is", "WHAT", "the same: read-only, rotational, tls"},
       });
 }
 
 int run_nbd_info(const po::variables_map& values) {
-  const NbdServerSurvey server =
-      block::survey_nbd_server(nbd_address(one_server(values)), /*all=*/false);
+  const base::NbdUri uri = nbd_address(one_server(values));
+  const bool map = is_set(values, "map");
+  if (!map && (is_set(values, "totals") || values.count("context") != 0)) {
+    throw UsageError{"--totals and --context go with --map"};
+  }
+  if (map) {
+    print_nbd_map(uri, optional_text(values, "context").value_or("base:allocation"),
+                  is_set(values, "totals"), is_set(values, "json"));
+    return 0;
+  }
+  const NbdServerSurvey server = block::survey_nbd_server(uri, /*all=*/false);
+  for (const char* const option : {"can", "is"}) {
+    if (const auto what = optional_text(values, option)) return is_so(server, *what) ? 0 : 2;
+  }
   if (is_set(values, "size")) {
     fmt::print("{}\n", server.exports.at(0).size);
   } else {

@@ -58,8 +58,10 @@ struct Export {
   std::string name;
   std::string description;
   std::vector<std::string> allow;  // of NBD clients with TLS; empty: all
-  uint64_t in_flight = 0;          // bytes, of NBD clients; 0: what the server has
-  unsigned max_connections = 0;    // of NBD clients; 0: any number
+  // Metadata contexts for NBD clients beside base:allocation; all, if not said.
+  std::optional<std::vector<std::string>> contexts = {};
+  uint64_t in_flight = 0;        // bytes, of NBD clients; 0: what the server has
+  unsigned max_connections = 0;  // of NBD clients; 0: any number
   bool writable = false;
   bool nbd = false;
   bool fuse = false;

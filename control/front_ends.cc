@@ -107,6 +107,7 @@ void FrontEnds::publish_nbd(const Export& wanted) {
   nbd::ExportOptions options{.description = wanted.description,
                              .writable = wanted.writable,
                              .allow = wanted.allow,
+                             .contexts = wanted.contexts,
                              .multi_conn = config_.nbd_clients != 1,
                              .memory = wanted.in_flight,
                              .max_connections = wanted.max_connections};

@@ -41,6 +41,33 @@ Export::Export(std::string name, block::Handle handle, ExportOptions options)
                                          "reading only",
                                          name_, handle_.describe()));
   }
+  check_contexts();
+}
+
+// Bitmaps that are asked for are there and of use.
+void Export::check_contexts() {
+  if (!options_.contexts) return;
+  constexpr std::string_view kBitmap = "qemu:dirty-bitmap:";
+  const std::vector<block::DirtyBitmaps::Info> there = handle_.dirty_bitmaps();
+  for (const std::string& wanted : *options_.contexts) {
+    if (!wanted.starts_with(kBitmap)) continue;
+    const std::string_view name = std::string_view(wanted).substr(kBitmap.size());
+    const auto found = std::find_if(there.begin(), there.end(),
+                                    [&](const auto& each) { return each.name == name; });
+    if (found == there.end()) {
+      throw base::Error(ENOENT, fmt::format("Bitmap '{}' is not found", name));
+    }
+    if (found->inconsistent) {
+      throw base::Error(EINVAL,
+                        fmt::format("Bitmap '{}' is inconsistent and cannot be used", name));
+    }
+  }
+}
+
+bool Export::offers(std::string_view context) const noexcept {
+  const auto& chosen = options_.contexts;
+  return !chosen || context == "base:allocation" ||
+         std::find(chosen->begin(), chosen->end(), context) != chosen->end();
 }
 
 bool Export::allows(std::string_view client) const noexcept {

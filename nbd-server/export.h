@@ -24,7 +24,8 @@ namespace minivmm::nbd {
 
 class Export {
  public:
-  // Throws EROFS where `options.writable` is asked of a handle that may not write.
+  // Throws EROFS where `options.writable` is asked of a handle that may not write, ENOENT and
+  // EINVAL where `options.contexts` has a dirty bitmap that is not there or of no use.
   Export(std::string name, block::Handle handle, ExportOptions options);
   // One that clients get clones of: `handle` is what they are clones of, `clones` makes them.
   Export(std::string name, block::Handle handle, ExportOptions options,
@@ -37,6 +38,8 @@ class Export {
   bool writable() const noexcept { return options_.writable; }
   // `client` is the name that TLS has proved; empty where it has not.
   bool allows(std::string_view client) const noexcept;
+  // Whether clients may ask for a metadata context of the node.
+  bool offers(std::string_view context) const noexcept;
   block::Handle& handle() noexcept { return handle_; }
   // Of a clone too, whose image may be rounded up to whole sectors.
   uint64_t size() const noexcept { return (origin_ ? origin_->handle_ : handle_).size(); }
@@ -75,6 +78,7 @@ class Export {
  private:
   friend class ExportUse;
   friend class ExportSeat;
+  void check_contexts();
 
   const std::string name_;
   const ExportOptions options_;

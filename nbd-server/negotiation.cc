@@ -339,6 +339,7 @@ void Negotiation::describe_context(const MetaContext& context, uint32_t id) {
 // A clone begins without bitmaps.
 std::vector<MetaContext> Negotiation::contexts_of(const ExportUse& use) {
   std::vector<MetaContext> out = meta_contexts(use->handle());
+  std::erase_if(out, [&](const MetaContext& each) { return !use->offers(each.name); });
   if (use->cloned()) std::erase_if(out, [](const auto& each) { return !each.bitmap.empty(); });
   return out;
 }

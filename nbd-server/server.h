@@ -54,6 +54,8 @@ struct ExportOptions {
   // Who may use it, by the names that TLS has proved: a certificate's distinguished name
   // ("O=Example,CN=alice") or a key's user; "*" for everybody with one. Empty: everybody.
   std::vector<std::string> allow = {};
+  // The metadata contexts that are offered beside base:allocation; all that there are, if not said.
+  std::optional<std::vector<std::string>> contexts = {};
   // Several connections may be one client's (CAN_MULTI_CONN).
   bool multi_conn = true;
   // Bytes of payload that are held for its clients together, at least as ServerOptions::memory;
@@ -103,7 +105,8 @@ class Server {
 
   // Publishes a node. Any thread. Throws EEXIST if the name is taken, EINVAL for a name that the
   // protocol cannot carry (over 4096 bytes, NUL), EROFS if `writable` is asked of a handle that
-  // is not, ESHUTDOWN after stop(). Then the handle is destroyed (see Handle).
+  // is not, ENOENT and EINVAL for a dirty bitmap in `contexts` that is not there or inconsistent,
+  // ESHUTDOWN after stop(). Then the handle is destroyed (see Handle).
   void add_export(std::string name, block::Handle handle, ExportOptions options = {});
 
   // Publishes a node that each client gets its own disk of, which it may write to: each connection,

@@ -81,7 +81,7 @@ _minivmm_nbd_commands="connect info list"
 _minivmm_nbd_options() {
   case $1 in
     connect) echo "-N --export-name -C --connections -b --block-size -t --timeout -R --read-only -p --persist --hold -h --help" ;;
-    info) echo "--json --size -h --help" ;;
+    info) echo "--json --size --map --context --totals --can --is -h --help" ;;
     list) echo "-l --long --json -h --help" ;;
   esac
 }

@@ -63,11 +63,66 @@ class Beside(Scene):
         self.serve(["nbdkit", "-f", "-U", self.socket, "memory", "64k"])
         self.compare("")
 
+    def same(self, ours, theirs):
+        """The same text and the same exit status."""
+        self.assertEqual(run([minivmm(), "nbd", "info", *ours, self.uri()]),
+                         run(["nbdinfo", *theirs, self.uri()]), ours)
+
+    @unittest.skipUnless(have("nbdkit", "qemu-nbd", "qemu-img", "qemu-io"), "peers are not there")
+    def test_maps(self):
+        self.create("over", 10 * MIB, "-f", "qcow2", "-b", self.path("disk"), "-F", "qcow2")
+        for name, commands in (("disk", ("write 0 64k", "write 1M 1M", "write -z 4M 1M")),
+                               ("over", ("write 64k 64k", "write -z 1M 128k"))):
+            for command in commands:
+                subprocess.run(["qemu-io", "-c", command, self.path(name)], check=True,
+                               stdout=subprocess.DEVNULL)
+        subprocess.run(["qemu-img", "bitmap", "--add", self.path("over"), "b"], check=True)
+        subprocess.run(["qemu-io", "-c", "write 3M 64k", self.path("over")], check=True,
+                       stdout=subprocess.DEVNULL)
+        for command, contexts in (
+                (["qemu-nbd", "-t", "-r", "-A", "-B", "b", "-k", self.socket, "-f", "qcow2",
+                  self.path("over")],
+                 ("base:allocation", "qemu:allocation-depth", "qemu:dirty-bitmap:b", "x:y")),
+                (["nbdkit", "-f", "-U", self.socket, "data", "1 @1000 2 @5000 3 @40000000000 4"],
+                 ("base:allocation", "x:y")),
+                (["nbdkit", "-f", "-U", self.socket, "memory", "0"], ("base:allocation",)),
+                (["nbdkit", "-f", "--no-sr", "-U", self.socket, "memory", "4k"],
+                 ("base:allocation",))):
+            server = self.serve(command)
+            self.same([], ["--no-content"])
+            for context in contexts:
+                for more in ([], ["--totals"]):
+                    ours = ["--map", "--context", context, *more]
+                    theirs = [f"--map={context}", *more]
+                    status, text = run(["nbdinfo", *theirs, self.uri()])
+                    if status != 0:
+                        self.assertIn("does not support metadata context",
+                                      self.nbd("info", *ours, self.uri(), status=status))
+                        continue
+                    self.same(ours, theirs)
+                    mine = json.loads(self.nbd("info", *ours, "--json", self.uri()))
+                    self.assertEqual(
+                        mine, json.loads(run(["nbdinfo", *theirs, "--json", self.uri()])[1]))
+            for what in ("connect", "read", "write", "cache", "df", "fast-zero", "flush", "fua",
+                         "multi-conn", "trim", "zero"):
+                self.same(["--can", what], ["--can", what])
+            for what in ("read-only", "rotational", "tls"):
+                self.same(["--is", what], ["--is", what])
+            server.kill()
+            server.wait()
+            os.unlink(self.socket)
+        self.assertIn("go with --map", self.nbd("info", "--totals", self.uri(), status=1))
+
+    def test_the_kernel_does_no_tls(self):
+        for uri in ("nbds://localhost/disk", f"nbds+unix:///?socket={self.socket}"):
+            self.assertIn("does not do TLS; serve", self.nbd("connect", uri, status=1))
+
     def serve(self, command):
         server = subprocess.Popen(command)
         self.addCleanup(server.wait)
         self.addCleanup(server.kill)
         wait_until(lambda: os.path.exists(self.socket), 10, "the server is there")
+        return server
 
     def test_nobody_there(self):
         self.assertIn("No such file", self.nbd("info", self.uri(), status=1))

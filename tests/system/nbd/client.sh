@@ -147,6 +147,47 @@ say "persist status $?"
 kill $server
 wait $server
 
+# By the name qemu-nbd: an image is a device, and its server ends with that, or that with the server.
+Q=/tmp/qemu-nbd
+ln -s $M $Q
+gone() { # NAME
+  for i in $(seq 100); do
+    if [ ! -e /sys/block/nbd1/pid ] && ! pidof qemu-nbd > /dev/null; then
+      say "$1 ok"
+      return
+    fi
+    sleep 0.1
+  done
+  say "$1 FAILED: $(cat /sys/block/nbd1/pid 2>&1) $(pidof qemu-nbd)"
+}
+try "qemu connect" $Q -f raw -x named -c /dev/nbd1 /tmp/here.raw
+say "qemu size $(cat /sys/block/nbd1/size) ro $(cat /sys/block/nbd1/ro)"
+try "qemu write" dd if=/dev/urandom of=/dev/nbd1 bs=64k count=4 conv=fsync
+cp /tmp/here.raw /tmp/other.raw
+refuse "qemu busy" "in use already" $Q -f raw -c /dev/nbd1 /tmp/other.raw
+before=$(dd if=/dev/nbd1 bs=64k count=4 iflag=direct 2> /dev/null | sha256sum)
+try "qemu disconnect" $Q -d /dev/nbd1
+gone "qemu end"
+[ "$before" = "$(dd if=/tmp/here.raw bs=64k count=4 2> /dev/null | sha256sum)" ] &&
+  say "qemu content ok" || say "qemu content FAILED"
+try "qemu disconnect again" $Q -d /dev/nbd1
+try "qemu read-only" $Q -r -f raw -c /dev/nbd1 /tmp/here.raw
+say "qemu ro $(cat /sys/block/nbd1/ro)"
+kill $(pidof qemu-nbd)
+gone "qemu killed"
+$Q -v -f raw -c /dev/nbd1 /tmp/here.raw > /tmp/verbose 2>&1 &
+stays=$!
+for i in $(seq 100); do
+  grep -q "is now connected" /tmp/verbose && break
+  sleep 0.1
+done
+try "qemu verbose" grep -F "NBD device /dev/nbd1 is now connected to /tmp/here.raw" /tmp/verbose
+try "qemu verbose disconnect" $Q --disconnect /dev/nbd1
+wait $stays
+say "qemu verbose status $?"
+refuse "qemu no image" "No such file" $Q -f raw -c /dev/nbd1 /tmp/nosuch
+gone "qemu nothing"
+
 # By vsock, on this machine's own loopback.
 rm -f /tmp/ready
 $M serve --disk /tmp/here.raw,format=raw,id=here --export here --nbd nbd+vsock://1:4321 \

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""The Linux kernel's own NBD client on our server, attached by nbd-client and by `minivmm nbd`: a
+"""The Linux kernel's own NBD client on our server, attached by nbd-client, `minivmm nbd` and qemu-nbd: a
 file system on /dev/nbd0 with one and with four connections, and a server that is killed meanwhile.
 The client is Debian's stock kernel on an emulated machine whose network ends at this host's loopback;
 client.sh is what it does."""
@@ -82,13 +82,19 @@ class KernelClient(StockKernel):
                 said(step.format(name, connections) + " ok")
         said("readonly ro 1")
         said("readonly write refused")
-        for what in ("busy", "no device", "unknown"):
+        for what in ("busy", "no device", "unknown", "qemu busy", "qemu no image"):
             said(f"refuse {what} ok")
         said("free /dev/nbd0 4096 1")
         for step in ("detach free", "persist write", "persist content", "persist connected",
                      "detach persist"):
             said(f"{step} ok")
         said("persist status 0")
+        said(f"qemu size {8 * MIB // 512} ro 0")
+        said("qemu ro 1")
+        for step in ("connect", "write", "disconnect", "end", "content", "disconnect again", "read-only",
+                     "killed", "verbose", "verbose disconnect", "nothing"):
+            said(f"qemu {step} ok")
+        said("qemu verbose status 0")
         said(f"vsock {8 * MIB}")
         said("vsock uri ok")
         said("end")
