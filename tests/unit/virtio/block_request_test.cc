@@ -287,6 +287,18 @@ TEST_F(BlockRequestTest, BadRangesChangeNothing) {
   EXPECT_TRUE(node_->calls().empty());
 }
 
+// Where zeroes are written out one range must not take seconds.
+TEST_F(BlockRequestTest, ARangeLongerThanOfferedIsAnError) {
+  constexpr uint64_t kMost = 32 << 20;
+  constexpr block::Limits kPlain{.optimal_io = 65536, .discard_granularity = 4096};
+  make({}, std::make_shared<TestNode>(kMost + 4096, false, kPlain));
+  start();
+  EXPECT_EQ(config<uint32_t>(48), kMost / 512);  // max_write_zeroes_sectors
+  EXPECT_EQ(ranges(VIRTIO_BLK_T_WRITE_ZEROES, {{0, kMost / 512 + 1, 0}}), VIRTIO_BLK_S_IOERR);
+  EXPECT_TRUE(node_->calls().empty());
+  EXPECT_EQ(ranges(VIRTIO_BLK_T_WRITE_ZEROES, {{8, kMost / 512, 0}}), VIRTIO_BLK_S_OK);
+}
+
 TEST_F(BlockRequestTest, WhatWasNotNegotiatedIsUnsupported) {
   make();
   start(feature(VIRTIO_BLK_F_FLUSH));
@@ -374,6 +386,32 @@ TEST_F(BlockRequestTest, TheGuestChoosesTheCacheMode) {
   node_->forget_calls();
   ASSERT_EQ(write(8, pattern(512, 0)), VIRTIO_BLK_S_OK);
   EXPECT_FALSE(node_->calls().at(0).fua);
+}
+
+// A write that is acknowledged is durable, and so is what was acknowledged before: a second write
+// through must not overtake the flush that the first one waits for.
+TEST_F(BlockRequestTest, NoWriteThroughOvertakesTheFlushOfEarlierWrites) {
+  make();
+  start();
+  ASSERT_EQ(write(0, pattern(512, 0)), VIRTIO_BLK_S_OK);
+  const std::byte off[1] = {std::byte{0}};
+  device_->write(VIRTIO_MMIO_CONFIG + 32, off);
+  base::Event flushes_go_on;
+  node_->on_call([&](const TestNode::Call& call) {
+    if (call.kind == Kind::kFlush) flushes_go_on.wait();
+  });
+  const Pending first = add_write(8, pattern(512, 1));
+  kick();
+  eventually([&] { return node_->calls(Kind::kFlush).size() == 1; }, "a flush");
+  const Pending second = add_write(64, pattern(512, 2));
+  kick();
+  eventually([&] { return node_->calls(Kind::kWrite).size() == 3; }, "another write");
+  ::usleep(10'000);
+  EXPECT_NE(status_of(second), VIRTIO_BLK_S_OK);
+  flushes_go_on.set();
+  EXPECT_EQ(wait(first), VIRTIO_BLK_S_OK);
+  EXPECT_EQ(wait(second), VIRTIO_BLK_S_OK);
+  node_->on_call({});
 }
 
 // As above where the first request after the change is no write of data.

@@ -108,6 +108,18 @@ TEST_F(LegacyTransportTest, AQueueIsOneAreaGivenByItsPage) {
   EXPECT_EQ(layout.used, 0x124000u);  // the next page: 1024 + 4 + 128 + 2 bytes fit in the first
 }
 
+// The used ring stands behind the event index, at the driver's alignment and not at a page's.
+TEST_F(LegacyTransportTest, TheUsedRingStandsAtTheDriversAlignment) {
+  begin(1 << 9);
+  place(0, 8, 4, 0x123);
+  place(1, 8, 64, 0x125);
+  set(VIRTIO_MMIO_STATUS, kRunning);
+  ASSERT_EQ(device_.active.size(), 2u);
+  // 128 bytes of descriptors, 22 of the available ring.
+  EXPECT_EQ(device_.active[0].layout.used, 0x123000u + 152);
+  EXPECT_EQ(device_.active[1].layout.used, 0x125000u + 192);
+}
+
 // Linux says it once, before it resets the device for the first time.
 TEST_F(LegacyTransportTest, ThePageSizeOutlivesAReset) {
   set(VIRTIO_MMIO_GUEST_PAGE_SIZE, 4096);

@@ -52,6 +52,12 @@ class QueueRaceTest : public testing::Test {
     }
     return true;
   }
+  // The two sides meet at the very moment only now and then: a wait of another length each round.
+  static void dither(unsigned round) {
+    for (unsigned left = round % 128; left != 0; --left) {
+      std::atomic_signal_fence(std::memory_order_seq_cst);  // keeps the loop
+    }
+  }
   bool enough(unsigned rounds) const {
     return rounds == kRounds || (rounds % 64 == 0 && Clock::now() - begin_ > kEnough);
   }
@@ -77,6 +83,7 @@ TEST_F(QueueRaceTest, NoInterruptIsLost) {
   const auto event = shared(driver_.layout().available + 4 + kSize * 2);
   bool lost = false;
   for (unsigned i = 0, seen = 0; !lost && !enough(i); ++i) {
+    dither(i);
     event.store(static_cast<uint16_t>(i), std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_seq_cst);
     // "Asleep" only an interrupt counts.
@@ -113,6 +120,7 @@ TEST_F(QueueRaceTest, NoNotificationIsLost) {
   Chain chain;
   bool lost = false;
   for (unsigned i = 0, seen = 0; !lost && !enough(i); ++i) {
+    dither(i);
     const bool sleeps = queue_.enable_notifications();
     lost = sleeps && !until([&] { return notifications.load() > seen; });
     seen = notifications.load();

@@ -265,6 +265,11 @@ const std::vector<Hostile>& hostile_drivers() {
        }},
       {"IndirectOutside", QueueFault::kIndirectBadAddress,
        [](TestGuest&, DriverQueue& d) { one_descriptor(d, 0x10, 16, VIRTQ_DESC_F_INDIRECT); }},
+      {"IndirectAcrossTheEnd", QueueFault::kIndirectBadAddress,
+       [](TestGuest&, DriverQueue& d) {
+         one_descriptor(d, TestGuest::kHighBase + TestGuest::kHighSize - 16, 32,
+                        VIRTQ_DESC_F_INDIRECT);
+       }},
       {"IndirectWithNext", QueueFault::kIndirectChained,
        [](TestGuest&, DriverQueue& d) {
          one_descriptor(d, kTable, 16, VIRTQ_DESC_F_INDIRECT | VIRTQ_DESC_F_NEXT, 1);

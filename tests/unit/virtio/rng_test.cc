@@ -113,6 +113,14 @@ TEST_F(RngTest, ARequestHasALimit) {
   EXPECT_EQ(used->length, RngDevice::kMaxRequestBytes);
 }
 
+TEST_F(RngTest, TheLimitIsForAllBuffersOfARequest) {
+  start();
+  const uint64_t address = guest_.allocate(8192);
+  const auto used = request({{address, 3000, true}, {address + 4096, 3000, true}});
+  ASSERT_TRUE(used);
+  EXPECT_EQ(used->length, RngDevice::kMaxRequestBytes);
+}
+
 TEST_F(RngTest, ARequestWithoutRoomIsAnswered) {
   start();
   const auto used = request({{guest_.allocate(64), 64, false}});

@@ -226,9 +226,12 @@ TEST_F(TransportTest, StatusFollowsItsOrder) {
   EXPECT_EQ(status(), 0U);
   EXPECT_TRUE(device_.active.empty());
   negotiate();
-  // Clearing bits takes a reset.
+  // Clearing bits takes a reset; what would be set with it is not.
   set_status(kAck);
   EXPECT_EQ(status(), kFeaturesOk);
+  set_status(VIRTIO_CONFIG_S_DRIVER_OK);
+  EXPECT_EQ(status(), kFeaturesOk);
+  EXPECT_TRUE(device_.active.empty());
   set_status(kDriverOk);
   EXPECT_EQ(status(), kDriverOk);
   // Bits that do not exist, and the device's own, cannot be set.
