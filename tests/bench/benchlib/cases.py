@@ -48,6 +48,7 @@ class Goal:
     peers: str
     ratio: float
     cpu: bool = False
+    less: bool = False  # is better
 
 
 def _name(text, connections, choices):
