@@ -66,8 +66,12 @@ HostFile::Registry& HostFile::registry() {
   return instance;
 }
 
+// Not left to the closing of the descriptor: other references to the open file hold its locks as
+// well, which are its other holders', or the kernel's own. (A worker of io_uring lets go of a file
+// when it comes to it, on a busy machine after this process has ended; whoever runs next, and
+// does not retry, would find the image in use.)
 HostFile::~HostFile() {
-  if (locked_ && inherited_) unlock_image_file(fd());
+  if (locked_) unlock_image_file(fd());
 }
 
 // One opener's part in the file, behind the pointer that it was given.
@@ -126,7 +130,6 @@ void HostFile::check_share(const HostFileOptions& options, bool direct) const {
 
 void HostFile::duplicate(const HostFileOptions& options) {
   filename_ = descriptor_name(options.fd);
-  inherited_ = true;
   fd_.reset(::fcntl(options.fd, F_DUPFD_CLOEXEC, 3));
   if (!fd_) throw errno_error(errno, filename_);
   const int mode = ::fcntl(fd(), F_GETFL) & O_ACCMODE;

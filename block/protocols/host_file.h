@@ -87,7 +87,6 @@ class HostFile {
   bool writable_ = false;
   bool direct_ = false;
   bool is_device_ = false;
-  bool inherited_ = false;  // by number
   bool locked_ = false;
   uint32_t memory_alignment_ = 1;
   uint32_t offset_alignment_ = 1;

@@ -166,6 +166,31 @@ TEST_F(HostFileTest, LocksOfAnInheritedDescriptorEndWithItsUse) {
   EXPECT_EQ(error_text([&] { lock_image_file(other.get(), disk, {.writes = true}); }), "");
 }
 
+bool is_locked(int other) {
+  struct flock range {};
+  range.l_type = F_WRLCK;
+  range.l_whence = SEEK_SET;
+  EXPECT_EQ(::fcntl(other, F_OFD_GETLK, &range), 0);
+  return range.l_type != F_UNLCK;
+}
+
+// The kernel may have references of its own to what was open, for a while.
+TEST_F(HostFileTest, LocksEndWithTheFileAndNotWithTheLastReferenceToIt) {
+  const std::string disk = files_.write("disk", std::string(8192, 'x'));
+  const UniqueFd other(::open(disk.c_str(), O_RDWR | O_CLOEXEC));
+  UniqueFd left;
+  {
+    HostFileOptions options;
+    options.opener = "a test";
+    options.filename = disk;
+    options.writable = true;
+    const auto file = HostFile::open(options);
+    left.reset(::fcntl(file->fd(), F_DUPFD_CLOEXEC, 3));
+    EXPECT_TRUE(is_locked(other.get()));
+  }
+  EXPECT_FALSE(is_locked(other.get()));
+}
+
 TEST_F(HostFileTest, SizesThatNoDiskMayHaveAreRefused) {
   const TempDirectory memory("/dev/shm");
   const std::string huge = memory.write("huge", "");
