@@ -3,6 +3,7 @@
 #include <sys/stat.h>
 #include <sys/statfs.h>
 
+#include <algorithm>
 #include <cerrno>
 #include <memory>
 
@@ -138,6 +139,9 @@ CopyOptions copy_options(const ConvertRequest& request, Sources& sources, Target
       sources.images.size() == 1 && request.zero_bytes != 0 && !request.compress &&
       shares_data(sources.images[0]->edge().node().filename(), target.edge().node().filename());
   out.copy_range = request.copy_range || shared;
+  constexpr uint64_t kLargestCluster = 2 << 20;
+  const uint64_t unit = target.edge().node().limits().optimal_io;
+  out.copy_unit = std::clamp<uint64_t>(unit, 1, kLargestCluster);
   if (request.salvage) {
     const bool quiet = request.quiet;
     out.tolerate = [quiet](uint64_t offset, uint64_t, const Error& e) {

@@ -124,15 +124,11 @@ void RawNode::driver_truncate(uint64_t new_size) {
   set_size(new_size);
 }
 
-void RawNode::driver_copy_range(uint64_t offset, uint64_t length, Node& from,
+void RawNode::driver_copy_range(uint64_t offset, uint64_t length, Edge& from,
                                 uint64_t from_offset) {
-  auto* source = dynamic_cast<RawNode*>(&from);
-  if (source == nullptr || guards(offset)) {
-    throw Error(ENOTSUP, "copy range: not between these nodes");
-  }
+  if (guards(offset)) throw Error(ENOTSUP, "copy range: what is written there has to be looked at");
   before_growth(offset + length);
-  file_.copy_range(range_.offset + offset, length, source->file_,
-                   source->range_.offset + from_offset);
+  file_.copy_range(range_.offset + offset, length, from, from_offset);
   grow_size(offset + length);
 }
 

@@ -40,8 +40,11 @@ class RawNode final : public Node {
   void driver_flush() override { file_.flush(); }
   BlockStatus driver_block_status(uint64_t offset, uint64_t length) override;
   void driver_truncate(uint64_t new_size) override;
-  void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
+  void driver_copy_range(uint64_t offset, uint64_t length, Edge& from,
                          uint64_t from_offset) override;
+  void driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take) override {
+    file_.copy_out(range_.offset + offset, length, take);
+  }
   void driver_prefetch(uint64_t offset, uint64_t length) override;
   void driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
     file_.start_writeback(range_.offset + offset, length);

@@ -385,8 +385,17 @@ void Edge::copy_range(uint64_t offset, uint64_t length, Edge& from, uint64_t fro
   if (!node_->before_write_.empty()) node_->run_before_write(offset, length, {});
   run_counted(*node_, [&] {
     const SharedRange range(*this, offset, length);
-    node_->driver_copy_range(offset, length, *from.node_, from_offset);
+    node_->driver_copy_range(offset, length, from, from_offset);
   });
+}
+
+void Edge::copy_out(uint64_t offset, uint64_t length, const Node::TakePiece& take) {
+  if (length == 0) return;
+  check(offset, length, Access::kRead, "copy");
+  if (!base::range_fits(offset, length, size())) {
+    throw Error(ENOTSUP, "copy range: what lies past the end is not stored");
+  }
+  base::run_with_stack([&] { node_->driver_copy_out(offset, length, take); });
 }
 
 void Edge::write_compressed(uint64_t offset, IoSpan from) {

@@ -52,7 +52,11 @@ class Edge {
   // Takes room for a range that the node has just grown by: truncate() comes before, and nobody
   // else uses the range yet. ENOTSUP where the node knows no such thing.
   void preallocate(uint64_t offset, uint64_t length, Preallocation how);
+  // Copies what `from` shows without reading it into this process. ENOTSUP where the nodes cannot,
+  // which some of the range may be found to be after others were copied: copy it otherwise then.
   void copy_range(uint64_t offset, uint64_t length, Edge& from, uint64_t from_offset);
+  // See Node::driver_copy_out.
+  void copy_out(uint64_t offset, uint64_t length, const Node::TakePiece& take);
   void write_compressed(uint64_t offset, IoSpan from);
   void prefetch(uint64_t offset, uint64_t length);
   // See Node::driver_start_writeback.

@@ -20,6 +20,8 @@ Node::~Node() = default;
 
 std::string Node::describe() const {
   const std::string file = filename();
+  // Nobody chose a name that begins so.
+  if (!file.empty() && name_.starts_with('#')) return fmt::format("{} ({})", file, driver_);
   return file.empty() ? fmt::format("'{}' ({})", name_, driver_)
                       : fmt::format("'{}' ({}, {})", name_, driver_, file);
 }
@@ -146,8 +148,12 @@ void Node::driver_preallocate(uint64_t offset, uint64_t length, Preallocation ho
   driver_write_zeroes(offset, length, {.may_unmap = false});
 }
 
-void Node::driver_copy_range(uint64_t, uint64_t, Node&, uint64_t) {
+void Node::driver_copy_range(uint64_t, uint64_t, Edge&, uint64_t) {
   throw Error(ENOTSUP, "copy range: not supported");
+}
+
+void Node::driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take) {
+  take(*this, offset, length);
 }
 
 void Node::driver_write_compressed(uint64_t, IoSpan) {

@@ -140,6 +140,9 @@ class Node : public std::enable_shared_from_this<Node> {
     on_corruption_ = std::move(listener);
   }
 
+  // Where a piece of a range that is copied lies (driver_copy_out).
+  using TakePiece = std::function<void(Node& node, uint64_t offset, uint64_t length)>;
+
  protected:
   friend class Edge;
 
@@ -159,10 +162,14 @@ class Node : public std::enable_shared_from_this<Node> {
   // before and after. kMetadata or kFalloc. Default: the latter by zeroing without a hole, ENOTSUP
   // for the former.
   virtual void driver_preallocate(uint64_t offset, uint64_t length, Preallocation how);
-  // Copies within or between nodes without the data passing through this process. Default:
-  // ENOTSUP; the caller then reads and writes.
-  virtual void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
+  // Copies within or between nodes without the data passing through this process; the range is
+  // inside `from`. Default: ENOTSUP; the caller then reads and writes.
+  virtual void driver_copy_range(uint64_t offset, uint64_t length, Edge& from,
                                  uint64_t from_offset);
+  // The other side of it: tells `take` where the bytes of a range lie, piece by piece in their
+  // order. The pieces stay there while `take` runs. ENOTSUP, at any piece, for what is not stored
+  // as it reads. Default: in this node, which `take` knows how to copy from or does not.
+  virtual void driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take);
   // Stores a cluster compressed. Default: ENOTSUP.
   virtual void driver_write_compressed(uint64_t offset, IoSpan from);
   // Brings a range near (page cache, copy-on-read). A hint. Default: does nothing.

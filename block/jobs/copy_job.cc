@@ -13,6 +13,20 @@ namespace minivmm::block {
 
 using base::Error;
 
+namespace {
+
+// Extents begin and end at its multiples.
+uint64_t extent_unit(const CopyOptions& options) {
+  if (options.compressed_cluster != 0) return options.compressed_cluster;
+  return options.copy_range ? options.copy_unit : 1;
+}
+
+uint64_t buffer_bytes(const CopyOptions& options) {
+  return std::max(options.request, extent_unit(options));
+}
+
+}  // namespace
+
 CopyJob::CopyJob(CopySource& source, std::string from, Edge& target, std::string to,
                  CopyOptions options)
     : source_(source),
@@ -21,8 +35,7 @@ CopyJob::CopyJob(CopySource& source, std::string from, Edge& target, std::string
       to_(std::move(to)),
       options_(std::move(options)),
       grain_(options_.zero_bytes),
-      cursor_(source, std::max(options_.request, options_.compressed_cluster),
-              std::max<uint64_t>(options_.compressed_cluster, 1)),
+      cursor_(source, buffer_bytes(options_), extent_unit(options_)),
       try_copy_range_(options_.copy_range) {}
 
 void CopyJob::run(base::LoopGroup& loops) {
@@ -32,7 +45,7 @@ void CopyJob::run(base::LoopGroup& loops) {
 }
 
 void CopyJob::work() {
-  base::Buffer buffer(std::max(options_.request, options_.compressed_cluster));
+  base::Buffer buffer(buffer_bytes(options_));
   Batch batch;
   while (!workers_.stopped()) {
     try {
@@ -90,11 +103,16 @@ bool CopyJob::copy_inside(const SourceExtent& extent) {
   if (!try_copy_range_.load(std::memory_order_relaxed)) return false;
   try {
     source_.copy_to(target_, options_.target_offset + extent.offset, extent.offset, extent.length);
+    copied_inside_.store(true, std::memory_order_relaxed);
     return true;
   } catch (const Error& e) {
     if (e.err() != ENOTSUP) throw;
   }
-  try_copy_range_.store(false, std::memory_order_relaxed);
+  // Where nothing could be copied, nothing will be; otherwise it is this extent (a compressed
+  // cluster, one that is data in part).
+  if (!copied_inside_.load(std::memory_order_relaxed)) {
+    try_copy_range_.store(false, std::memory_order_relaxed);
+  }
   return false;
 }
 

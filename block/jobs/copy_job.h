@@ -37,8 +37,10 @@ struct CopyOptions {
   uint64_t zero_bytes = 4096;
   // What is not written reads as zeroes.
   bool target_is_zero = false;
-  // Tried first; where the nodes cannot, data is read and written.
+  // Tried first, in whole `copy_unit`s (a power of two); where the nodes cannot, data is read and
+  // written.
   bool copy_range = false;
+  uint64_t copy_unit = 1;
   // Stored compressed, in units of so many bytes; 0: plainly.
   uint64_t compressed_cluster = 0;
   // Bytes of data a second; 0: no limit.
@@ -93,6 +95,7 @@ class CopyJob {
   WorkerGroup workers_;
   std::atomic<bool> cancelled_{false};
   std::atomic<bool> try_copy_range_;
+  std::atomic<bool> copied_inside_{false};
   std::atomic<uint64_t> done_{0};
   std::atomic<uint64_t> data_done_{0};
   base::FiberMutex pacing_;

@@ -23,6 +23,7 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "base/pool.h"
+#include "block/graph/edge.h"
 
 namespace minivmm::block {
 
@@ -253,9 +254,18 @@ void FileNode::driver_truncate(uint64_t new_size) {
   set_size(new_size);
 }
 
-void FileNode::driver_copy_range(uint64_t offset, uint64_t length, Node& from,
+void FileNode::driver_copy_range(uint64_t offset, uint64_t length, Edge& from,
                                  uint64_t from_offset) {
-  auto* source = dynamic_cast<FileNode*>(&from);
+  uint64_t at = offset;
+  from.copy_out(from_offset, length, [&](Node& node, uint64_t piece, uint64_t bytes) {
+    copy_from(node, piece, at, bytes);
+    at += bytes;
+  });
+  grow_size(offset + length);
+}
+
+void FileNode::copy_from(Node& node, uint64_t from_offset, uint64_t offset, uint64_t length) {
+  auto* source = dynamic_cast<FileNode*>(&node);
   if (source == nullptr || file_->direct() || source->file_->direct()) {
     throw Error(ENOTSUP, "copy range: not between these nodes");
   }
@@ -276,7 +286,6 @@ void FileNode::driver_copy_range(uint64_t offset, uint64_t length, Node& from,
   });
   if (err == ENOTSUP) throw Error(ENOTSUP, "copy range: not between these files");
   if (err != 0) fail(-err, "copy", offset, length);
-  grow_size(offset + length);
 }
 
 void FileNode::driver_prefetch(uint64_t offset, uint64_t length) {

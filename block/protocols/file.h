@@ -42,7 +42,8 @@ class FileNode final : public Node {
   void driver_flush() override;
   BlockStatus driver_block_status(uint64_t offset, uint64_t length) override;
   void driver_truncate(uint64_t new_size) override;
-  void driver_copy_range(uint64_t offset, uint64_t length, Node& from,
+  // From files of this host: by copy_file_range, which shares blocks where the file system does.
+  void driver_copy_range(uint64_t offset, uint64_t length, Edge& from,
                          uint64_t from_offset) override;
   void driver_prefetch(uint64_t offset, uint64_t length) override;
   void driver_start_writeback(uint64_t offset, uint64_t length) noexcept override;
@@ -56,6 +57,7 @@ class FileNode final : public Node {
   void write_rest(uint64_t offset, IoSpan from, uint64_t done);
   BlockStatus seek_status(uint64_t offset, uint64_t length) const noexcept;
   bool memory_is_aligned(IoSpan span) const noexcept;
+  void copy_from(Node& node, uint64_t from_offset, uint64_t offset, uint64_t length);
   bool fallocate(int mode, uint64_t offset, uint64_t length, std::atomic<bool>& supported,
                  const char* what);
 

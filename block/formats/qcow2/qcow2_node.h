@@ -76,6 +76,10 @@ class Qcow2Node final : public Node {
   // While the disk is in use. What it grows by reads as zeroes. EINVAL unless a multiple of 512.
   void driver_truncate(uint64_t new_size) override;
   void driver_preallocate(uint64_t offset, uint64_t length, Preallocation how) override;
+  // Between the files that hold the data. To whole clusters, but for the end of the disk.
+  void driver_copy_range(uint64_t offset, uint64_t length, Edge& from,
+                         uint64_t from_offset) override;
+  void driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take) override;
   // Whole clusters, or up to the end of the disk: else EINVAL. What cannot be made smaller is
   // stored as it is. ENOTSUP with an external data file.
   void driver_write_compressed(uint64_t offset, IoSpan from) override;
@@ -99,16 +103,22 @@ class Qcow2Node final : public Node {
   // qcow2_read.cc
   void read_extent(const qcow2::Extent& extent, uint64_t offset, IoSpan to);
   void read_backing(uint64_t offset, IoSpan to);
+  bool data_may_be_holes();
+  void look_into_file(BlockStatus& status);
   void read_compressed(const qcow2::Extent& extent, uint64_t guest_offset, IoSpan to);
 
   // qcow2_write.cc
   void write_range(uint64_t offset, IoSpan from);
   void require_inside(uint64_t offset, uint64_t length) const;
   uint64_t write_new(uint64_t offset, IoSpan from);
+  uint64_t copy_new(uint64_t offset, uint64_t length, Edge& from, uint64_t from_offset);
+  template <typename Fill>
+  uint64_t fill_new(uint64_t offset, uint64_t length, Fill&& fill);
   Plan plan_write(uint64_t offset, uint64_t length, uint64_t count);
   bool extend(Plan& plan, const qcow2::L2Entry& entry, uint64_t end) const;
   void widen(Plan& plan) const;
-  void carry_out(Plan& plan, IoSpan from);
+  template <typename Fill>
+  void carry_out(Plan& plan, Fill&& fill);
   void write_clusters(const Plan& plan, IoSpan from);
   void read_surroundings(const Plan& plan, Surroundings& out);
   void read_old(const qcow2::L2Entry& entry, uint64_t offset, std::span<std::byte> to);
@@ -172,6 +182,8 @@ class Qcow2Node final : public Node {
   base::Epoch epoch_;
   qcow2::Claims claims_;
   std::atomic<bool> reclaiming_{false};
+  enum class SparseData : uint8_t { kUnknown, kNo, kYes };
+  std::atomic<SparseData> sparse_data_{SparseData::kUnknown};
   base::WaitGroup background_;
   std::shared_ptr<Snapshots> snapshots_;  // made when it is asked for
 };

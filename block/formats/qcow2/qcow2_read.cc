@@ -9,6 +9,7 @@
 #include "base/pool.h"
 #include "block/formats/qcow2/decompress.h"
 #include "block/formats/qcow2/qcow2_node.h"
+#include "block/formats/qcow2/stored_blocks.h"
 
 namespace minivmm::block {
 
@@ -67,6 +68,40 @@ void Qcow2Node::read_compressed(const Extent& extent, uint64_t guest_offset, IoS
                 plain.span().subspan(geometry().offset_in_cluster(guest_offset), to.bytes()));
 }
 
+void Qcow2Node::driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take) {
+  const base::Error elsewhere(ENOTSUP, "copy range: is not stored as it reads");
+  if (image_.encryption() != nullptr) throw elsewhere;
+  const base::Epoch::Pin pin(epoch_);
+  for (uint64_t done = 0; done < length;) {
+    const Extent extent = image_.map().lookup_long(offset + done, length - done);
+    if (extent.kind == ClusterKind::kData) {
+      image_.data().copy_out(extent.host_offset, extent.length, take);
+    } else if (extent.kind == ClusterKind::kUnallocated && backing_) {
+      backing_->copy_out(offset + done, extent.length, take);
+    } else {
+      throw elsewhere;
+    }
+    done += extent.length;
+  }
+}
+
+// Found out once: what is written later makes the file less sparse, and looking is never wrong.
+bool Qcow2Node::data_may_be_holes() {
+  SparseData known = sparse_data_.load(std::memory_order_relaxed);
+  if (known == SparseData::kUnknown) {
+    known = qcow2::counts_more_than_stored(image_.file()) ? SparseData::kYes : SparseData::kNo;
+    sparse_data_.store(known, std::memory_order_relaxed);
+  }
+  return known == SparseData::kYes;
+}
+
+// `status` is of data at its host offset.
+void Qcow2Node::look_into_file(BlockStatus& status) {
+  const BlockStatus below = image_.data().block_status(*status.host_offset, status.length);
+  status.length = below.length;
+  status.zero = below.zero;
+}
+
 BlockStatus Qcow2Node::driver_block_status(uint64_t offset, uint64_t length) {
   const base::Epoch::Pin pin(epoch_);
   const Extent extent = image_.map().lookup_long(offset, length);
@@ -85,7 +120,10 @@ BlockStatus Qcow2Node::driver_block_status(uint64_t offset, uint64_t length) {
     case ClusterKind::kData:
       out.data = true;
       // What lies there is not what the guest sees.
-      if (image_.encryption() == nullptr) out.host_offset = extent.host_offset;
+      if (image_.encryption() == nullptr) {
+        out.host_offset = extent.host_offset;
+        if (data_may_be_holes()) look_into_file(out);
+      }
       break;
     case ClusterKind::kCompressed:
       out.data = true;

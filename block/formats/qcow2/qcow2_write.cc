@@ -32,6 +32,8 @@ void add_zeroes(base::IoList& list, uint64_t length) {
   }
 }
 
+base::Error not_copied() { return {ENOTSUP, "copy range: not in whole clusters, or encrypted"}; }
+
 // `piece`, or `length` zeroes where it is empty.
 void add_piece(base::IoList& list, std::span<std::byte> piece, uint64_t length) {
   if (piece.empty()) {
@@ -102,16 +104,25 @@ void Qcow2Node::write_range(uint64_t offset, IoSpan from) {
 
 // Writes some of the range, from its start; returns how much. 0: look again.
 uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
+  return fill_new(offset, from.bytes(), [&](const Plan& plan) {
+    base::IoList list;
+    write_clusters(plan, base::slice(from, 0, plan.length, list));
+  });
+}
+
+// The same; `fill` does the writing for a plan.
+template <typename Fill>
+uint64_t Qcow2Node::fill_new(uint64_t offset, uint64_t length, Fill&& fill) {
   const qcow2::Geometry& g = geometry();
   const uint64_t cluster = offset >> g.cluster_bits;
-  const uint64_t count = std::min(g.clusters(g.offset_in_cluster(offset) + from.bytes()),
+  const uint64_t count = std::min(g.clusters(g.offset_in_cluster(offset) + length),
                                   image_.map().clusters_in_slice(cluster));
   const Claims::Claim claim(claims_, image_.map().claim_group(cluster), cluster, count);
-  Plan plan = plan_write(offset, from.bytes(), count);
+  Plan plan = plan_write(offset, length, count);
   if (plan.length == 0) return 0;
   if (plan.reuse) {
     image_.require_data(plan.host, plan.clusters << g.cluster_bits);
-    carry_out(plan, from);
+    carry_out(plan, fill);
     return plan.length;
   }
   const qcow2::Allocator::Run run = image_.allocate_data(cluster, plan.clusters);
@@ -124,7 +135,7 @@ uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
   plan.fresh = run.fresh && image_.encryption() == nullptr;
   std::exception_ptr error;
   try {
-    carry_out(plan, from);
+    carry_out(plan, fill);
   } catch (...) {
     error = std::current_exception();
   }
@@ -133,6 +144,38 @@ uint64_t Qcow2Node::write_new(uint64_t offset, IoSpan from) {
     std::rethrow_exception(error);
   }
   return plan.length;
+}
+
+void Qcow2Node::driver_copy_range(uint64_t offset, uint64_t length, Edge& from,
+                                  uint64_t from_offset) {
+  if (image_.encryption() != nullptr) throw not_copied();
+  before_change(offset, length);
+  {
+    const base::Epoch::Pin pin(epoch_);
+    require_inside(offset, length);
+    for (uint64_t done = 0; done < length;) {
+      const Extent extent = image_.map().lookup_long(offset + done, length - done);
+      if (extent.kind == ClusterKind::kData && extent.copied) {
+        image_.require_data(extent.host_offset, extent.length);
+        image_.data().copy_range(extent.host_offset, extent.length, from, from_offset + done);
+        done += extent.length;
+      } else {
+        done += copy_new(offset + done, extent.length, from, from_offset + done);
+      }
+    }
+  }
+  after_change(false);
+}
+
+// As write_new. What would have to be filled up around the range is not copied: ENOTSUP.
+uint64_t Qcow2Node::copy_new(uint64_t offset, uint64_t length, Edge& from, uint64_t from_offset) {
+  return fill_new(offset, length, [&](const Plan& plan) {
+    const uint64_t tail = plan.end - plan.stop();
+    const bool no_tail = tail == 0 || (plan.fresh && old_is_zero(plan.last, plan.stop(), tail));
+    if (plan.begin != plan.offset || !no_tail) throw not_copied();
+    image_.data().copy_range(plan.host + geometry().offset_in_cluster(offset), plan.length, from,
+                             from_offset);
+  });
 }
 
 // `count` clusters from that of `offset` on, all in one slice.
@@ -206,12 +249,10 @@ void Qcow2Node::widen(Plan& plan) const {
   plan.end = base::align_down(plan.stop() - 1, size) + (uint64_t{high} << g.subcluster_bits());
 }
 
-void Qcow2Node::carry_out(Plan& plan, IoSpan from) {
+template <typename Fill>
+void Qcow2Node::carry_out(Plan& plan, Fill&& fill) {
   widen(plan);
-  {
-    base::IoList list;
-    write_clusters(plan, base::slice(from, 0, plan.length, list));
-  }
+  fill(plan);
   link(plan);
 }
 

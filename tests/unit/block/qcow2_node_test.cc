@@ -60,6 +60,32 @@ TEST_F(Qcow2Test, PreallocatedDataTakesRoomAndReadsAsZeroes) {
 }
 
 // What the caches hold can be asked for.
+// Where only metadata was preallocated, the file says what of the data is there: a copy need not
+// read the rest.
+TEST_F(Qcow2Test, DataThatIsAHoleOfTheFileIsZero) {
+  create("disk.qcow2", {.size = 64 << 20, .preallocation = Preallocation::kMetadata});
+  on_fiber([&] {
+    Handle disk = open("disk.qcow2");
+    write_bytes(disk, 8 << 20, pattern_bytes(1 << 20, 1));
+    const BlockStatus before = disk.block_status(0, 64 << 20);
+    EXPECT_TRUE(before.zero);
+    EXPECT_TRUE(before.data);
+    EXPECT_EQ(before.length, 8U << 20);
+    const BlockStatus data = disk.block_status(8 << 20, 56 << 20);
+    EXPECT_FALSE(data.zero);
+    EXPECT_EQ(data.length, 1U << 20);
+    EXPECT_TRUE(disk.block_status(9 << 20, 55 << 20).zero);
+    close(disk);
+  });
+  // With its data it is as full as it says, and the file is not asked.
+  create("full.qcow2", {.size = 4 << 20, .preallocation = Preallocation::kFull});
+  on_fiber([&] {
+    Handle disk = open("full.qcow2");
+    EXPECT_FALSE(disk.block_status(0, 4 << 20).zero);
+    close(disk);
+  });
+}
+
 TEST_F(Qcow2Test, SaysWhatItHoldsInMemory) {
   create("a.qcow2", {.size = 64 << 20});
   on_fiber([&] {
