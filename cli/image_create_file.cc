@@ -248,7 +248,7 @@ void write_qcow2(ImageGraph& graph, block::Edge& file, const NewImage& image) {
     throw Error(EINVAL, "The external data file cannot be the image itself");
   }
   make_file(path, image.options);
-  graph.use_file(path, {.writable = true},
+  graph.use_file(path, {.writable = true, .no_flush = image.no_flush},
                  [&](block::Edge& data) { qcow2::create_image(file, options, &data); });
 }
 
@@ -288,7 +288,8 @@ bool make_image(ImageGraph& graph, const NewImage& image) {
   check_image(image);
   const bool made = make_file(image.path, image.options);
   try {
-    graph.use_file(image.path, {.writable = true}, [&](block::Edge& file) {
+    const FileAccess access{.writable = true, .no_flush = image.no_flush};
+    graph.use_file(image.path, access, [&](block::Edge& file) {
       if (image.format == "qcow2") {
         write_qcow2(graph, file, image);
       } else if (image.format == "luks") {

@@ -22,6 +22,7 @@ struct NewImage {
   std::string format;
   std::string purpose = {};  // in errors: "creating output image"; empty: "converting FORMAT"
   bool look_at_backing = true;
+  bool no_flush = false;  // see FileAccess
   CreateOptionList options{"raw"};
 
   // What opening it afterwards needs beside its name: the id of its secret.

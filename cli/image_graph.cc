@@ -31,6 +31,7 @@ ImageGraph::OpenFile::OpenFile(block::Graph& graph, block::Options options,
       driver == "file" || driver == "host_device") {
     if (!access.locked) set_unless_given("locking", "off");
     if (access.direct && !options.has("cache")) options.set("cache.direct", "on");
+    if (access.no_flush && !options.has("cache")) options.set("cache.no-flush", "on");
     if (!access.inode.empty()) options.set("inode", access.inode);
   }
   std::shared_ptr<block::Node> node = graph.add(std::move(options));

@@ -21,6 +21,8 @@ struct FileAccess {
   // Unlocked, a file that others write to can be read (qemu-img's -U).
   bool locked = true;
   bool direct = false;
+  // What is flushed need not be durable: nobody relies on what is made before it is finished.
+  bool no_flush = false;
   std::string inode = {};  // DEVICE:INODE that the file has to be; empty: whichever it is
 };
 

@@ -107,7 +107,7 @@ std::string lock_holders_text(const std::string& path) {
     out += fmt::format("{}process {} ({})", i == 0 ? "" : ", ", holders.found[i].pid,
                        printable(holders.found[i].command));
   }
-  return out + "; -U reads it all the same";
+  return out;
 }
 
 }  // namespace minivmm::cli

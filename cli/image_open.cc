@@ -124,7 +124,9 @@ void try_to_open(const std::string& path, bool writable) {
   const std::string text = error.what();
   // Or it is this very command that has it open, in another part.
   if (text.find("another process") == std::string::npos) throw Error(EBUSY, text);
-  throw Error(EBUSY, fmt::format("{}\n{}", text, lock_holders_text(path)));
+  // The commands that write have no such option.
+  const char* const way_out = writable ? "" : "; -U reads it all the same";
+  throw Error(EBUSY, fmt::format("{}\n{}{}", text, lock_holders_text(path), way_out));
 }
 
 std::string chain_text(const std::vector<ChainLink>& chain) {

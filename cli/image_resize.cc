@@ -8,6 +8,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/formats/qcow2/qcow2_node.h"
 #include "cli/command.h"
 #include "cli/image_arguments.h"
 #include "cli/image_commands.h"
@@ -107,6 +108,14 @@ void check(const ResizeRequest& request, uint64_t old, uint64_t size) {
               "Before performing such an operation, make sure there is no important data there.");
 }
 
+// In qemu-img's words; the driver refuses it with more.
+void refuse_old_snapshots(const block::Edge& disk) {
+  const auto* image = dynamic_cast<const block::Qcow2Node*>(&disk.node());
+  if (!personality().drop_in || image == nullptr) return;
+  if (image->header().version >= 3 || image->header().snapshots == 0) return;
+  throw Error(ENOTSUP, "Can't resize a v2 image which has snapshots");
+}
+
 // Fiber.
 void resize(ImageGraph& graph, const ResizeRequest& request) {
   OpenImage image(graph, request.image, {.writable = true, .trusted = true});
@@ -121,7 +130,10 @@ void resize(ImageGraph& graph, const ResizeRequest& request) {
     throw Error(ENOTSUP, "Unsupported preallocation mode: metadata");
   }
   block::Edge& disk = image.edge();
-  if (size != disk.size()) disk.truncate(size);
+  if (size != disk.size()) {
+    refuse_old_snapshots(disk);
+    disk.truncate(size);
+  }
   if (request.preallocation != Preallocation::kOff) {
     try {
       disk.preallocate(old, size - old, request.preallocation);

@@ -36,6 +36,8 @@ bool is_device(const std::string& path) {
 }  // namespace
 
 TargetImage::TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache) : path_(image.path) {
+  // What flushes nothing when it is complete has no use for the flushes of an empty image.
+  image.no_flush = cache.no_flush;
   try {
     complete_image(graph, image);
     try {

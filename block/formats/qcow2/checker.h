@@ -38,6 +38,9 @@ class Checker {
   };
   const CheckResult& result() const noexcept { return result_; }
   const ClusterCounts& counts() const noexcept { return counts_; }
+  // Those whose refcounts are compared: refcounts of what lies past the end of the file harm
+  // nobody, unless it is used.
+  uint64_t compared_clusters() const;
   // Sorted by offset, one for each table.
   const std::vector<L2Use>& l2_uses() const noexcept { return l2_uses_; }
   // Host order; what is no block is 0.
@@ -78,7 +81,6 @@ class Checker {
   void check_copied_l2(uint64_t l1_index, uint64_t l1_entry);
   void check_copied_entry(RawL2 raw, uint64_t guest_offset);
   uint64_t refcount_on_disk(uint64_t cluster) const;
-  uint64_t compared_clusters() const;
 
   // Counts the clusters of a range as used so many times; false: it lies past the end of the file
   // (a corruption). `shared`: receives whether any of it had been counted before.

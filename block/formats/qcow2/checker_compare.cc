@@ -16,7 +16,6 @@ void Checker::compare() {
   compare_unblocked();
 }
 
-// Refcounts of what lies past the end of the file harm nobody, unless it is used.
 uint64_t Checker::compared_clusters() const {
   const uint64_t in_file = geometry_.clusters(file_size_);
   return counts_.get(in_file) != 0 ? in_file + 1 : in_file;

@@ -60,12 +60,12 @@ bool Repairer::set_refcounts(const Checker& found, Direction direction) {
   const Table& table = found.refcount_table();
   for (uint64_t index = 0; index < table.size(); ++index) {
     if (table[index] == 0) continue;
-    if (set_block(found.counts(), index, table[index], direction)) changed = true;
+    if (set_block(found, index, table[index], direction)) changed = true;
   }
   return changed;
 }
 
-bool Repairer::set_block(const ClusterCounts& counts, uint64_t index, uint64_t offset,
+bool Repairer::set_block(const Checker& found, uint64_t index, uint64_t offset,
                          Direction direction) {
   const unsigned order = geometry_.refcount_order;
   base::Buffer& block = read_cluster(offset);
@@ -74,12 +74,14 @@ bool Repairer::set_block(const ClusterCounts& counts, uint64_t index, uint64_t o
   for (uint64_t i = 0; i < geometry_.block_entries(); ++i) {
     const uint64_t now = get_refcount(block.data(), i, order);
     // A count that does not fit: the most that does, which is never lowered by mistake.
-    const uint64_t right = std::min(counts.get(first + i), geometry_.refcount_max());
+    const uint64_t right = std::min(found.counts().get(first + i), geometry_.refcount_max());
     if (direction == Direction::kUp ? right <= now : right >= now) continue;
-    say(fmt::format("Repairing cluster {} refcount={} reference={}", first + i, now, right));
     set_refcount(block.data(), i, order, right);
-    ++(direction == Direction::kUp ? corruptions_fixed_ : leaks_fixed_);
     changed = true;
+    // What a check does not count is not reported either.
+    if (first + i >= found.compared_clusters()) continue;
+    say(fmt::format("Repairing cluster {} refcount={} reference={}", first + i, now, right));
+    ++(direction == Direction::kUp ? corruptions_fixed_ : leaks_fixed_);
   }
   if (!changed) return false;
   clear_autoclear();

@@ -56,7 +56,7 @@ class Repairer {
   // repair_refcounts.cc
   enum class Direction { kUp, kDown };
   bool set_refcounts(const Checker& found, Direction direction);
-  bool set_block(const ClusterCounts& counts, uint64_t index, uint64_t offset, Direction direction);
+  bool set_block(const Checker& found, uint64_t index, uint64_t offset, Direction direction);
   // In entries of that width; the header says so in the same write.
   void rebuild_refcounts(unsigned order);
 

@@ -49,6 +49,13 @@ class Snapshots(ImageCase):
         self.same_answer("snapshot", "-l", "raw")
         self.same_answer("snapshot", "-l", "no-such-file", status=1)
 
+    def test_an_old_image_with_snapshots_keeps_its_size(self):
+        self.make("-f", "qcow2", "-o", "compat=0.10", "old", "8M")
+        self.must(self.theirs("snapshot", "-c", "x", "old"))
+        self.same_answer("resize", "old", "16M", status=1)
+        told = self.must(self.ours("resize", "old", "16M"), 1).err
+        self.assertIn("old (qcow2): a version 2 image that has snapshots cannot be resized", told)
+
     def test_a_disk_of_no_bytes(self):
         """Its L1 table has no entries, for which there is no room to be found."""
         for compat in ("0.10", "1.1"):

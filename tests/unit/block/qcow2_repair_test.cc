@@ -337,9 +337,13 @@ TEST_F(Qcow2Repair, ImagesOfQemuWithSnapshotsAndCompressedClusters) {
 
 // Leaks alone: nothing else is touched.
 TEST_F(Qcow2Repair, OnlyLeaksAreLoweredWhenThatIsAskedFor) {
-  const Bytes sound = make_sound({.size = kDisk, .cluster_bits = 12});
+  Bytes sound = make_sound({.size = kDisk, .cluster_bits = 12});
+  const uint64_t leaked = sound.size() / 4096;
+  sound.resize(sound.size() + 4096);
   Victim victim(sound);
-  victim.set_refcount(40, 5);
+  victim.set_refcount(leaked, 5);
+  // Behind the end of the file: no leak, and lowered all the same.
+  victim.set_refcount(leaked + 100, 3);
   victim.set_refcount(victim.host_cluster(2), 0);
   Victim right(sound);
   right.set_refcount(right.host_cluster(2), 0);
@@ -373,10 +377,12 @@ TEST_F(Qcow2Repair, LeaksAreKeptWhileReferencesAreLost) {
 // What vouches for parts that a repair does not maintain is withdrawn before the first change;
 // bitmaps are not among it.
 TEST_F(Qcow2Repair, UnknownAutoclearBitsAreCleared) {
-  const Bytes sound = make_sound({.size = kDisk, .cluster_bits = 12});
+  Bytes sound = make_sound({.size = kDisk, .cluster_bits = 12});
+  const uint64_t leaked = sound.size() / 4096;
+  sound.resize(sound.size() + 4096);
   for (const Repair what : {Repair::kLeaks, Repair::kAll}) {
     Victim victim(sound);
-    victim.set_refcount(40, 5);
+    victim.set_refcount(leaked, 5);
     victim.set(qcow2::kAutoclearField, uint64_t{1} << 40);
     on_fiber([&] {
       auto file = std::make_shared<TestFile>();
