@@ -198,12 +198,16 @@ TEST_F(GraphTest, ADrainThatCannotEndNamesWhatIsStuckAndLetsGo) {
     Handle handle = graph_.attach("slow", "sleepy client", Permissions::front_end(true));
     base::WaitGroup group;
     group.add();
+    std::atomic<bool> reading{false};
     loops_.loop(1).post("reader", [&] {
       std::byte buffer[512];
+      reading = true;
       handle.read(0, SingleBuffer(buffer, sizeof buffer));
       group.done();
     });
-    base::io::sleep_for(milliseconds(10));
+    do {
+      base::io::sleep_for(milliseconds(10));
+    } while (!reading);
     const std::string text =
         error_text([&] { const Graph::Drain drain(graph_, milliseconds(20)); });
     EXPECT_NE(text.find("sleepy client has 1 requests"), std::string::npos) << text;

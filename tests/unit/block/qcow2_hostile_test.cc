@@ -116,6 +116,26 @@ TEST_F(Qcow2Hostile, BadL1EntriesAreRefused) {
   });
 }
 
+// A shared table that is not there: a copy of it would be empty, and the disk with it.
+TEST_F(Qcow2Hostile, ATablePastTheEndIsNotCopied) {
+  on_fiber([&] {
+    Bytes image = good_image();
+    put(image, l1_offset(image), uint64_t{1} << 40);
+    auto file = std::make_shared<TestFile>();
+    file->set_content(image);
+    auto node = open_test_image(file);
+    const Bytes data(kCluster, std::byte{9});
+    EXPECT_EQ(error_number([&] {
+                Edge(node, "guest", Permissions::front_end(true))
+                    .write(kCluster, base::SingleBuffer(std::span(data)));
+              }),
+              EIO);
+    node->close();
+    EXPECT_EQ(get(file->content(), 72), qcow2::kIncompatCorrupt);
+    EXPECT_EQ(get(file->content(), l1_offset(image)), uint64_t{1} << 40);
+  });
+}
+
 TEST_F(Qcow2Hostile, BadL2EntriesAreRefused) {
   on_fiber([&] {
     const Bytes good = good_image();
@@ -160,6 +180,45 @@ TEST_F(Qcow2Hostile, DataIsNeverWrittenOverMetadata) {
   });
 }
 
+TEST_F(Qcow2Hostile, ZeroesAreNeverWrittenOverMetadata) {
+  on_fiber([&] {
+    const Bytes good = good_image();
+    for (const uint64_t target : {l1_offset(good), l2_offset(good), get(good, 48)}) {
+      SCOPED_TRACE(target);
+      Bytes image = good;
+      put(image, l2_offset(image), target | qcow2::kFlagCopied);
+      auto file = std::make_shared<TestFile>();
+      file->set_content(image);
+      auto node = open_test_image(file);
+      EXPECT_EQ(error_number([&] {
+                  Edge(node, "guest", Permissions::front_end(true)).write_zeroes(512, 512);
+                }),
+                EIO);
+      node->close();
+      put(image, 72, qcow2::kIncompatCorrupt);
+      EXPECT_TRUE(file->content() == image);
+    }
+  });
+}
+
+// Both give it up: it must not be free twice, or while the other still has it.
+TEST_F(Qcow2Hostile, AClusterThatTwoEntriesHaveIsNotFreedTwice) {
+  on_fiber([&] {
+    Bytes image = good_image();
+    put(image, l2_offset(image) + 8, get(image, l2_offset(image)));
+    auto file = std::make_shared<TestFile>();
+    file->set_content(image);
+    auto node = open_test_image(file);
+    {
+      Edge disk(node, "guest", Permissions::front_end(true));
+      disk.discard(0, 2 * kCluster);
+      (void)error_number([&] { disk.flush(); });
+    }
+    (void)error_number([&] { node->close(); });
+    EXPECT_EQ(get(file->content(), 72), qcow2::kIncompatCorrupt);
+  });
+}
+
 // Two tables in one place: nothing that a request looks at says so, only the commit can notice.
 // Reads go on, with what was written.
 TEST_F(Qcow2Hostile, TablesAreNotWrittenOverEachOther) {
@@ -189,6 +248,55 @@ TEST_F(Qcow2Hostile, TablesAreNotWrittenOverEachOther) {
       EXPECT_TRUE(std::equal(image.begin() + l1, image.begin() + l1 + kCluster, now.begin() + l1));
     }
     EXPECT_EQ(error_number([&] { node->close(); }), EIO);
+  });
+}
+
+// The same for the refcount table, which changes when the file has outgrown the first block.
+TEST_F(Qcow2Hostile, TheRefcountTableIsNotWrittenOverAnother) {
+  on_fiber([&] {
+    auto file = make_test_image({.size = kDisk, .cluster_bits = 12, .refcount_order = 6});
+    Bytes image = file->content();
+    const uint64_t table = get(image, 48);
+    image[60 + 3] = std::byte{1};  // one internal snapshot
+    put(image, 64, table);
+    file->set_content(image);
+    auto node = open_test_image(file);
+    {
+      Edge disk(node, "guest", Permissions::front_end(true));
+      const Bytes data(kDisk * 3 / 4, std::byte{9});
+      disk.write(0, base::SingleBuffer(std::span(data)));
+      EXPECT_EQ(error_number([&] { disk.flush(); }), EIO);
+    }
+    const Bytes now = file->content();
+    EXPECT_EQ(get(now, 72), qcow2::kIncompatCorrupt);
+    const auto at = static_cast<long>(table);
+    EXPECT_TRUE(std::equal(image.begin() + at, image.begin() + at + kCluster, now.begin() + at));
+    EXPECT_EQ(error_number([&] { node->close(); }), EIO);
+  });
+}
+
+// A larger refcount table is put where nothing is counted yet. Something may lie there all the
+// same.
+TEST_F(Qcow2Hostile, AGrowingRefcountTableIsNotWrittenOverAnother) {
+  on_fiber([&] {
+    // The table of one cluster counts 2 MiB.
+    constexpr uint64_t kCounted = 2 << 20;
+    auto file = make_test_image({.size = kDisk, .cluster_bits = 9, .refcount_order = 6});
+    Bytes image = file->content();
+    image.resize(kCounted + 65536);
+    put(image, l1_offset(image) + kDisk / 32768 * 8 - 8, kCounted | qcow2::kFlagCopied);
+    file->set_content(image);
+    auto node = open_test_image(file);
+    {
+      Edge disk(node, "guest", Permissions::front_end(true));
+      const Bytes data(kDisk * 3 / 4, std::byte{9});
+      EXPECT_EQ(error_number([&] { disk.write(0, base::SingleBuffer(std::span(data))); }), EIO);
+    }
+    (void)error_number([&] { node->close(); });
+    const Bytes now = file->content();
+    EXPECT_EQ(get(now, 72), qcow2::kIncompatCorrupt);
+    EXPECT_TRUE(std::equal(image.begin() + kCounted, image.begin() + kCounted + 4096,
+                           now.begin() + kCounted));
   });
 }
 

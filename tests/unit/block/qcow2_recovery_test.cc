@@ -1,10 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // What goes wrong once and then right: an error must not leave the node believing something that
 // the image does not say. And what may be asked for at length: memory and space stay bounded.
+#include <fmt/core.h>
+
 #include "base/bytes.h"
 #include "base/io.h"
 #include "base/sync.h"
 #include "block/formats/qcow2/check.h"
+#include "crash_states.h"
 #include "graph_fixture.h"
 #include "qcow2_test_file.h"
 
@@ -36,6 +39,14 @@ class Qcow2Recovery : public GraphTest {
     const auto result =
         qcow2::check_image(edge, [&](const std::string& line) { lines += line + "\n"; });
     EXPECT_EQ(result.corruptions + result.leaks + result.check_errors, 0U) << lines;
+  }
+  // Leaks are none.
+  static void expect_no_corruption(const std::shared_ptr<TestFile>& file) {
+    Edge edge(file, "check", {});
+    std::string lines;
+    const auto found =
+        qcow2::check_image(edge, [&](const std::string& line) { lines += line + "\n"; });
+    EXPECT_EQ(found.corruptions + found.check_errors, 0U) << lines;
   }
   void write(uint64_t offset, uint64_t length, int value) {
     const Bytes bytes(length, static_cast<std::byte>(value));
@@ -201,6 +212,112 @@ TEST_F(Qcow2Recovery, ADiscardOfEverySecondClusterDoesNotFillTheMemory) {
     EXPECT_EQ(read(cluster_, cluster_), Bytes(cluster_, std::byte{1}));
     close_disk();
     expect_clean();
+  });
+}
+
+// What a commit that failed had taken is part of the next one.
+TEST_F(Qcow2Recovery, ACommitThatFailedAnywhereIsMadeUpFor) {
+  on_fiber([&] {
+    // One block counts 2 MiB, so there are changes of every table.
+    const auto options =
+        qcow2::CreateOptions{.size = 4 << 20, .cluster_bits = 12, .refcount_order = 6};
+    unsigned failures = 0;
+    for (int fails_at = 0;; ++fails_at) {
+      SCOPED_TRACE(fmt::format("request {} of the commit", fails_at));
+      open_disk(options);
+      write(0, 1 << 20, 1);
+      disk_->flush();
+      write(1 << 20, 2 << 20, 2);
+      disk_->discard(0, 512 << 10);
+      int left = fails_at;
+      file_->before = [&](TestFile::Op op, uint64_t, uint64_t) {
+        const bool counts = op == TestFile::Op::kWrite || op == TestFile::Op::kFlush;
+        if (counts && left-- == 0) throw base::Error(EIO, "injected");
+      };
+      const bool failed = error_number([&] { disk_->flush(); }) != 0;
+      file_->before = nullptr;
+      failures += failed ? 1 : 0;
+      disk_->flush();
+      close_disk();
+      expect_clean();
+      reopen();
+      EXPECT_TRUE(read(1 << 20, 2 << 20) == Bytes(2 << 20, std::byte{2}));
+      EXPECT_TRUE(read(0, 512 << 10) == Bytes(512 << 10));
+      close_disk();
+      if (left >= 0) break;  // it did not get that far
+    }
+    EXPECT_GT(failures, 5U);
+  });
+}
+
+// The header points to a larger refcount table only when that is there.
+TEST_F(Qcow2Recovery, APowerCutWhileTheRefcountTableGrowsLosesNothing) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  const unsigned states = crash_states(60);
+  on_fiber([&] {
+    std::mt19937_64 random(seed);
+    // A table of one cluster counts 2 MiB.
+    open_disk({.size = 4 << 20, .cluster_bits = 9, .refcount_order = 6});
+    const uint64_t flushed = 1800 << 10;
+    write(0, flushed, 1);
+    disk_->flush();
+    const auto table = [&](const std::shared_ptr<TestFile>& file) {
+      Edge edge(file, "look", {0, Permissions::kWrite | Permissions::kResize});
+      return qcow2::read_header(edge).refcount_table_offset;
+    };
+    const uint64_t old_table = table(file_);
+    const uint64_t before = file_->now();
+    file_->start_log();
+    write(2 << 20, 512 << 10, 2);
+    disk_->flush();
+    ASSERT_NE(table(file_), old_table) << "it was not to grow yet";
+    for (unsigned i = 0; i < states; ++i) {
+      const uint64_t cut = before + random() % (file_->now() - before + 1);
+      auto after = std::make_shared<TestFile>();
+      after->set_content(file_->after_power_cut(cut, random));
+      expect_no_corruption(after);
+      auto node = open_test_image(after, nullptr, true);
+      Bytes got(flushed);
+      Edge(node, "reader", {}).read(0, base::SingleBuffer(got.data(), got.size()));
+      ASSERT_TRUE(got == Bytes(flushed, std::byte{1})) << "cut at " << cut;
+    }
+    close_disk();
+  });
+}
+
+// The mark "dirty" goes when the refcounts are true, and not before: whoever opens an image without
+// it believes them.
+TEST_F(Qcow2Recovery, APowerCutWhileLazyRefcountsAreStoredLeavesTheMarkOrTheTruth) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  const unsigned states = crash_states(100);
+  on_fiber([&] {
+    std::mt19937_64 random(seed);
+    open_disk({.size = 4 << 20, .cluster_bits = 12, .lazy_refcounts = true});
+    for (int i = 0; i < 100; ++i) write(random() % 1000 * cluster_, cluster_, 1 + i);
+    disk_->flush();
+    const uint64_t before = file_->now();
+    file_->start_log();
+    disk_.reset();
+    node_->close();
+    unsigned marked = 0;
+    for (unsigned i = 0; i < states; ++i) {
+      auto after = std::make_shared<TestFile>();
+      const uint64_t cut = before + random() % (file_->now() - before + 1);
+      after->set_content(file_->after_power_cut(cut, random));
+      const bool dirty = [&] {
+        Edge edge(after, "look", {});
+        return (qcow2::read_header(edge).incompatible & qcow2::kIncompatDirty) != 0;
+      }();
+      if (dirty) {
+        ++marked;
+        continue;
+      }
+      expect_no_corruption(after);
+    }
+    EXPECT_GT(marked, 0U);
+    EXPECT_LT(marked, states);
   });
 }
 
