@@ -2,6 +2,7 @@
 // Persistent dirty bitmaps: the bits in memory against a plain model; what is written while an
 // image is in use is noted, across sessions; a bitmap that a crash may have left behind says so, at
 // every moment at which the power may go; images that say nonsense of their bitmaps.
+#include <algorithm>
 #include <cerrno>
 #include <set>
 
