@@ -86,6 +86,8 @@ second() {
   check "kept across the reboot" grep -q "first life" /root/kept
   check mount mount -t ext4 /dev/vdb /mnt
   check "data after the reboot" sh -c 'cd /mnt && sha256sum -c /root/sums'
+  say "memory $(($(sed -n 's/MemTotal: *\([0-9]*\).*/\1/p' /proc/meminfo) >> 20)) GiB," \
+    "above 4 GiB $(grep -c '^100000000-.*System RAM' /proc/iomem)"
   say "disks $(ls -d /sys/block/vd* | wc -l)"
   dd if=/dev/urandom of=/tmp/some bs=512k count=2 2> /dev/null
   dd if=/tmp/some of=/tmp/moved bs=512k skip=1 2> /dev/null

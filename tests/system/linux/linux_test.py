@@ -80,6 +80,7 @@ class LinuxGuest(StockKernel):
                      "rng virtio_rng.0", "write to a read-only disk is refused ok", "mkfs ok",
                      "data after remount ok", "fstrim ok", "4096-byte blocks ok", "reboot",
                      "kept across the reboot ok", "data after the reboot ok",
+                     "memory 3 GiB, above 4 GiB 1",
                      "disks 17", "vde works ok", "vdf works ok", "vdg works ok", "vdh works ok",
                      "vdq works ok", "written in parallel ok",
                      "poweroff"):

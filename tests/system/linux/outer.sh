@@ -6,6 +6,7 @@ cd "$1" || exit 1
 say() { echo "OUTER $*"; }
 M=./minivmm
 export TMPDIR="$PWD"
+memory=256M
 common="console=ttyS0 reboot=k panic=-1 root=/dev/vda rw quiet"
 
 start() { # STAGE COMMAND-LINE OPTIONS...: starts a guest; its output is in log
@@ -17,7 +18,7 @@ start() { # STAGE COMMAND-LINE OPTIONS...: starts a guest; its output is in log
   # What types into the guest stays open until it has ended.
   sleep 1000 > typed &
   typist=$!
-  timeout -s KILL 240 $M boot --kernel vmlinuz --initrd initrd.img --memory 256M --cpus 2 \
+  timeout -s KILL 240 $M boot --kernel vmlinuz --initrd initrd.img --memory "$memory" --cpus 2 \
     --append "$common stage=$stage $line" "$@" < typed > log 2> errors &
   vmm=$!
 }
@@ -95,8 +96,11 @@ for features in indirect_desc=off event_idx=off \
   more="$more --disk driver=memory,size=1M,node-name=lean$i,$features"
 done
 for i in 4 5 6 7 8 9 10 11 12; do more="$more --disk driver=memory,size=1M,node-name=more$i"; done
+# More than fits below the devices: the rest is above 4 GiB.
+memory=3328M
 start 2 "" $disks $more
 finish
+memory=256M
 # Ends that are not asked for nicely. The disks are thrown away with what was written.
 start triple reboot=t --disk root.qcow2,snapshot=on
 finish
