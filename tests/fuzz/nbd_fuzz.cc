@@ -15,8 +15,12 @@
 //   4 adjacent type u8 (READ or WRITE), count u8, offset u32: so many of 512 bytes in a row
 //   5 name     option u8, export u8: INFO, GO or EXPORT_NAME and contexts with a proper name
 //   6 query    flags u16, offset u32, length u64, count u8, ids u8: a BLOCK_STATUS that names
-//   contexts 7 long     type u8, flags u16, offset u64, length u64: as request, with extended
-//   headers
+//            contexts
+//   7 long     type u8, flags u16, offset u64, length u64: as request, with extended headers
+//   8 enter    export u8, how u8: a whole handshake (bits 0, 1 of how: structured replies, extended
+//              headers; 2: every context there is, dirty bitmaps too; 3: they are listed before;
+//              4: twice, the second time for the next export; 5: EXPORT_NAME; 6: not entered)
+//   9 starttls data length u8, bytes: this server has no TLS
 #include <poll.h>
 #include <string_view>
 #include <sys/socket.h>
@@ -24,6 +28,7 @@
 
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <cstddef>
@@ -31,23 +36,76 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "base/bytes.h"
+#include "base/error.h"
 #include "base/log.h"
 #include "base/loop_group.h"
 #include "base/unique_fd.h"
+#include "block/filters/filter_node.h"
+#include "block/graph/dirty_bitmaps.h"
 #include "block/graph/graph.h"
 #include "nbd-server/server.h"
 
 namespace minivmm::nbd {
 namespace {
 
-constexpr unsigned kSteps = 8;
+constexpr unsigned kSteps = 10;
 constexpr unsigned kMaxSteps = 300;
 constexpr uint32_t kMaxPayload = 128 << 10;
 constexpr auto kPatience = std::chrono::seconds(10);
+
+// Two dirty bitmaps of which every other 512 bytes are dirty, and one that is of no use.
+class Bitmaps final : public block::DirtyBitmaps {
+ public:
+  std::vector<Info> list() const override {
+    return {{"a", 512, true, false}, {"b", 512, false, false}, {"bad", 512, true, true}};
+  }
+  Status status(std::string_view, uint64_t offset, uint64_t length) override {
+    return {std::min(length, 512 - offset % 512), offset / 512 % 2 == 1};
+  }
+  void add(std::string_view, uint64_t, bool) override {}
+  void remove(std::string_view) override {}
+  void clear(std::string_view) override {}
+  void set_enabled(std::string_view, bool) override {}
+  void merge(std::string_view, DirtyBitmaps&, std::string_view) override {}
+};
+
+class BitmapNode final : public block::FilterNode {
+ public:
+  BitmapNode(const block::NodeConfig& config, std::shared_ptr<block::Node> file)
+      : FilterNode(config, "bitmaps", std::move(file)) {}
+  block::DirtyBitmaps* dirty_bitmaps() noexcept override { return &bitmaps_; }
+
+ private:
+  Bitmaps bitmaps_;
+};
+
+// Disks in memory; every eighth cannot be made.
+class CloneMaker final : public CloneSource {
+ public:
+  explicit CloneMaker(block::Graph& graph) : graph_(graph) {}
+  block::Handle open(const std::string&) override {
+    const unsigned number = next_++;
+    if (number % 8 == 7) throw base::Error(ENOSPC, "no clone");
+    const std::string name = "clone" + std::to_string(number);
+    (void)graph_.add(block::Options::from_keys("driver=memory,size=64K,node-name=" + name));
+    return graph_.attach(name, "fuzzer", block::Permissions::front_end(true));
+  }
+  void close(block::Handle disk, const std::string&) override {
+    const std::string name = disk.node_name();
+    disk.close();
+    graph_.remove(name);
+  }
+
+ private:
+  block::Graph& graph_;
+  std::atomic<unsigned> next_{0};
+};
 
 // Lives as long as the process: one server, many sessions.
 struct World {
@@ -59,10 +117,20 @@ struct World {
           "driver=fault,op=read,offset=65536,length=4096,errno=EIO,node-name=r,"
           "file.driver=memory,file.size=1M",
           false);
+      graph.adopt(std::make_shared<BitmapNode>(
+          block::NodeConfig{"m", false},
+          graph.add(block::Options::from_keys("driver=memory,node-name=m.file,size=1M"))));
+      publish("m", true);
+      (void)graph.add(block::Options::from_keys("driver=memory,node-name=c,size=64K"));
+      server.add_clone_export("c", graph.attach("c", "fuzzer", block::Permissions::backing()),
+                              std::make_shared<CloneMaker>(graph));
     });
   }
   void add(const char* name, const char* keys, bool writable) {
     (void)graph.add(block::Options::from_keys(keys));
+    publish(name, writable);
+  }
+  void publish(const char* name, bool writable) {
     server.add_export(name, graph.attach(name, "fuzzer", block::Permissions::front_end(writable)),
                       {.description = "fuzzed", .writable = writable});
   }
@@ -167,6 +235,7 @@ class FuzzClient {
   void query(Input& input);
   void step(Input& input);
   void name(uint8_t option, uint8_t which);
+  void enter(uint8_t which, uint8_t how);
   void send(const Message& message);
   bool drain();
   void finish(bool read_rest);
@@ -175,6 +244,7 @@ class FuzzClient {
   bool reads_ = true;
   bool open_ = true;
   bool extended_ = false;
+  bool greeted_ = false;
   uint64_t cookie_ = 0;
 };
 
@@ -196,6 +266,7 @@ void FuzzClient::greet(unsigned mode) {
     contexts.number(uint32_t{1}).text("base:allocation");
   }
   extended_ = (mode & 16) != 0;
+  greeted_ = true;
   Message all;
   all.number(uint32_t{3});
   if (extended_) {
@@ -238,6 +309,42 @@ void FuzzClient::query(Input& input) {
   message.number(length);
   for (unsigned i = 0; i < count; ++i) message.number(uint32_t{input.take<uint8_t>()} % 5);
   send(message);
+}
+
+// Options of one handshake for an export, but for the one that ends it.
+void negotiate(Message& all, std::string_view name, uint8_t how) {
+  if ((how & 1) != 0) all.option(8, Message());
+  if ((how & 2) != 0) all.option(11, Message());
+  Message contexts;
+  contexts.text(name);
+  if ((how & 4) != 0) {
+    contexts.number(uint32_t{4}).text("base:allocation").text("qemu:allocation-depth");
+    contexts.text("qemu:dirty-bitmap:a").text("qemu:dirty-bitmap:b");
+  } else {
+    contexts.number(uint32_t{2}).text("qemu:").text("base:allocation");
+  }
+  if ((how & 8) != 0) all.option(9, contexts);
+  all.option(10, contexts);
+}
+
+void FuzzClient::enter(uint8_t which, uint8_t how) {
+  constexpr std::string_view kNames[] = {"d", "r", "m", "c", "c/one", "c/two", "", "nosuch"};
+  const std::string_view name = kNames[which % 8];
+  Message all;
+  if (!greeted_) all.number(uint32_t{3});
+  greeted_ = true;
+  extended_ = (how & 2) != 0;
+  negotiate(all, name, how);
+  if ((how & 16) != 0) negotiate(all, kNames[(which + 1) % 8], how);
+  Message data;
+  if ((how & 32) != 0) {
+    data.raw({reinterpret_cast<const uint8_t*>(name.data()), name.size()});
+    all.option(1, data);
+  } else {
+    data.text(name).number(uint16_t{3}).number(uint16_t{1}).number(uint16_t{2}).number(uint16_t{3});
+    all.option((how & 64) != 0 ? 6 : 7, data);
+  }
+  send(all);
 }
 
 void FuzzClient::name(uint8_t option, uint8_t which) {
@@ -307,6 +414,17 @@ void FuzzClient::step(Input& input) {
     case 6:
       query(input);
       break;
+    case 8: {
+      const auto which = input.take<uint8_t>();
+      enter(which, input.take<uint8_t>());
+      break;
+    }
+    case 9: {
+      Message data;
+      data.raw(input.bytes(input.take<uint8_t>()));
+      send(message.option(5, data));
+      break;
+    }
     default: {
       const auto type = input.take<uint8_t>();
       const auto flags = input.take<uint16_t>();

@@ -237,6 +237,43 @@ TEST_F(Limits, SmallRequestsDoNotWaitBehindLargeOnes) {
   EXPECT_LT(base::Clock::now() - began, std::chrono::seconds(3));
 }
 
+// Nobody is cut off here: those who do not read leave room for those who do.
+class Patient : public Limits {
+ protected:
+  Patient() : Limits({.stall_limit = std::chrono::hours(1)}) {}
+};
+
+TEST_F(Patient, WhoReadsIsServedWhileOthersDoNot) {
+  add("disk", "driver=null,size=1G");
+  std::vector<Client> hogs;
+  for (int i = 0; i < 16; ++i) {
+    hogs.push_back(connect());
+    hogs.back().enter("disk");
+    Bytes requests;
+    for (uint64_t n = 0; n < 64; ++n) {
+      requests = join({requests, hogs.back().request(kRead, n, 0, 1 << 20)});
+    }
+    hogs.back().send(requests);
+  }
+  ::usleep(100'000);
+  Client other = connect();
+  other.enter("disk");
+  for (int i = 0; i < 10; ++i) EXPECT_EQ(other.read(0, 1 << 20).size(), 1u << 20);
+}
+
+// Waiting for an answer is not silence.
+TEST_F(Listener, AClientWithARequestInFlightIsNotIdle) {
+  add("slow", "driver=fault,op=read,errno=none,delay-ns=700000000,file.driver=memory,file.size=1M");
+  ListenOptions options;
+  options.idle_limit = milliseconds(200);
+  listen(std::move(options));
+  Client client = connect_to(path_);
+  client.enter("slow");
+  EXPECT_EQ(client.read(0, 512).size(), 512u);
+  // And from then on it is.
+  EXPECT_TRUE(client.closed());
+}
+
 TEST_F(Limits, ConnectingAndLeavingLeaksNothing) {
   add("disk", "driver=memory,size=1M");
   const auto come_and_go = [&](int times) {

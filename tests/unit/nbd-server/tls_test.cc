@@ -84,6 +84,18 @@ TEST_F(TlsHandshake, WhatIsNotTlsEndsTheSession) {
   }
 }
 
+// Who need not use TLS has none.
+TEST_F(TlsHandshake, OptionalTlsIsNoneBeyondLoopback) {
+  const auto everywhere = [&](TlsOptions::Mode mode) {
+    ListenOptions options;
+    options.uri = "nbd://0.0.0.0:0";
+    options.tls = {.mode = mode, .kind = TlsOptions::Kind::kPsk, .directory = path_ + ".d"};
+    return error_number([&] { on_fiber([&] { (void)server_->listen(std::move(options)); }); });
+  };
+  EXPECT_EQ(everywhere(TlsOptions::Mode::kOptional), EACCES);
+  EXPECT_EQ(everywhere(TlsOptions::Mode::kRequired), 0);
+}
+
 TEST_F(TlsHandshake, KeysThatAreNotThereAreNamed) {
   std::filesystem::remove(path_ + ".d/keys.psk");
   EXPECT_EQ(error_number([&] { listen(TlsOptions::Mode::kRequired); }), ENOENT);
