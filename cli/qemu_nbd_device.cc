@@ -92,10 +92,12 @@ int connect_qemu_nbd(const QemuNbdRequest& wanted, control::Config config) {
 }
 
 int disconnect_qemu_nbd(const QemuNbdRequest& wanted) {
-  const base::UniqueFd device(::open(wanted.device.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK));
+  base::UniqueFd device(::open(wanted.device.c_str(), O_RDWR | O_CLOEXEC | O_NONBLOCK));
   if (!device) {
     throw Error(errno, fmt::format("Cannot open {}: {}", wanted.device, base::errno_text(errno)));
   }
+  // Whoever has it open keeps it.
+  device.reset();
   const uint32_t index = nbd_device_number(wanted.device);
   GenericNetlink kernel = nbd_driver();
   if (is_nbd_connected(index)) disconnect_nbd_device(kernel, index);
