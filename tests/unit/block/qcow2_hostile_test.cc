@@ -387,6 +387,45 @@ TEST_F(Qcow2Hostile, MetadataIsNotFreedAsAnOldL2Table) {
   });
 }
 
+// A snapshot whose tree names tables of the disk: deleting it would free them.
+TEST_F(Qcow2Hostile, MetadataIsNotFreedWithASnapshot) {
+  on_fiber([&] {
+    auto file = std::make_shared<TestFile>();
+    file->set_content(good_image());
+    uint64_t theirs = 0;  // the snapshot's L2 table
+    {
+      auto node = open_test_image(file);
+      (void)node->snapshots()->create("one");
+      node->close();
+      Edge edge(file, "look", {0, Permissions::kWrite | Permissions::kResize});
+      const auto header = qcow2::read_header(edge);
+      const uint64_t l1 = qcow2::read_snapshots(edge, header).at(0).l1_offset;
+      theirs = get(file->content(), l1) & qcow2::kOffsetMask;
+    }
+    const Bytes good = file->content();
+    const uint64_t table = get(good, 48);
+    for (const uint64_t target : {l1_offset(good), l2_offset(good), table, get(good, table)}) {
+      SCOPED_TRACE(target);
+      Bytes image = good;
+      put(image, theirs, target);
+      file->set_content(image);
+      auto node = open_test_image(file);
+      EXPECT_EQ(error_number([&] { node->snapshots()->remove("one"); }), EIO);
+      (void)error_number([&] { node->close(); });
+      Bytes after = file->content();
+      ASSERT_GE(after.size(), image.size());
+      EXPECT_EQ(get(after, 72), qcow2::kIncompatCorrupt);
+      put(after, 72, get(image, 72));
+      EXPECT_TRUE(std::equal(image.begin(), image.begin() + kCluster, after.begin()));
+      // Refcounts of room that was taken may have gone up, but for the header's.
+      const bool counts = target == get(good, table);
+      const auto at = static_cast<long>(target);
+      EXPECT_TRUE(std::equal(image.begin() + at, image.begin() + at + (counts ? 2 : kCluster),
+                             after.begin() + at));
+    }
+  });
+}
+
 // What the refcounts say is no longer believed: nothing is freed by them.
 TEST_F(Qcow2Hostile, NothingIsFreedAfterCorruptionWasFound) {
   on_fiber([&] {

@@ -25,7 +25,7 @@ class Qcow2Recovery : public GraphTest {
   }
   void reopen(std::shared_ptr<Node> backing = nullptr) {
     node_ = open_test_image(file_, std::move(backing));
-    disk_ = std::make_unique<Edge>(node_, "guest", Permissions::front_end(true));
+    disk_ = std::make_unique<Edge>(node_, "guest", Permissions::front_end(true), EdgeKind::kRoot);
   }
   void close_disk() {
     file_->before = nullptr;
@@ -282,6 +282,75 @@ TEST_F(Qcow2Recovery, APowerCutWhileTheRefcountTableGrowsLosesNothing) {
       Edge(node, "reader", {}).read(0, base::SingleBuffer(got.data(), got.size()));
       ASSERT_TRUE(got == Bytes(flushed, std::byte{1})) << "cut at " << cut;
     }
+    close_disk();
+  });
+}
+
+// The header points to the larger L1 table only when that is there. Each moment of it is looked at.
+TEST_F(Qcow2Recovery, APowerCutWhileTheL1TableMovesLosesNothing) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  const unsigned times = crash_states(10);
+  on_fiber([&] {
+    std::mt19937_64 random(seed);
+    // A cluster of L1 entries is 2 MiB of disk.
+    constexpr uint64_t kOldSize = 1900 << 10;
+    open_disk({.size = kOldSize, .cluster_bits = 9});
+    write(0, kOldSize, 1);
+    disk_->flush();
+    const uint64_t before = file_->now();
+    file_->start_log();
+    disk_->truncate(5 << 20);
+    for (uint64_t cut = before; cut <= file_->now(); ++cut) {
+      for (unsigned i = 0; i < times; ++i) {
+        auto after = std::make_shared<TestFile>();
+        after->set_content(file_->after_power_cut(cut, random));
+        auto node = open_test_image(after, nullptr, true);
+        Bytes got(kOldSize);
+        Edge(node, "reader", {}).read(0, base::SingleBuffer(got.data(), got.size()));
+        ASSERT_TRUE(got == Bytes(kOldSize, std::byte{1})) << "cut at " << cut;
+      }
+    }
+    close_disk();
+  });
+}
+
+// What lies behind the end of a disk is what another program left there. It is zero, durably,
+// before the header says that it is part of the disk.
+TEST_F(Qcow2Recovery, APowerCutWhileADiskGrowsShowsNothingOld) {
+  const uint64_t seed = std::random_device{}();
+  SCOPED_TRACE(fmt::format("seed {}", seed));
+  const unsigned times = crash_states(10);
+  on_fiber([&] {
+    std::mt19937_64 random(seed);
+    constexpr uint64_t kLarge = 256 << 10;
+    constexpr uint64_t kSmall = (130 << 10) + 512;  // inside a cluster
+    open_disk({.size = kLarge, .cluster_bits = 12});
+    write(0, kLarge, 5);
+    close_disk();
+    Bytes image = file_->content();
+    base::store_be(image.data() + 24, kSmall);
+    file_->set_content(image);
+    reopen();
+    const uint64_t before = file_->now();
+    file_->start_log();
+    disk_->truncate(kLarge);
+    unsigned grown = 0;
+    for (uint64_t cut = before; cut <= file_->now(); ++cut) {
+      for (unsigned i = 0; i < times; ++i) {
+        auto after = std::make_shared<TestFile>();
+        after->set_content(file_->after_power_cut(cut, random));
+        auto node = open_test_image(after, nullptr, true);
+        const uint64_t size = node->size();
+        Bytes got(size);
+        Edge(node, "reader", {}).read(0, base::SingleBuffer(got.data(), got.size()));
+        Bytes wanted(size);
+        std::fill_n(wanted.begin(), kSmall, std::byte{5});
+        ASSERT_TRUE(got == wanted) << "cut at " << cut << ", size " << size;
+        if (size == kLarge) ++grown;
+      }
+    }
+    EXPECT_GT(grown, 0U);
     close_disk();
   });
 }
