@@ -105,7 +105,7 @@ control::Export export_of(const QemuNbdRequest& wanted, bool writable) {
   out.writable = writable;
   out.nbd = true;
   out.contexts.emplace();
-  if (wanted.allocation_depth) out.contexts->push_back("qemu:allocation-depth");
+  if (wanted.allocation_depth) out.contexts->emplace_back("qemu:allocation-depth");
   for (const std::string& bitmap : wanted.bitmaps) {
     out.contexts->push_back("qemu:dirty-bitmap:" + bitmap);
   }

@@ -163,27 +163,29 @@ TEST_F(GraphTest, PointingAHandleWhereItPointsAlreadyKeepsItAUser) {
 }
 
 TEST_F(GraphTest, ADrainWaitsForRequestsAndHoldsNewOnesBack) {
-  std::atomic<int> done{0};
+  std::atomic<int> begun{0}, done{0};
   on_fiber([&] {
-    graph_.add(Options::from_keys("driver=null,size=1M,latency-ns=20000000,node-name=slow"));
+    graph_.add(Options::from_keys("driver=null,size=1M,latency-ns=100000000,node-name=slow"));
     Handle handle = graph_.attach("slow", "tester", Permissions::front_end(true));
     base::WaitGroup group;
     const auto start_read = [&] {
       group.add();
       loops_.loop(1).post("reader", [&] {
         std::byte buffer[512];
+        ++begun;
         handle.read(0, SingleBuffer(buffer, sizeof buffer));
         ++done;
         group.done();
       });
     };
     start_read();
-    base::io::sleep_for(milliseconds(5));
+    while (begun == 0) base::io::sleep_for(milliseconds(1));
     {
-      const Graph::Drain drain(graph_, milliseconds(1000));
+      const Graph::Drain drain(graph_, std::chrono::seconds(20));
       EXPECT_EQ(done, 1);  // the one in flight was waited for
       start_read();
-      base::io::sleep_for(milliseconds(50));
+      while (begun == 1) base::io::sleep_for(milliseconds(1));
+      base::io::sleep_for(milliseconds(150));
       EXPECT_EQ(done, 1);  // the new one waits
     }
     group.wait();

@@ -366,7 +366,8 @@ const Breach kBreaches[] = {
     {"extents of a context that was not agreed on", Ask::kExtents,
      [](Peer& p, auto& r) {
        p.chunk(r, kStatus, join({be32(9), be32(r.length), be32(0)}));
-     }, false},
+     },
+     false},
     {"extents for a read", Ask::kRead,
      [](Peer& p, auto& r) {
        p.chunk(r, kStatus, join({be32(1), be32(r.length), be32(0)}));
