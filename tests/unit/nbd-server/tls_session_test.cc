@@ -29,11 +29,11 @@ namespace {
 constexpr size_t kData = 300'000;
 
 template <typename Function>
-Function* function(Function&, const char* name) {
+Function* function(const char* name) {
   static void* const library = ::dlopen("libgnutls.so.30", RTLD_NOW);
   return reinterpret_cast<Function*>(::dlsym(library, name));
 }
-#define GNUTLS(name) (*function(::gnutls_##name, "gnutls_" #name))
+#define GNUTLS(name) (*function<decltype(::gnutls_##name)>("gnutls_" #name))
 
 // Sends kData bytes, asks for new keys, sends and takes as many again, and leaves.
 class TlsClient {
