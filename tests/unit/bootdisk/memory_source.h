@@ -2,8 +2,9 @@
 // A disk in memory for the tests of this folder.
 #pragma once
 
+#include <algorithm>
 #include <cerrno>
-#include <cstring>
+#include <cstddef>
 #include <vector>
 
 #include "base/error.h"
@@ -21,7 +22,7 @@ class MemorySource final : public ByteSource {
     if (offset > bytes.size() || out.size() > bytes.size() - offset) {
       throw base::Error(EINVAL, "past the end");
     }
-    std::memcpy(out.data(), bytes.data() + offset, out.size());
+    std::copy_n(bytes.begin() + static_cast<ptrdiff_t>(offset), out.size(), out.begin());
   }
 
   std::vector<std::byte> bytes;

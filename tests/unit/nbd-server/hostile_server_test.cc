@@ -6,8 +6,6 @@
 #include <unistd.h>
 
 #include <chrono>
-#include <filesystem>
-#include <fstream>
 #include <functional>
 #include <ostream>
 #include <thread>
@@ -15,6 +13,7 @@
 
 #include "block/graph/root.h"
 #include "fixture.h"
+#include "tests/support/process.h"
 
 namespace minivmm::nbd {
 namespace {
@@ -28,17 +27,6 @@ constexpr uint16_t kNone = 0, kData = 1, kHole = 2, kStatus = 5, kError = 0x8001
 constexpr uint32_t kLength = 4096;  // of every request here
 // Under which every answer to a breach is there; a loaded machine under a sanitizer takes its time.
 constexpr auto kSoon = seconds(8);
-
-size_t descriptors() {
-  const std::filesystem::directory_iterator begin("/proc/self/fd");
-  return static_cast<size_t>(std::distance(begin, {}));
-}
-uint64_t resident_mib() {
-  std::ifstream file("/proc/self/statm");
-  uint64_t all = 0, pages = 0;
-  file >> all >> pages;
-  return pages * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)) >> 20;
-}
 
 enum class Ask { kRead, kWrite, kFlush, kExtents };
 
@@ -266,7 +254,9 @@ TEST_P(HostileAnswer, IsAnErrorOfTheRequest) {
   const uint64_t memory = resident_mib();
   EXPECT_NE(ask(breach.ask), 0);
   EXPECT_LT(std::chrono::steady_clock::now() - begin, kSoon);
-  EXPECT_LE(resident_mib(), memory + 64);
+  if (kMemoryIsOurs) {
+    EXPECT_LE(resident_mib(), memory + 64);
+  }
   int err = -1;
   while (err != 0 && std::chrono::steady_clock::now() - begin < kSoon) {
     err = ask(Ask::kRead);
@@ -487,7 +477,9 @@ TEST_F(Hostile, SilenceAndEndlessAnswersAreCutAfterTheTimeout) {
     EXPECT_GE(took, milliseconds(900));
     EXPECT_LT(took, kSoon);
     EXPECT_EQ(seen_, Bytes(kLength, std::byte{'x'}));
-    EXPECT_LE(resident_mib(), memory + 16);
+    if (kMemoryIsOurs) {
+      EXPECT_LE(resident_mib(), memory + 16);
+    }
     close();
   }
 }

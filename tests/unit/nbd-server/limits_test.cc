@@ -6,23 +6,15 @@
 #include <unistd.h>
 
 #include <cstdlib>
-#include <filesystem>
-#include <fstream>
 #include <thread>
 #include <vector>
 
 #include "fixture.h"
+#include "tests/support/process.h"
 #include "tests/support/slow.h"
 
 namespace minivmm::nbd {
 namespace {
-
-// A sanitizer's own memory says nothing about the server's.
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
-constexpr bool kMemoryIsOurs = false;
-#else
-constexpr bool kMemoryIsOurs = true;
-#endif
 
 using std::chrono::milliseconds;
 constexpr uint16_t kRead = 0;
@@ -32,18 +24,6 @@ constexpr uint32_t kErrPolicy = 0x80000002;
 
 Bytes go(std::string_view name) {
   return join({be32(static_cast<uint32_t>(name.size())), text(name), be16(0)});
-}
-
-// In MiB, of this process.
-uint64_t resident() {
-  std::ifstream file("/proc/self/statm");
-  uint64_t all = 0, pages = 0;
-  file >> all >> pages;
-  return pages * static_cast<uint64_t>(::sysconf(_SC_PAGESIZE)) >> 20;
-}
-size_t descriptors() {
-  const std::filesystem::directory_iterator begin("/proc/self/fd");
-  return static_cast<size_t>(std::distance(begin, {}));
 }
 
 class Limits : public ServerTest {
@@ -196,7 +176,7 @@ TEST_F(Limits, ClientsThatNeverReadCostLittle) {
   ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &files), 0);
   add("disk", "driver=null,size=1G");
   const size_t count = slow_tests() ? 1000 : 200;
-  const uint64_t before = resident();
+  const uint64_t before = resident_mib();
   std::vector<Client> hogs;
   for (size_t i = 0; i < count; ++i) {
     hogs.push_back(connect());
@@ -210,7 +190,7 @@ TEST_F(Limits, ClientsThatNeverReadCostLittle) {
   ::usleep(300'000);
   EXPECT_LE(used(), uint64_t{48} << 20);
   if (kMemoryIsOurs) {
-    EXPECT_LE(resident() - before, 64u);
+    EXPECT_LE(resident_mib() - before, 64u);
   }
   Client other = connect();
   other.enter("disk");
@@ -294,12 +274,12 @@ TEST_F(Limits, ConnectingAndLeavingLeaksNothing) {
     EXPECT_FALSE(busy());
   };
   come_and_go(500);
-  const uint64_t memory = resident();
+  const uint64_t memory = resident_mib();
   const size_t files = descriptors();
   come_and_go(slow_tests() ? 10'000 : 2000);
   EXPECT_EQ(descriptors(), files);
   if (kMemoryIsOurs) {
-    EXPECT_LE(resident(), memory + 2);
+    EXPECT_LE(resident_mib(), memory + 2);
   }
   EXPECT_EQ(used(), 0u);
 }
