@@ -125,6 +125,8 @@ class Workplace:
     after an exception, SIGINT or SIGTERM."""
 
     def __init__(self, parent):
+        if parent:
+            os.makedirs(parent, exist_ok=True)
         self.path = tempfile.mkdtemp(prefix="minivmm-bench-", dir=parent)
         self._mounts = []
         self._count = 0
