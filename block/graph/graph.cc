@@ -298,12 +298,15 @@ void Graph::replace_node(Handle& handle, const std::string& node_name) {
   handle.root_->edge.replace(std::move(node));
 }
 
-std::vector<std::shared_ptr<Node>> Graph::nodes() const {
-  const std::lock_guard lock(mutex_);
-  std::vector<std::shared_ptr<Node>> out;
-  out.reserve(nodes_.size());
-  for (const Entry& entry : nodes_) out.push_back(entry.node);
-  return out;
+void Graph::look(const std::function<void(std::span<const std::shared_ptr<Node>>)>& look) {
+  const std::lock_guard editing(editing_);
+  std::vector<std::shared_ptr<Node>> nodes;
+  {
+    const std::lock_guard lock(mutex_);
+    nodes.reserve(nodes_.size());
+    for (const Entry& entry : nodes_) nodes.push_back(entry.node);
+  }
+  look(nodes);
 }
 
 std::vector<Graph::User> Graph::users() const {

@@ -9,8 +9,10 @@
 
 #include <chrono>
 #include <exception>
+#include <functional>
 #include <memory>
 #include <mutex>
+#include <span>
 #include <vector>
 
 #include "base/sync.h"
@@ -85,8 +87,11 @@ class Graph {
   // error after having closed everything.
   void close();
 
-  // All nodes, children first, and who uses them from outside. Any thread.
-  std::vector<std::shared_ptr<Node>> nodes() const;
+  // Calls `look` with all nodes, children first, while none is opened or closed: who keeps one that
+  // is being removed keeps its file open and locked, so nothing of them may outlive the call.
+  // Fiber.
+  void look(const std::function<void(std::span<const std::shared_ptr<Node>>)>& look);
+  // Who uses nodes from outside. Any thread.
   struct User {
     std::string name;  // "NBD export 'disk0'"
     std::string node_name;

@@ -30,7 +30,11 @@ class Held {
         node_(target.graph().find(handle_.node_name())) {}
   block::Handle& handle() noexcept { return handle_; }
   Node& node() noexcept { return *node_; }
-  void close() { handle_.close(); }
+  // Flushes. The node first: who keeps one that others remove keeps its file open.
+  void close() {
+    node_.reset();
+    handle_.close();
+  }
 
  private:
   block::Handle handle_;

@@ -106,30 +106,36 @@ Json node_json(Node& node, const std::vector<block::Graph::User>& users) {
 }
 
 Json nodes(Target& target, const Arguments& arguments) {
-  const auto users = target.graph().users();
+  const std::string name = arguments.text("node-name");
   Json out = Json::array();
-  if (arguments.has("node-name")) {
-    out.push_back(node_json(*target.graph().find(arguments.text("node-name")), users));
-    return out;
-  }
-  for (const auto& node : target.graph().nodes()) out.push_back(node_json(*node, users));
+  target.graph().look([&](std::span<const std::shared_ptr<Node>> all) {
+    const auto users = target.graph().users();
+    for (const auto& node : all) {
+      if (name.empty() || node->name() == name) out.push_back(node_json(*node, users));
+    }
+  });
+  if (!name.empty() && out.empty()) (void)target.graph().find(name);  // says what there is
   return out;
 }
 
 // The guest's disks.
 Json disks(Target& target, const Arguments&) {
-  const auto users = target.graph().users();
+  const std::vector<std::string> names = target.guest_disks();
   const bool failed = target.guest_status() == "io-error";
   Json out = Json::array();
-  for (const std::string& name : target.guest_disks()) {
-    out.push_back({{"device", name},
-                   {"qdev", name},
-                   {"type", "unknown"},
-                   {"removable", false},
-                   {"locked", false},
-                   {"io-status", failed ? "failed" : "ok"},
-                   {"inserted", node_json(*target.graph().find(name), users)}});
-  }
+  target.graph().look([&](std::span<const std::shared_ptr<Node>> all) {
+    const auto users = target.graph().users();
+    for (const auto& node : all) {
+      if (std::find(names.begin(), names.end(), node->name()) == names.end()) continue;
+      out.push_back({{"device", node->name()},
+                     {"qdev", node->name()},
+                     {"type", "unknown"},
+                     {"removable", false},
+                     {"locked", false},
+                     {"io-status", failed ? "failed" : "ok"},
+                     {"inserted", node_json(*node, users)}});
+    }
+  });
   return out;
 }
 

@@ -18,24 +18,10 @@
 #include "control/qmp/message.h"
 #include "control/qmp/server.h"
 #include "control/qmp/splitter.h"
-#include "control/qmp/target.h"
+#include "tests/support/no_target.h"
 
 namespace minivmm::control::qmp {
 namespace {
-
-// Nothing can be reached: a client that is allowed to may open any file.
-class NoTarget final : public Target {
- public:
-  block::Graph& graph() override { throw Failure("no graph"); }
-  FrontEnds& front_ends() override { throw Failure("no front ends"); }
-  std::vector<std::string> state() override { return {"a line"}; }
-  std::string_view guest_status() override { return "running"; }
-  std::vector<std::string> guest_disks() override { return {}; }
-  void stop_guest() override {}
-  void continue_guest() override {}
-  void reset_guest() override {}
-  void quit() override {}
-};
 
 std::vector<std::string> split(std::string_view input, size_t piece) {
   MessageSplitter splitter;
@@ -83,7 +69,7 @@ std::string converse(int fd, std::string_view input) {
 struct World {
   World() { base::set_log_level(base::LogLevel::kOff); }
   base::LoopGroup loops{1};
-  NoTarget target;
+  NoTarget target;  // a client that is allowed to may open any file
   std::shared_ptr<Server> server = std::make_shared<Server>(loops.loop(0), target);
 };
 

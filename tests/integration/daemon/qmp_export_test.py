@@ -7,10 +7,11 @@ import errno
 import os
 import signal
 import sys
+import threading
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
-from harness.qmp import ControlScene, QmpError
+from harness.qmp import ControlScene, Qmp, QmpError
 from harness.nbd import NbdClient
 from harness.scene import MIB, have, is_mounted, run, wait_until
 
@@ -57,6 +58,35 @@ class Nodes(ExportScene):
         # Others may have it now.
         self.assertEqual(run(["qemu-io", "-f", "qcow2", "-c", "write 0 512",
                               self.path("other")])[0] if have("qemu-io") else 0, 0)
+        self.ended()
+
+    # Reading bitmaps takes a moment, in which nodes that are looked at come and go. Who keeps one
+    # keeps its file open: the next would find it in use.
+    def test_nodes_come_and_go_while_others_look(self):
+        self.create("marked", 8 << 30, "-f", "qcow2")
+        for name in "abcdef":
+            self.tool("bitmap", "--add", "-g", "512", self.path("marked"), name)
+        self.serve()
+        done = threading.Event()
+
+        def look():
+            with Qmp(self.path("c.sock")) as qmp:
+                while not done.is_set():
+                    qmp.command("query-named-block-nodes")
+
+        lookers = [threading.Thread(target=look, daemon=True) for _ in range(3)]
+        for each in lookers:
+            each.start()
+        try:
+            for _ in range(100):
+                self.qmp.command("blockdev-add", driver="qcow2", node_name="marked",
+                                 file={"driver": "file", "filename": "marked",
+                                       "cache": {"direct": True}})
+                self.qmp.command("blockdev-del", node_name="marked")
+        finally:
+            done.set()
+            for each in lookers:
+                each.join(30)
         self.ended()
 
     def test_what_cannot_be_a_node(self):

@@ -16,7 +16,7 @@
 #include "base/loop_group.h"
 #include "control/qmp/message.h"
 #include "control/qmp/server.h"
-#include "control/qmp/target.h"
+#include "tests/support/no_target.h"
 
 namespace minivmm::control::qmp {
 namespace {
@@ -24,21 +24,13 @@ namespace {
 using std::chrono::milliseconds;
 
 // Of which only the state can be asked for, and takes a while.
-class SlowTarget final : public Target {
+class SlowTarget final : public NoTarget {
  public:
-  block::Graph& graph() override { throw Failure("no graph"); }
-  FrontEnds& front_ends() override { throw Failure("no front ends"); }
   std::vector<std::string> state() override {
     running = true;
     (void)base::io::sleep_for(takes);
     return std::vector<std::string>(lines, std::string(1000, 'x'));
   }
-  std::string_view guest_status() override { return "running"; }
-  std::vector<std::string> guest_disks() override { return {}; }
-  void stop_guest() override {}
-  void continue_guest() override {}
-  void reset_guest() override {}
-  void quit() override {}
 
   std::atomic<bool> running{false};
   milliseconds takes{0};

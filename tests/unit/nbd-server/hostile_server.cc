@@ -108,6 +108,18 @@ void HostilePeer::chunk(const Request& to, uint16_t type, const Bytes& payload, 
              be32(static_cast<uint32_t>(payload.size())), payload}));
 }
 
+void HostilePeer::answer_all(uint16_t type, const std::function<void(const Request&)>& answer) {
+  for (;;) {
+    const Request asked = request();
+    if (asked.type == 2) return;
+    if (asked.type == type) {
+      answer(asked);
+    } else {
+      simple(asked);
+    }
+  }
+}
+
 void HostilePeer::serve() {
   enter();
   for (;;) {

@@ -62,6 +62,8 @@ class HostilePeer {
   Request request();
   void simple(const Request& to, uint32_t error = 0, const Bytes& data = {});
   void chunk(const Request& to, uint16_t type, const Bytes& payload, bool done = true);
+  // Until the client leaves: requests of `type` by `answer`, others are said to be done.
+  void answer_all(uint16_t type, const std::function<void(const Request&)>& answer);
   // As it should be, until the client leaves.
   void serve();
 

@@ -201,15 +201,9 @@ TEST_F(Hostile, StrangeBlockSizesAreSurvived) {
     SCOPED_TRACE(each[0]);
     HostileServer server(path_, [&](Peer& peer) {
       peer.enter({.block_sizes = join({be32(each[0]), be32(each[1]), be32(each[2])})});
-      for (;;) {
-        const Peer::Request asked = peer.request();
-        if (asked.type == 2) return;
-        if (asked.type != 0) {
-          peer.simple(asked);
-          continue;
-        }
+      peer.answer_all(0, [&](const Peer::Request& asked) {
         peer.chunk(asked, kData, join({be64(asked.offset), Bytes(asked.length, std::byte{'x'})}));
-      }
+      });
     });
     if (error_number([&] { open(server.uri()); }) != 0) continue;
     EXPECT_EQ(ask(Ask::kRead), 0);
@@ -372,15 +366,9 @@ INSTANTIATE_TEST_SUITE_P(All, HostileAnswer, testing::ValuesIn(kBreaches));
 TEST_F(Hostile, ExtentsBeyondTheQuestionAreCut) {
   HostileServer server(path_, [](Peer& peer) {
     peer.enter();
-    for (;;) {
-      const Peer::Request asked = peer.request();
-      if (asked.type == 2) return;
-      if (asked.type != 7) {
-        peer.simple(asked);
-        continue;
-      }
+    peer.answer_all(7, [&](const Peer::Request& asked) {
       peer.chunk(asked, kStatus, join({be32(1), be32(0xffffffff), be32(3)}));
-    }
+    });
   });
   open(server.uri());
   EXPECT_EQ(ask(Ask::kExtents), 0);
@@ -393,18 +381,12 @@ TEST_F(Hostile, ExtentsBeyondTheQuestionAreCut) {
 TEST_F(Hostile, TheSameDataTwiceIsNotTheWhole) {
   HostileServer server(path_, [](Peer& peer) {
     peer.enter();
-    for (;;) {
-      const Peer::Request asked = peer.request();
-      if (asked.type == 2) return;
-      if (asked.type != 0) {
-        peer.simple(asked);
-        continue;
-      }
+    peer.answer_all(0, [&](const Peer::Request& asked) {
       const uint32_t half = asked.length / 2;
       const Bytes data = join({be64(asked.offset), Bytes(half, std::byte{'x'})});
       peer.chunk(asked, kData, data, /*done=*/false);
       peer.chunk(asked, kData, data);
-    }
+    });
   });
   open(server.uri());
   EXPECT_EQ(ask(Ask::kRead), EPROTO);
@@ -416,13 +398,7 @@ TEST_F(Hostile, TheSameDataTwiceIsNotTheWhole) {
 TEST_F(Hostile, PartsInAnyOrderAreTheWhole) {
   HostileServer server(path_, [](Peer& peer) {
     peer.enter();
-    for (;;) {
-      const Peer::Request asked = peer.request();
-      if (asked.type == 2) return;
-      if (asked.type != 0) {
-        peer.simple(asked);
-        continue;
-      }
+    peer.answer_all(0, [&](const Peer::Request& asked) {
       const uint32_t part = asked.length / 4;
       const auto data = [&](uint32_t n) {
         return join({be64(asked.offset + n * part), Bytes(part, std::byte{'x'})});
@@ -432,7 +408,7 @@ TEST_F(Hostile, PartsInAnyOrderAreTheWhole) {
       peer.chunk(asked, kData, data(0), /*done=*/false);
       peer.chunk(asked, kData, data(2), /*done=*/false);
       peer.chunk(asked, kNone, {});
-    }
+    });
   });
   open(server.uri());
   EXPECT_EQ(ask(Ask::kRead), 0);
