@@ -20,12 +20,14 @@ VIRTUALIZATION = ("fuse", "kvm_amd")
 # With the other two left on, the emulated processor was seen to hang.
 PARAMETERS = {"kvm_amd": "nested=0 npt=1 vgif=0 vls=0"}
 
+# What the kernel says is not for the line where the work's own lines are: it could be in the middle of one.
 INIT = """#!/bin/sh
 export PATH=/bin:/sbin:/usr/bin:/usr/sbin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
 mount -t tmpfs tmp /tmp
 mkdir -p /dev/shm
+exec > /dev/ttyS0 2>&1
 echo OUTER up
 sh /work/outer.sh /work
 sync
@@ -54,13 +56,15 @@ class EmulatedHost:
                         PARAMETERS).write_initramfs(self.initrd)
 
     def run(self, limit):
-        """Runs it to its end; returns the lines of its console."""
+        """Runs it to its end; returns the lines of the first serial line, prints the kernel's own."""
+        said_by_kernel = os.path.join(self.folder, "kernel.log")
         command = [
             qemu(), "-accel", "tcg,thread=multi", "-M", "q35", "-cpu", "max", "-smp", "1",
             "-m", "1300", "-nodefaults", "-display", "none", "-no-reboot", "-serial", "stdio",
+            "-serial", f"file:{said_by_kernel}",
             "-kernel", self.kernel.image, "-initrd", self.initrd,
             # The check of the timer fails where the emulator does not get its processor in time.
-            "-append", "console=ttyS0 quiet panic=-1 root=/dev/vda rw no_timer_check",
+            "-append", "console=ttyS1 quiet panic=-1 root=/dev/vda rw no_timer_check",
             "-drive", f"if=none,id=d,file={self.disk},format=raw,cache=unsafe",
             "-device", "virtio-blk-pci,drive=d", *self.devices]
         begin = time.monotonic()
@@ -75,6 +79,8 @@ class EmulatedHost:
             lines.append(f"EMULATOR killed after {limit} s")
         lines += re.sub(r"\r", "", output.decode("utf-8", "replace")).split("\n")
         lines.append(f"EMULATOR ran {time.monotonic() - begin:.0f} s")
+        with open(said_by_kernel, encoding="utf-8", errors="replace") as log:
+            print("the emulated host's kernel:", log.read().replace("\r", ""), sep="\n", flush=True)
         return lines
 
     def fetch(self, name, target):

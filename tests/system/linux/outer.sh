@@ -7,7 +7,8 @@ say() { echo "OUTER $*"; }
 M=./minivmm
 export TMPDIR="$PWD"
 memory=256M
-common="console=ttyS0 reboot=k panic=-1 root=/dev/vda rw quiet"
+# Errors alone are not said: they could be in the middle of a line of inner.sh. Alerts are.
+common="console=ttyS0 reboot=k panic=-1 root=/dev/vda rw loglevel=2"
 
 start() { # STAGE COMMAND-LINE OPTIONS...: starts a guest; its output is in log
   local stage=$1 line=$2
@@ -46,8 +47,14 @@ finish() {
 }
 
 requests() { # DISK: how many requests its first queue has taken
+  local before
+  before=$(grep -c "^  $1: queue 0" errors)
   kill -USR1 $vmm
-  sleep 0.5
+  for i in $(seq 100); do
+    sleep 0.1
+    [ "$(grep -c "^  $1: queue 0" errors)" -gt "$before" ] && break
+  done
+  sleep 0.1
   grep "^  $1: queue 0" errors | tail -1 | sed 's/.* \([0-9]*\) requests.*/\1/'
 }
 
