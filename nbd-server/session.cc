@@ -77,7 +77,7 @@ void Session::serve() {
     while (input_.size() >= header_size_) {
       if (!take_request()) return;
       if (replies_.gathered() >= replies_per_send() || replies_.gathered_bytes() >= kSendBatch) {
-        replies_.flush();
+        send_replies();
       }
       if (++taken_ >= kRequestsPerTurn && !take_turn()) return;
     }
@@ -401,7 +401,8 @@ bool Session::take_turn() {
 }
 
 bool Session::receive() {
-  replies_.flush();
+  send_replies();
+  pace_.receives(counters_.requests.load(std::memory_order_relaxed));
   ++receives_;
   if (!take_turn()) return false;
   for (;;) {
@@ -415,7 +416,7 @@ bool Session::receive() {
       continue;
     }
     size_t n = 0;
-    const int64_t tried = stream_.try_receive({&room, 1});
+    const int64_t tried = try_receive({&room, 1});
     if (tried == -EAGAIN) {
       input_.idle();
       if (!wait_readable()) return false;
@@ -429,6 +430,18 @@ bool Session::receive() {
   }
 }
 
+int64_t Session::try_receive(std::span<iovec> to) noexcept {
+  const int64_t n = stream_.try_receive(to);
+  if (n == -EAGAIN) pace_.waits();
+  return n;
+}
+
+void Session::send_replies() noexcept {
+  if (replies_.gathered() == 0) return;
+  pace_.sends(replies_.gathered());
+  replies_.flush();
+}
+
 void Session::note_receive() noexcept {
   if (!resources_.served_before(*this)) {
     alone_ = 0;
@@ -440,7 +453,7 @@ void Session::note_receive() noexcept {
 // Receives at least a byte into buffers that stay. False: the session ends.
 bool Session::receive_into(std::span<iovec> to, size_t& received, Progress* progress) {
   for (;;) {
-    const int64_t n = stream_.try_receive(to);
+    const int64_t n = try_receive(to);
     if (n > 0) {
       received = static_cast<size_t>(n);
       if (progress != nullptr) progress->bytes += received;

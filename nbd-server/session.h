@@ -22,6 +22,7 @@
 #include "nbd-server/local_wait.h"
 #include "nbd-server/negotiation.h"
 #include "nbd-server/reply_queue.h"
+#include "nbd-server/send_pace.h"
 #include "nbd-server/stream.h"
 #include "nbd-server/validation.h"
 
@@ -60,15 +61,13 @@ class Session final : private ReplyQueue::Owner {
   static constexpr uint64_t kUnread = 32 << 10;
   // What a request costs beside its payload: its objects, and a stack when it must wait.
   static constexpr uint64_t kOverhead = 16 << 10;
-  // Replies are sent when so much has gathered, though more requests wait: while the data is still
-  // in the processor's cache, and so that the client works on them while the next are read. One
-  // send for all that was received makes client and server take turns (measured at depth 32: half
-  // the rate); a send for each costs more calls than it wins.
+  // Replies are sent when so much has gathered (see also send_pace.h), though more requests wait:
+  // while the data is still in the processor's cache, and so that the client works on them while
+  // the next are read.
   static constexpr size_t kSendBatch = 256 << 10;
-  static constexpr unsigned kSendReplies = 8;
   // While the loop serves other connections between, no client takes turns with the server, and
   // fewer calls win (measured with four connections: a fifth more writes).
-  static constexpr unsigned kSendRepliesShared = 32;
+  static constexpr size_t kSendRepliesShared = 32;
   // Payloads up to this take part in merging.
   static constexpr uint32_t kMaxMerged = 32 << 10;
   // So often in a row may input be there already, or so many requests be taken, before the loop's
@@ -121,13 +120,15 @@ class Session final : private ReplyQueue::Owner {
     size_t bytes = kLeastProgress;  // since then
   };
   bool receive();
+  int64_t try_receive(std::span<iovec> to) noexcept;
   bool take_turn();
   bool receive_into(std::span<iovec> to, size_t& received, Progress* progress = nullptr);
   bool wait_readable(Progress* progress = nullptr);
   bool stalls(const Progress& progress, base::Clock::time_point now) noexcept;
   void note_receive() noexcept;
-  unsigned replies_per_send() const noexcept {
-    return alone_ >= kAloneReceives ? kSendReplies : kSendRepliesShared;
+  void send_replies() noexcept;
+  size_t replies_per_send() const noexcept {
+    return alone_ >= kAloneReceives ? pace_.replies() : kSendRepliesShared;
   }
   void finish() noexcept;
   RequestRules rules() const noexcept;
@@ -160,6 +161,7 @@ class Session final : private ReplyQueue::Owner {
   uint64_t large_ = 0;     // what requests above kLargeRequest were charged
   // Receives since another session of the loop received, as far as they count.
   unsigned alone_ = kAloneReceives;
+  SendPace pace_;
   const char* outcome_ = "it disconnected";
 };
 
