@@ -17,6 +17,16 @@ namespace minivmm::nbd {
 using wire::Option;
 using wire::OptionReply;
 
+namespace {
+
+// What a client said is said again only where it is a short line of text in any encoding.
+bool is_plain(std::string_view said) noexcept {
+  return said.size() <= 256 &&
+         std::all_of(said.begin(), said.end(), [](char c) { return c >= ' ' && c <= '~'; });
+}
+
+}  // namespace
+
 const Negotiation::Row Negotiation::kTable[] = {
     {Option::kExportName, &Negotiation::export_name},
     {Option::kAbort, &Negotiation::abort},
@@ -32,7 +42,7 @@ const Negotiation::Row Negotiation::kTable[] = {
 
 std::optional<Agreement> Negotiation::run() {
   if (!greet()) return std::nullopt;
-  for (;;) {
+  while (take_turn()) {
     switch (take_option()) {
       case Next::kOption:
         break;
@@ -42,6 +52,17 @@ std::optional<Agreement> Negotiation::run() {
         return std::nullopt;
     }
   }
+  return std::nullopt;
+}
+
+// A client that always has more to say never makes this wait: others get their turn here, and its
+// own time ends.
+bool Negotiation::take_turn() {
+  base::EventLoop::current()->yield();
+  if (cancel_.cancelled()) return false;
+  if (base::Clock::now() < deadline_) return true;
+  outcome_ = "its handshake took too long";
+  return false;
 }
 
 bool Negotiation::greet() {
@@ -57,6 +78,7 @@ bool Negotiation::greet() {
     return false;
   }
   no_zeroes_ = (flags & wire::kNoZeroes) != 0;
+  fixed_ = (flags & wire::kFixedNewstyle) != 0;
   return true;
 }
 
@@ -86,12 +108,16 @@ Negotiation::Next Negotiation::take_option() {
 Negotiation::Next Negotiation::dispatch(Data data, bool too_much) {
   if (must_start_tls()) {
     if (option_ == static_cast<uint32_t>(Option::kExportName)) return end("it did not start TLS");
-    reply_text(OptionReply::kErrTlsReqd, "this server talks by TLS only");
+    reply_tls_needed("this server talks by TLS only");
     return Next::kOption;
   }
   const bool offers_tls = security_.mode != TlsOptions::Mode::kOff;
   if (!offers_tls && option_ == static_cast<uint32_t>(Option::kStartTls)) {
     reply_text(OptionReply::kErrUnsup, "this server offers no TLS");
+    return Next::kOption;
+  }
+  if (!fixed_ && option_ == static_cast<uint32_t>(Option::kStartTls)) {
+    reply_text(OptionReply::kErrPolicy, "TLS is for clients that speak fixed newstyle");
     return Next::kOption;
   }
   for (const Row& row : kTable) {
@@ -150,9 +176,11 @@ ExportUse Negotiation::find(std::string_view name) {
   const bool may_ask = option_ == static_cast<uint32_t>(Option::kInfo) ||
                        option_ == static_cast<uint32_t>(Option::kGo);
   if (!found) {
-    reply_text(OptionReply::kErrUnknown, fmt::format("there is no export '{}'", name));
+    reply_text(OptionReply::kErrUnknown, is_plain(name)
+                                             ? fmt::format("there is no export '{}'", name)
+                                             : "there is no such export");
   } else if (security_.mode != TlsOptions::Mode::kOff && stream_.tls() == nullptr && may_ask) {
-    reply_text(OptionReply::kErrTlsReqd, "this export is for clients with TLS");
+    reply_tls_needed("this export is for clients with TLS");
   } else {
     reply_text(OptionReply::kErrPolicy, "this export is for other clients");
   }
@@ -185,6 +213,11 @@ void Negotiation::reply(OptionReply type, Data data) {
 
 void Negotiation::reply_text(OptionReply type, std::string_view text) {
   reply(type, std::as_bytes(std::span(text.substr(0, wire::kMaxString))));
+}
+
+// To who cannot begin it, TLS must not be named.
+void Negotiation::reply_tls_needed(std::string_view text) {
+  reply_text(fixed_ ? OptionReply::kErrTlsReqd : OptionReply::kErrPolicy, text);
 }
 
 bool Negotiation::send() {

@@ -72,6 +72,7 @@ class Negotiation {
   static const Row kTable[];
 
   bool greet();
+  bool take_turn();
   Next take_option();
   Next dispatch(Data data, bool too_much);
   Next refuse_size();
@@ -101,6 +102,7 @@ class Negotiation {
   // Replies gather in out_ until the option has been dealt with.
   void reply(wire::OptionReply type, Data data = {});
   void reply_text(wire::OptionReply type, std::string_view text);
+  void reply_tls_needed(std::string_view text);
   bool send();
   Next end(const char* why) noexcept;
 
@@ -116,6 +118,7 @@ class Negotiation {
   std::vector<std::byte> out_;
 
   bool no_zeroes_ = false;
+  bool fixed_ = false;  // the client speaks fixed newstyle; without it there is no TLS
   Agreement agreed_;
   // The export that the selected contexts are for, by its full name.
   std::optional<std::string> contexts_for_;

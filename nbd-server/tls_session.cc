@@ -19,6 +19,8 @@ namespace {
 constexpr size_t kRecord = size_t{16} << 10;
 // So much data is encrypted for one send: a client that does not read costs no more.
 constexpr size_t kBatch = 4 * kRecord;
+// So many messages without data in a row are nobody's who wants something.
+constexpr unsigned kMostEmpty = 1000;
 
 bool again(ssize_t status) noexcept {
   return status == GNUTLS_E_AGAIN || status == GNUTLS_E_INTERRUPTED ||
@@ -159,6 +161,7 @@ std::string TlsSession::peer_name() const {
 
 int64_t TlsSession::try_receive(std::span<const iovec> to) noexcept {
   int64_t received = 0;
+  unsigned empty = 0;
   for (const iovec& part : to) {
     for (size_t at = 0; at < part.iov_len;) {
       const ssize_t n = gnutls_api().record_recv(
@@ -167,6 +170,11 @@ int64_t TlsSession::try_receive(std::span<const iovec> to) noexcept {
         at += static_cast<size_t>(n);
         received += n;
         continue;
+      }
+      // A message of TLS's own. What came behind it is here, and the socket will not tell of it.
+      if (again(n) && transport_.has_input()) {
+        if (++empty < kMostEmpty) continue;
+        if (received == 0) return -EPROTO;
       }
       if (again(n)) transport_.idle();
       // What came before an error is taken first; the next call finds it again.

@@ -33,6 +33,8 @@ class TlsTransport {
   int end() noexcept;
   int flush() noexcept;
 
+  // Something was received that the session has not taken.
+  bool has_input() const noexcept { return in_begin_ != in_end_; }
   // Nothing more is there to be received: gives back memory that holds nothing.
   void idle() noexcept {
     if (in_begin_ == in_end_) in_.reset();

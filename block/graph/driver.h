@@ -28,6 +28,10 @@ struct Driver {
   DriverKind kind;
   // Fiber. Takes what it knows from `options`; the caller reports what is left.
   std::shared_ptr<Node> (*open)(Graph& graph, const NodeConfig& config, Options& options);
+  // Fiber, before the graph is locked for opening: what may take long and needs no other node (a
+  // server that may not answer). Takes what it knows from `options` and attaches what it made to
+  // them, for open(). Null: there is nothing of that kind.
+  void (*prepare)(Options& options) = nullptr;
 };
 
 std::span<const Driver> drivers();

@@ -37,7 +37,21 @@ std::string Graph::make_name(const char* key) {
   }
 }
 
+namespace {
+
+void prepare(Options& options) {
+  options.for_each_level([](Options& level) {
+    const std::string name = level.peek("driver").value_or("");
+    for (const Driver& driver : drivers()) {
+      if (driver.prepare != nullptr && driver.name == name) driver.prepare(level);
+    }
+  });
+}
+
+}  // namespace
+
 std::shared_ptr<Node> Graph::add(Options options) {
+  prepare(options);
   const std::lock_guard editing(editing_);
   size_t before = 0;
   {

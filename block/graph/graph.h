@@ -45,7 +45,8 @@ class Graph {
 
   // Opens the node that `options` describe, with its children, and keeps it under its node-name.
   // Where none is given one is made up: "disk0.file" for the child `file` of disk0, "#block0" where
-  // that is taken or long. Throws; then nothing is kept.
+  // that is taken or long. A server that is part of it is reached before anything else waits for
+  // this. Throws; then nothing is kept.
   std::shared_ptr<Node> add(Options options);
   // Keeps a node that was made elsewhere (a job's filter, a test's) under its name, as if added.
   // EEXIST if the name is taken.

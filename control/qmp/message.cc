@@ -23,9 +23,28 @@ const char* name_of(ErrorClass error_class) noexcept {
   return "GenericError";
 }
 
+// A blank behind each colon and comma, as in QEMU's answers: scripts look for them as they are.
+std::string spaced(std::string_view compact) {
+  std::string out;
+  out.reserve(compact.size() + compact.size() / 8);
+  bool quoted = false;
+  for (size_t i = 0; i < compact.size(); ++i) {
+    const char c = compact[i];
+    out += c;
+    if (c == '\\' && quoted) {
+      out += compact[++i];
+    } else if (c == '"') {
+      quoted = !quoted;
+    } else if (!quoted && (c == ':' || c == ',')) {
+      out += ' ';
+    }
+  }
+  return out;
+}
+
 std::string line_of(Json message, const Json& id) {
   if (!id.is_null()) message["id"] = id;
-  return dump(message) + "\r\n";
+  return spaced(dump(message)) + "\r\n";
 }
 
 }  // namespace

@@ -4,11 +4,15 @@
 #include <algorithm>
 #include <bit>
 #include <cerrno>
+#include <new>
+#include <utility>
 
 #include <fmt/core.h>
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "base/event_loop.h"
+#include "base/log.h"
 
 namespace minivmm::block {
 namespace {
@@ -179,25 +183,65 @@ void NbdNode::driver_prefetch(uint64_t offset, uint64_t length) {
   run(command, "prefetch");
 }
 
+namespace {
+
+void check_usable(const NbdPool& pool) {
+  const NbdExport& info = pool.info();
+  const std::string uri = pool.target().uri.text();
+  if (info.size > kMaxDiskSize) {
+    throw Error(EFBIG, fmt::format("{}: {} bytes is larger than any disk may be", uri, info.size));
+  }
+  if (info.minimum_block > kLargestMinimum) {
+    throw Error(ENOTSUP, fmt::format("{}: the server's smallest block has {} bytes; the protocol "
+                                     "allows {}",
+                                     uri, info.minimum_block, kLargestMinimum));
+  }
+}
+
+// A pool that is connected and has no node yet; closed in the background if it gets none. On a
+// loop.
+class Connected {
+ public:
+  explicit Connected(Options& options)
+      : pool_(std::make_shared<NbdPool>(take_nbd_target(options))) {
+    pool_->open();
+    try {
+      check_usable(*pool_);
+    } catch (...) {
+      pool_->close();
+      throw;
+    }
+  }
+  ~Connected() {
+    if (!pool_) return;
+    try {
+      base::EventLoop::current()->spawn("nbd leave", [pool = pool_] { pool->close(); });
+    } catch (const std::bad_alloc&) {
+      base::log_error("{}: no memory to take leave of the server", pool_->target().uri.text());
+    }
+  }
+  Connected(const Connected&) = delete;
+  Connected& operator=(const Connected&) = delete;
+  std::shared_ptr<NbdPool> take() noexcept { return std::exchange(pool_, nullptr); }
+
+ private:
+  std::shared_ptr<NbdPool> pool_;
+};
+
+}  // namespace
+
+void prepare_nbd(Options& options) { options.attach(std::make_shared<Connected>(options)); }
+
 std::shared_ptr<Node> open_nbd(Graph&, const NodeConfig& config, Options& options) {
   // Meant for files: a server has a cache of its own.
   (void)options.take_bool("cache.direct", false);
   (void)options.take_bool("cache.no-flush", false);
-  auto pool = std::make_shared<NbdPool>(take_nbd_target(options));
-  pool->open();
-  const NbdExport& info = pool->info();
+  auto connected = std::static_pointer_cast<Connected>(options.take_attached());
+  // Where a driver made up its child's options nothing is prepared.
+  if (!connected) connected = std::make_shared<Connected>(options);
+  const std::shared_ptr<NbdPool> pool = connected->take();
   try {
-    if (info.size > kMaxDiskSize) {
-      throw Error(EFBIG, fmt::format("{}: {} bytes is larger than any disk may be",
-                                     pool->target().uri.text(), info.size));
-    }
-    if (info.minimum_block > kLargestMinimum) {
-      throw Error(ENOTSUP,
-                  fmt::format("{}: the server's smallest block has {} bytes; the protocol "
-                              "allows {}",
-                              pool->target().uri.text(), info.minimum_block, kLargestMinimum));
-    }
-    if (info.read_only && !config.read_only) {
+    if (pool->info().read_only && !config.read_only) {
       throw Error(EROFS, fmt::format("{}: the server allows reading only: open it with "
                                      "read-only=on",
                                      pool->target().uri.text()));

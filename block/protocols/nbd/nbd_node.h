@@ -44,6 +44,8 @@ class NbdNode final : public Node {
   const NbdExport& info_;
 };
 
+// Connects, so that open_nbd() does not wait for a server.
+void prepare_nbd(Options& options);
 std::shared_ptr<Node> open_nbd(Graph& graph, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

@@ -6,8 +6,10 @@ All of it with the threads' filters of system calls in effect: what is opened la
 import errno
 import os
 import signal
+import socket
 import sys
 import threading
+import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
@@ -87,6 +89,32 @@ class Nodes(ExportScene):
             done.set()
             for each in lookers:
                 each.join(30)
+        self.ended()
+
+    # A server that takes the connection and says nothing is waited for by whoever named it, and by
+    # nobody else.
+    def test_a_silent_server_holds_up_only_who_waits_for_it(self):
+        self.serve()
+        silent = socket.socket(socket.AF_UNIX)
+        self.addCleanup(silent.close)
+        silent.bind(self.path("silent"))
+        silent.listen()
+        with Qmp(self.path("c.sock")) as waiting:
+            waiting.begin("blockdev-add", driver="raw", node_name="far",
+                          file={"driver": "nbd", "server": {"type": "unix", "path": "silent"}})
+            peer = silent.accept()[0]
+            begin = time.monotonic()
+            self.add_node()
+            self.assertEqual(len(self.qmp.command("query-named-block-nodes")), 4)
+            self.qmp.command("nbd-server-start", uri="nbd+unix:///?socket=m.sock")
+            self.qmp.command("block-export-add", type="nbd", id="e", node_name="other")
+            self.assertEqual(len(self.nbd("other").read(0, 512)), 512)
+            self.qmp.command("block-export-del", id="e", mode="hard")
+            self.qmp.command("blockdev-del", node_name="other")
+            self.assertLess(time.monotonic() - begin, 5)
+            peer.close()
+            self.assertIn("error", waiting.answer())
+        self.refuses("no node 'far'", "blockdev-del", node_name="far")
         self.ended()
 
     def test_what_cannot_be_a_node(self):

@@ -76,18 +76,21 @@ class Talk:
     def final(self, option, data=b""):
         return self.option(option, data)[-1][0]
 
-    def wrap(self, directory=None):
+    def wrap(self, directory=None, version=None):
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE
+        if version:
+            context.set_ciphers("ALL:@SECLEVEL=0")  # or OpenSSL itself would refuse old ones
+            context.minimum_version = context.maximum_version = version
         if directory:
             context.load_cert_chain(f"{directory}/client-cert.pem", f"{directory}/client-key.pem")
-        self.socket = context.wrap_socket(self.socket)
+        self.socket = context.wrap_socket(self.socket, suppress_ragged_eofs=False)
 
-    def start_tls(self, directory=None):
+    def start_tls(self, directory=None, version=None):
         if self.final(STARTTLS) != ACK:
             raise OSError("no TLS")
-        self.wrap(directory)
+        self.wrap(directory, version)
 
     def request(self, kind, length=512):
         """Sends a request of the usual form; returns the answer's magic and error."""
@@ -187,6 +190,33 @@ class StartTls(Scene):
         self.assertEqual(talk.final(STARTTLS), INVALID)
         self.assertEqual(talk.final(GO, go_data("disk")), ACK)
         self.assertEqual(talk.request(READ), (SIMPLE, 0))
+
+    def test_tls_is_of_the_present(self):
+        self.serve(verify_peer="off")
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            talk = Talk(self, self.path("s"))
+            talk.start_tls(version=version)
+            self.assertEqual(talk.final(GO, go_data("disk")), ACK)
+            self.assertEqual(talk.request(READ), (SIMPLE, 0))
+        for version in (ssl.TLSVersion.TLSv1, ssl.TLSVersion.TLSv1_1):
+            talk = Talk(self, self.path("s"))
+            with self.assertRaises((OSError, ssl.SSLError)):
+                talk.start_tls(version=version)
+
+    def test_tls_is_shut_down_before_the_connection(self):
+        """The end of the connection alone could be an attacker's."""
+        self.serve(verify_peer="off")
+        for last in (Talk.option_bytes(2), None):
+            with self.subTest(last=last):
+                talk = Talk(self, self.path("s"))
+                talk.start_tls()
+                if last:
+                    self.assertEqual(talk.final(2), ACK)
+                else:
+                    self.assertEqual(talk.final(GO, go_data("disk")), ACK)
+                    self.assertEqual(talk.request(READ), (SIMPLE, 0))
+                    talk.socket.sendall(struct.pack(">IHHQQI", 0x25609513, 0, DISC, 78, 0, 0))
+                self.assertEqual(talk.socket.recv(1), b"")
 
     def test_exports_for_those_who_proved_to_be_somebody(self):
         self.serve("--blockdev", "driver=memory,node-name=hers,size=1M",

@@ -101,12 +101,24 @@ TEST(QmpMessage, AnIdIsKnownAlsoOfAWrongMessage) {
             "QMP input member 'execute' must be a string");
   EXPECT_EQ(id.dump(), "[3]");
   EXPECT_EQ(error_line(std::make_exception_ptr(Failure("no")), id),
-            "{\"error\":{\"class\":\"GenericError\",\"desc\":\"no\"},\"id\":[3]}\r\n");
+            "{\"error\": {\"class\": \"GenericError\", \"desc\": \"no\"}, \"id\": [3]}\r\n");
 }
 
 TEST(QmpMessage, AnswersAreAsciiWhateverAFileIsCalled) {
   const std::string line = return_line({{"file", "\xc3\xa4\xff\n"}}, {});
-  EXPECT_EQ(line, "{\"return\":{\"file\":\"\\u00e4\\ufffd\\n\"}}\r\n");
+  EXPECT_EQ(line, "{\"return\": {\"file\": \"\\u00e4\\ufffd\\n\"}}\r\n");
+}
+
+// Scripts look for QEMU's answers as they are: a blank behind colons and commas, none in texts.
+TEST(QmpMessage, BlanksAreWhereQemuHasThem) {
+  EXPECT_EQ(return_line(Json::object(), {}), "{\"return\": {}}\r\n");
+  EXPECT_EQ(return_line(Json::array({1, Json::array(), {{"a", true}, {"b", nullptr}}}), "x"),
+            "{\"return\": [1, [], {\"a\": true, \"b\": null}], \"id\": \"x\"}\r\n");
+  EXPECT_EQ(return_line({{"a:b,c", "\"x\":1,\\"}, {"d", "\\\""}}, {}),
+            "{\"return\": {\"a:b,c\": \"\\\"x\\\":1,\\\\\", \"d\": \"\\\\\\\"\"}}\r\n");
+  EXPECT_TRUE(greeting_line().starts_with("{\"QMP\": {\"version\": {\"qemu\": {\"micro\": 0, "))
+      << greeting_line();
+  EXPECT_NE(event_line("STOP", {}).find("}, \"event\": \"STOP\"}\r\n"), std::string::npos);
 }
 
 TEST(QmpMessage, EventsHaveATime) {

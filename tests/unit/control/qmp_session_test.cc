@@ -79,7 +79,7 @@ class QmpSession : public ::testing::Test {
   base::UniqueFd negotiated() {
     base::UniqueFd out = connect();
     say(out, R"({"execute":"qmp_capabilities","id":"first"})");
-    (void)hear(out, "\"id\":\"first\"");
+    (void)hear(out, "\"id\": \"first\"");
     return out;
   }
 
@@ -105,12 +105,12 @@ TEST_F(QmpSession, WhoDoesNotReadHisEventsIsCutOffAndNobodyElse) {
   const base::UniqueFd eager = negotiated();
   for (int i = 0; i < 1000; ++i) {
     server_->emit("TICK", {{"number", i}});
-    const std::string number = "\"number\":" + std::to_string(i) + "}";
+    const std::string number = "\"number\": " + std::to_string(i) + "}";
     ASSERT_NE(hear(eager, number).find(number), std::string::npos) << i;
   }
   const std::string heard = hear(lazy);
   EXPECT_TRUE(heard.ends_with("(end)"));
-  EXPECT_EQ(heard.find("\"number\":999}"), std::string::npos);
+  EXPECT_EQ(heard.find("\"number\": 999}"), std::string::npos);
 }
 
 TEST_F(QmpSession, WhoTakesNoAnswerIsCutOff) {
@@ -131,7 +131,7 @@ TEST_F(QmpSession, WhoReadsSlowlyGetsAll) {
   const base::UniqueFd client = negotiated();
   say(client, R"({"execute":"query-state","id":1})");
   std::string heard;
-  while (heard.find("\"id\":1") == std::string::npos) {
+  while (heard.find("\"id\": 1") == std::string::npos) {
     std::this_thread::sleep_for(milliseconds(1));
     char piece[4096];
     const ssize_t n = ::recv(client.get(), piece, sizeof piece, 0);
@@ -150,8 +150,8 @@ TEST_F(QmpSession, AnEndWaitsForTheCommandUnderWay) {
   while (!target_.running) std::this_thread::sleep_for(milliseconds(1));
   EXPECT_TRUE(stop(milliseconds(10'000)).empty());
   const std::string heard = hear(client);
-  EXPECT_NE(heard.find("\"id\":1"), std::string::npos) << heard;
-  EXPECT_EQ(heard.find("\"id\":2"), std::string::npos) << heard;  // it was not begun
+  EXPECT_NE(heard.find("\"id\": 1"), std::string::npos) << heard;
+  EXPECT_EQ(heard.find("\"id\": 2"), std::string::npos) << heard;  // it was not begun
   EXPECT_EQ(hear(idle), "(end)");
 }
 

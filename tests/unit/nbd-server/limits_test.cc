@@ -64,6 +64,42 @@ TEST_F(FewHandshakes, TheOldestOfTooManySilentClientsMakesRoom) {
   EXPECT_EQ(silent[2].final_of(kGo, go("disk")), kAck);
 }
 
+class Hurried : public ServerTest {
+ protected:
+  Hurried() : ServerTest({.handshake_limit = milliseconds(700)}, 1) {
+    add("disk", "driver=memory,size=1M");
+  }
+};
+
+// Its options are there before the server asks for them and its answers are taken at once, so that
+// nothing makes the server wait: others get their turn all the same, and the handshake's time ends.
+TEST_F(Hurried, AHandshakeWithoutAPauseEndsInTimeAndKeepsNobodyFromTheServer) {
+  const auto begin = base::Clock::now();
+  Client hog = connect();
+  hog.greet();
+  Bytes batch;
+  for (int n = 0; n < 4000; ++n) {
+    const Bytes one = join({be64(0x49484156454f5054), be32(3), be32(0)});
+    batch.insert(batch.end(), one.begin(), one.end());
+  }
+  std::thread says([&] {
+    while (::send(hog.fd(), batch.data(), batch.size(), MSG_NOSIGNAL) > 0) {
+    }
+  });
+  std::thread hears([&] {
+    std::vector<std::byte> sink(256 << 10);
+    while (::recv(hog.fd(), sink.data(), sink.size(), 0) > 0) {
+    }
+  });
+  ::usleep(50'000);
+  Client client = connect();
+  client.enter("disk");
+  EXPECT_EQ(client.read(0, 512).size(), 512u);
+  says.join();
+  hears.join();
+  EXPECT_LT(base::Clock::now() - begin, std::chrono::seconds(5));
+}
+
 TEST_F(Limits, AnExportHasSoManyPlaces) {
   add_limited("disk", "driver=memory,size=1M", {.description = {}, .max_connections = 2});
   Client one = connect(), two = connect(), three = connect();

@@ -58,11 +58,7 @@ class TlsClient {
   TlsClient& operator=(const TlsClient&) = delete;
 
   void run() {
-    int status = GNUTLS_E_AGAIN;
-    while (status == GNUTLS_E_AGAIN || status == GNUTLS_E_INTERRUPTED) {
-      status = gnutls_api().handshake(session_);
-    }
-    if (status != GNUTLS_E_SUCCESS) return;
+    if (!shake_hands()) return;
     cipher = GNUTLS(cipher_get_name)(GNUTLS(cipher_get)(session_));
     send();
     if (GNUTLS(protocol_get_version)(session_) == GNUTLS_TLS1_3) {
@@ -79,10 +75,26 @@ class TlsClient {
     (void)gnutls_api().bye(session_, GNUTLS_SHUT_WR);
   }
 
+  // Messages with and without data, one right behind the other.
+  void mix(unsigned times) {
+    if (!shake_hands()) return;
+    for (unsigned i = 0; i < times; ++i) {
+      (void)GNUTLS(session_key_update)(session_, 0);
+      (void)gnutls_api().record_send(session_, "x", 1);
+    }
+  }
+
   std::string cipher = {};
   size_t taken = 0;
 
  private:
+  bool shake_hands() {
+    int status = GNUTLS_E_AGAIN;
+    while (status == GNUTLS_E_AGAIN || status == GNUTLS_E_INTERRUPTED) {
+      status = gnutls_api().handshake(session_);
+    }
+    return status == GNUTLS_E_SUCCESS;
+  }
   void send() {
     const std::vector<char> data(kData, 'x');
     for (size_t done = 0; done < kData;) {
@@ -126,6 +138,22 @@ class TlsSessions : public testing::Test {
   }
   ~TlsSessions() override { std::filesystem::remove_all(path_); }
 
+  struct Ends {
+    Ends() {
+      int pair[2] = {-1, -1};
+      EXPECT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
+      ours.reset(pair[0]);
+      theirs.reset(pair[1]);
+      ::fcntl(ours.get(), F_SETFL, O_NONBLOCK);
+    }
+    base::UniqueFd ours, theirs;
+  };
+  std::shared_ptr<const TlsCredentials> credentials() const {
+    TlsOptions options;
+    options.kind = TlsOptions::Kind::kPsk;
+    options.directory = path_;
+    return std::make_shared<const TlsCredentials>(options);
+  }
   struct Outcome {
     std::string cipher;
     size_t received = 0;
@@ -134,19 +162,13 @@ class TlsSessions : public testing::Test {
   };
 
   Outcome talk(const std::string& client_priority) {
-    int pair[2] = {-1, -1};
-    EXPECT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
-    const base::UniqueFd ours(pair[0]);
-    const base::UniqueFd theirs(pair[1]);
-    ::fcntl(ours.get(), F_SETFL, O_NONBLOCK);
-    TlsOptions options;
-    options.kind = TlsOptions::Kind::kPsk;
-    options.directory = path_;
-    TlsSession session(std::make_shared<const TlsCredentials>(options), ours.get());
-    TlsClient client(theirs.get(), client_priority);
+    const Ends ends;
+    TlsSession session(credentials(), ends.ours.get());
+    TlsClient client(ends.theirs.get(), client_priority);
     std::thread thread([&] {
       client.run();
-      ::shutdown(theirs.get(), SHUT_RDWR);  // whatever became of it, the other end does not wait
+      // Whatever became of it, the other end does not wait.
+      ::shutdown(ends.theirs.get(), SHUT_RDWR);
     });
     while (session.handshake() != TlsSession::Step::kDone) ::usleep(100);
     Outcome out;
@@ -197,6 +219,29 @@ TEST_F(TlsSessions, FitOnAFibersStack) {
     EXPECT_LT(out.depth, 16u << 10) << priority << ", " << out.cipher;
     RecordProperty(priority, std::to_string(out.depth));
   }
+}
+
+// New keys and a request in one piece: the socket has nothing more to tell, so all that came is
+// given before the caller is told to wait.
+TEST_F(TlsSessions, DataBehindNewKeysIsNotLeftLying) {
+  const Ends ends;
+  TlsSession session(credentials(), ends.ours.get());
+  TlsClient client(ends.theirs.get(), "NORMAL:-VERS-ALL:+VERS-TLS1.3:+PSK:+DHE-PSK:+ECDHE-PSK");
+  constexpr unsigned kTimes = 4;
+  std::thread thread([&] { client.mix(kTimes); });
+  while (session.handshake() != TlsSession::Step::kDone) ::usleep(100);
+  thread.join();
+  size_t received = 0;
+  base::LoopGroup loops(1);
+  loops.loop(0).call("tls", [&] {
+    std::byte data[64];
+    iovec whole{data, sizeof data};
+    while (const int64_t n = session.try_receive({&whole, 1})) {
+      if (n < 0) break;
+      received += static_cast<size_t>(n);
+    }
+  });
+  EXPECT_EQ(received, kTimes);
 }
 
 // Without the instructions ChaCha20 is the faster one, and the client's order counts.

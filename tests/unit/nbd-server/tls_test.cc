@@ -68,6 +68,38 @@ TEST_F(TlsHandshake, NobodyHasToWhereItIsOptional) {
   EXPECT_EQ(client.read(0, 512), Bytes(512));
 }
 
+// For a client that does not speak fixed newstyle there is no TLS, and it is not asked for any.
+TEST_F(TlsHandshake, WhoCannotBeginItIsNotToldTo) {
+  on_fiber([&] {
+    (void)graph_.add(block::Options::from_keys("driver=memory,size=1M,node-name=hers"));
+    server_->add_export("hers",
+                        graph_.attach("hers", "NBD export", block::Permissions::front_end(false)),
+                        {.description = "", .writable = false, .allow = {"alice"}});
+  });
+  constexpr uint32_t kErrPolicy = 0x80000002;
+  listen(TlsOptions::Mode::kOptional);
+  Client client = connect_to(path_);
+  client.greet(2);
+  EXPECT_EQ(client.final_of(kStartTls), kErrPolicy);
+  EXPECT_EQ(client.final_of(kGo, join({named("hers"), be16(0)})), kErrPolicy);
+  EXPECT_EQ(client.final_of(kGo, join({named("disk"), be16(0)})), kAck);
+  EXPECT_EQ(client.read(0, 512), Bytes(512));
+  ListenOptions required;
+  required.uri = "nbd+unix:///?socket=" + path_ + ".2";
+  required.tls = {.mode = TlsOptions::Mode::kRequired,
+                  .kind = TlsOptions::Kind::kPsk,
+                  .directory = path_ + ".d"};
+  on_fiber([&] { (void)server_->listen(std::move(required)); });
+  Client second = connect_to(path_ + ".2");
+  second.greet(0);
+  for (const uint32_t option : {kList, kGo, kInfo, kStructured, kListMeta, kSetMeta, kStartTls}) {
+    EXPECT_EQ(second.final_of(option, option == kStartTls ? Bytes() : Bytes(10)), kErrPolicy)
+        << option;
+  }
+  second.send_option(1, text("disk"));
+  EXPECT_TRUE(second.closed());
+}
+
 // After the acknowledgement there is TLS or nothing, and others are served on.
 TEST_F(TlsHandshake, WhatIsNotTlsEndsTheSession) {
   listen(TlsOptions::Mode::kRequired);
