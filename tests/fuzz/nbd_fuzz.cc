@@ -21,6 +21,8 @@
 //              headers; 2: every context there is, dirty bitmaps too; 3: they are listed before;
 //              4: twice, the second time for the next export; 5: EXPORT_NAME; 6: not entered)
 //   9 starttls data length u8, bytes: this server has no TLS
+//  10 other    the steps that follow are those of the other one of two connections
+//  11 withdraw export u8 (of the first three): it is taken away from its clients, and comes again
 #include <poll.h>
 #include <string_view>
 #include <sys/socket.h>
@@ -36,12 +38,12 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <memory>
 #include <span>
 #include <utility>
 #include <vector>
 
-#include "base/bytes.h"
 #include "base/error.h"
 #include "base/log.h"
 #include "base/loop_group.h"
@@ -50,13 +52,13 @@
 #include "block/graph/dirty_bitmaps.h"
 #include "block/graph/graph.h"
 #include "nbd-server/server.h"
+#include "nbd_message.h"
 
 namespace minivmm::nbd {
 namespace {
 
-constexpr unsigned kSteps = 10;
+constexpr unsigned kSteps = 12;
 constexpr unsigned kMaxSteps = 300;
-constexpr uint32_t kMaxPayload = 128 << 10;
 constexpr auto kPatience = std::chrono::seconds(10);
 
 // Two dirty bitmaps of which every other 512 bytes are dirty, and one that is of no use.
@@ -120,7 +122,12 @@ struct World {
       graph.adopt(std::make_shared<BitmapNode>(
           block::NodeConfig{"m", false},
           graph.add(block::Options::from_keys("driver=memory,node-name=m.file,size=1M"))));
-      publish("m", true);
+      publish("m",
+              {.description = "marked", .writable = true, .contexts = {{"qemu:dirty-bitmap:b"}}});
+      (void)graph.add(block::Options::from_keys("driver=memory,node-name=h,size=64K"));
+      publish("h", {.description = "hers", .writable = true, .allow = {"alice"}});
+      (void)graph.add(block::Options::from_keys("driver=memory,node-name=o,size=64K"));
+      publish("o", {.description = "one", .writable = true, .max_connections = 1});
       (void)graph.add(block::Options::from_keys("driver=memory,node-name=c,size=64K"));
       server.add_clone_export("c", graph.attach("c", "fuzzer", block::Permissions::backing()),
                               std::make_shared<CloneMaker>(graph));
@@ -128,11 +135,33 @@ struct World {
   }
   void add(const char* name, const char* keys, bool writable) {
     (void)graph.add(block::Options::from_keys(keys));
-    publish(name, writable);
+    publish(name, {.description = "fuzzed", .writable = writable});
   }
-  void publish(const char* name, bool writable) {
-    server.add_export(name, graph.attach(name, "fuzzer", block::Permissions::front_end(writable)),
-                      {.description = "fuzzed", .writable = writable});
+  void publish(const char* name, ExportOptions options) {
+    auto handle = graph.attach(name, "fuzzer", block::Permissions::front_end(options.writable));
+    server.add_export(name, std::move(handle), std::move(options));
+  }
+  // On the fuzzer's thread. It is there again when this returns.
+  void withdraw(unsigned which) {
+    constexpr const char* kNames[] = {"d", "r", "o"};
+    const char* const name = kNames[which % 3];
+    loops.loop(0).call("withdraw", [&] {
+      // Where requests of its clients run still the handle closes with the last of them.
+      ignore_errors(
+          [&] { server.remove_export(name, base::Clock::now() + std::chrono::milliseconds(5)); });
+      ignore_errors([&] {
+        publish(name, {.description = "fuzzed",
+                       .writable = which % 3 != 1,
+                       .max_connections = which % 3 == 2 ? 1u : 0u});
+      });
+    });
+  }
+  template <typename Body>
+  static void ignore_errors(Body&& body) {
+    try {
+      body();
+    } catch (const base::Error&) {
+    }
   }
   bool has_clients() const {
     const auto lines = server.describe();
@@ -150,72 +179,6 @@ World& world() {
   return *instance;
 }
 
-class Input {
- public:
-  explicit Input(std::span<const uint8_t> bytes) : bytes_(bytes) {}
-  bool empty() const { return bytes_.empty(); }
-  template <typename T>
-  T take() {
-    T value = 0;
-    const size_t n = std::min(sizeof value, bytes_.size());
-    std::memcpy(&value, bytes_.data(), n);
-    bytes_ = bytes_.subspan(n);
-    return base::le_to_host(value);
-  }
-  std::span<const uint8_t> bytes(size_t n) {
-    const auto out = bytes_.first(std::min(n, bytes_.size()));
-    bytes_ = bytes_.subspan(out.size());
-    return out;
-  }
-
- private:
-  std::span<const uint8_t> bytes_;
-};
-
-// Puts messages together.
-class Message {
- public:
-  template <typename T>
-  Message& number(T value) {
-    const size_t at = bytes_.size();
-    bytes_.resize(at + sizeof value);
-    base::store_be(bytes_.data() + at, value);
-    return *this;
-  }
-  Message& raw(std::span<const uint8_t> bytes) {
-    bytes_.insert(bytes_.end(), bytes.begin(), bytes.end());
-    return *this;
-  }
-  Message& text(std::string_view text) {
-    number(static_cast<uint32_t>(text.size()));
-    bytes_.insert(bytes_.end(), text.begin(), text.end());
-    return *this;
-  }
-  Message& fill(size_t n) {
-    bytes_.resize(bytes_.size() + n, uint8_t{0xa5});
-    return *this;
-  }
-  Message& option(uint32_t option, const Message& data, int bias = 0) {
-    const auto length = static_cast<uint32_t>(static_cast<int64_t>(data.bytes_.size()) + bias);
-    return number(uint64_t{0x49484156454f5054}).number(option).number(length).raw(data.bytes_);
-  }
-  Message& request(uint16_t type, uint16_t flags, uint64_t cookie, uint64_t offset,
-                   uint32_t length) {
-    number(uint32_t{0x25609513}).number(flags).number(type);
-    number(cookie).number(offset).number(length);
-    return type == 1 && length <= kMaxPayload ? fill(length) : *this;
-  }
-  Message& long_request(uint16_t type, uint16_t flags, uint64_t cookie, uint64_t offset,
-                        uint64_t length) {
-    number(uint32_t{0x21e41c71}).number(flags).number(type);
-    return number(cookie).number(offset).number(length);
-  }
-  std::span<const uint8_t> bytes() const { return bytes_; }
-
- private:
-  std::vector<uint8_t> bytes_;
-};
-
 class FuzzClient {
  public:
   FuzzClient() {
@@ -227,18 +190,19 @@ class FuzzClient {
     socket_.reset(pair[1]);
   }
 
-  void run(Input input);
+  void begin(uint8_t mode);
+  void step(uint8_t what, Input& input);
+  bool open() const { return open_; }
+  void finish(bool read_rest);
 
  private:
   void greet(unsigned mode);
   void request(uint16_t type, uint16_t flags, uint64_t offset, uint64_t length);
   void query(Input& input);
-  void step(Input& input);
   void name(uint8_t option, uint8_t which);
   void enter(uint8_t which, uint8_t how);
   void send(const Message& message);
   bool drain();
-  void finish(bool read_rest);
 
   base::UniqueFd socket_;
   bool reads_ = true;
@@ -248,12 +212,9 @@ class FuzzClient {
   uint64_t cookie_ = 0;
 };
 
-void FuzzClient::run(Input input) {
-  const auto mode = input.take<uint8_t>();
+void FuzzClient::begin(uint8_t mode) {
   reads_ = (mode & 4) == 0;
   if ((mode & 1) != 0) greet(mode);
-  for (unsigned n = 0; n < kMaxSteps && !input.empty() && open_; ++n) step(input);
-  finish((mode & 8) == 0);
 }
 
 void FuzzClient::greet(unsigned mode) {
@@ -328,14 +289,16 @@ void negotiate(Message& all, std::string_view name, uint8_t how) {
 }
 
 void FuzzClient::enter(uint8_t which, uint8_t how) {
-  constexpr std::string_view kNames[] = {"d", "r", "m", "c", "c/one", "c/two", "", "nosuch"};
-  const std::string_view name = kNames[which % 8];
+  constexpr std::string_view kNames[] = {"d",     "r", "m",      "c", "c/one",
+                                         "c/two", "",  "nosuch", "h", "o"};
+  constexpr unsigned kCount = std::size(kNames);
+  const std::string_view name = kNames[which % kCount];
   Message all;
   if (!greeted_) all.number(uint32_t{3});
   greeted_ = true;
   extended_ = (how & 2) != 0;
   negotiate(all, name, how);
-  if ((how & 16) != 0) negotiate(all, kNames[(which + 1) % 8], how);
+  if ((how & 16) != 0) negotiate(all, kNames[(which + 1) % kCount], how);
   Message data;
   if ((how & 32) != 0) {
     data.raw({reinterpret_cast<const uint8_t*>(name.data()), name.size()});
@@ -368,9 +331,9 @@ void FuzzClient::name(uint8_t option, uint8_t which) {
   }
 }
 
-void FuzzClient::step(Input& input) {
+void FuzzClient::step(uint8_t what, Input& input) {
   Message message;
-  switch (input.take<uint8_t>() % kSteps) {
+  switch (what) {
     case 0:
       send(message.raw(input.bytes(input.take<uint8_t>())));
       break;
@@ -480,6 +443,10 @@ void FuzzClient::finish(bool read_rest) {
     }
   }
   socket_.reset();
+}
+
+void wait_for_sessions() {
+  const auto end = std::chrono::steady_clock::now() + kPatience;
   for (unsigned n = 0; world().has_clients(); ++n) {
     if (std::chrono::steady_clock::now() > end) {
       std::fprintf(stderr, "a session did not end\n");
@@ -489,11 +456,37 @@ void FuzzClient::finish(bool read_rest) {
   }
 }
 
+void run(Input input) {
+  constexpr uint8_t kOther = 10, kWithdraw = 11;
+  const auto mode = input.take<uint8_t>();
+  std::unique_ptr<FuzzClient> clients[2];
+  unsigned now = 0;
+  for (unsigned n = 0; n < kMaxSteps && !input.empty(); ++n) {
+    if (!clients[now]) {
+      clients[now] = std::make_unique<FuzzClient>();
+      clients[now]->begin(mode);
+    }
+    const auto what = static_cast<uint8_t>(input.take<uint8_t>() % kSteps);
+    if (what == kOther) {
+      now = 1 - now;
+    } else if (what == kWithdraw) {
+      world().withdraw(input.take<uint8_t>());
+    } else if (clients[now]->open()) {
+      clients[now]->step(what, input);
+    } else {
+      break;
+    }
+  }
+  for (auto& each : clients) {
+    if (each) each->finish((mode & 8) == 0);
+  }
+  wait_for_sessions();
+}
+
 }  // namespace
 }  // namespace minivmm::nbd
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t* data, size_t size) {
-  minivmm::nbd::FuzzClient client;
-  client.run(minivmm::nbd::Input({data, size}));
+  minivmm::nbd::run(minivmm::nbd::Input({data, size}));
   return 0;
 }
