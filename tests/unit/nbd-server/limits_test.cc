@@ -66,7 +66,7 @@ TEST_F(FewHandshakes, TheOldestOfTooManySilentClientsMakesRoom) {
 
 class Hurried : public ServerTest {
  protected:
-  Hurried() : ServerTest({.handshake_limit = milliseconds(700)}, 1) {
+  Hurried() : ServerTest({.handshake_limit = milliseconds(1500)}, 1) {
     add("disk", "driver=memory,size=1M");
   }
 };
