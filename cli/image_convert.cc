@@ -122,6 +122,9 @@ bool shares_data(const std::string& from, const std::string& to) {
   return system.f_type == kBtrfs || system.f_type == kXfs || system.f_type == kBcachefs;
 }
 
+// Bytes a request of a copy that is compressed.
+constexpr uint64_t kCompressRequest = 128 * 1024;
+
 CopyOptions copy_options(const ConvertRequest& request, Sources& sources, TargetImage& target) {
   CopyOptions out;
   out.requests = request.requests;
@@ -134,6 +137,8 @@ CopyOptions copy_options(const ConvertRequest& request, Sources& sources, Target
       throw Error(ENOTSUP, "Compression not supported for this file format");
     }
     out.compressed_cluster = cluster;
+    // Reading takes no time beside compressing, memory it does.
+    out.request = std::max<uint64_t>(cluster, kCompressRequest);
   }
   const bool shared =
       sources.images.size() == 1 && request.zero_bytes != 0 && !request.compress &&
