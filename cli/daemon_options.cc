@@ -37,11 +37,12 @@ po::options_description graph_options() {
   out.add_options()
     ("disk", po::value<Strings>()->composing()->value_name("PATH[,KEY=VALUE...]"),
      "a disk image; makes a node and, for boot, the guest's device. Keys: id=NAME, "
-     "format=qcow2|raw, ro, cache=writeback|writethrough|none|directsync|unsafe, backing=FILE, "
+     "format=qcow2|raw|luks, ro, cache=writeback|writethrough|none|directsync|unsafe, backing=FILE, "
      "backing_fmt=FORMAT, offset=, size= (raw), serial=, logical_block_size=, "
      "physical_block_size=, num-queues=, queue-size=, indirect_desc=on|off, event_idx=on|off, media=disk|cdrom, snapshot, legacy, "
      "rerror=report|ignore|stop, werror=report|ignore|stop|enospc, cache-size=, l2-cache-size=, "
-     "refcount-cache-size=, l2-cache-entry-size=, locking=auto|on|off. "
+     "refcount-cache-size=, l2-cache-entry-size=, locking=auto|on|off, key-secret=ID, "
+     "unlock-time= (luks), encrypt.key-secret=ID (qcow2). "
      "A comma inside a value is doubled.")
     ("blockdev", po::value<Strings>()->composing()->value_name("KEYS|JSON"),
      "a node by QEMU's options: driver=...,node-name=...,file.driver=...; or a JSON object")

@@ -102,7 +102,7 @@ std::unique_ptr<TargetImage> open_target(ImageGraph& graph, const ConvertRequest
   if (request.compress && request.target_format != "qcow2") {
     throw Error(ENOTSUP, "Compression not supported for this file format");
   }
-  if (request.compress && image.options.has("encrypt.format")) {
+  if (request.compress && image.options.encrypted()) {
     throw Error(EINVAL, "Compression and encryption not supported at the same time");
   }
   return std::make_unique<TargetImage>(graph, image, request.target_cache);

@@ -29,9 +29,11 @@ constexpr CreateOption kExtentSizeHint{"extent_size_hint", Kind::kSize, "",
 
 // In the order in which qemu-img prints them.
 constexpr CreateOption kQcow2Options[] = {
-    {"encryption", Kind::kBool, "", {}},
-    {"encrypt.format", Kind::kText, "", "Encrypt the image, format choices: 'luks'"},
-    {"encrypt.key-secret", Kind::kText, "", "ID of secret providing LUKS passphrase"},
+    {"encryption", Kind::kBool, "",
+     "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)"},
+    {"encrypt.format", Kind::kText, "", "Encrypt the image, format choices: 'aes', 'luks'"},
+    {"encrypt.key-secret", Kind::kText, "",
+     "ID of secret providing qcow AES key or LUKS passphrase"},
     {"encrypt.cipher-alg", Kind::kText, "", "Name of encryption cipher algorithm"},
     {"encrypt.cipher-mode", Kind::kText, "", "Name of encryption cipher mode"},
     {"encrypt.ivgen-alg", Kind::kText, "", "Name of IV generator algorithm"},
@@ -162,15 +164,6 @@ void check_value(const CreateOption& option, const std::string& text) {
   }
 }
 
-// What is not supported may still be switched off.
-void check_supported(const CreateOption& option, const std::string& text, std::string_view format) {
-  if (!option.help.empty()) return;
-  if (option.kind == Kind::kBool && !*parse_bool(text)) return;
-  throw Error(ENOTSUP, fmt::format("option '{}={}' is not supported (see `minivmm image create -f "
-                                   "{} -o help` for those that are)",
-                                   option.name, text, format));
-}
-
 // "name=value" up to a single comma; doubled ones are undoubled.
 std::string take_piece(std::string_view& text) {
   std::string piece;
@@ -218,7 +211,7 @@ bool CreateOptionList::asks_for_help(std::string_view text) {
 std::string CreateOptionList::help(bool of_a_file) const {
   std::vector<const CreateOption*> sorted;
   for (const CreateOption& option : options_) {
-    if (!option.help.empty() && (of_a_file || !option.of_file)) sorted.push_back(&option);
+    if (of_a_file || !option.of_file) sorted.push_back(&option);
   }
   std::sort(sorted.begin(), sorted.end(),
             [](const auto* a, const auto* b) { return a->name < b->name; });
@@ -277,7 +270,6 @@ void CreateOptionList::parse(std::string_view text) {
 void CreateOptionList::set(std::string_view name, std::string value) {
   const CreateOption& known = option(name);
   check_value(known, value);
-  check_supported(known, value, format_);
   std::erase_if(values_, [&](const Value& v) { return v.option == &known; });
   values_.push_back({&known, std::move(value)});
 }
@@ -305,6 +297,8 @@ bool CreateOptionList::is_on(std::string_view name) const {
   return value != nullptr && parse_bool(value->text).value_or(false);
 }
 
+bool CreateOptionList::encrypted() const { return has("encrypt.format") || is_on("encryption"); }
+
 std::string CreateOptionList::formatted() const {
   std::string out;
   for (const CreateOption& known : options_) {
@@ -326,7 +320,7 @@ block::Options CreateOptionList::for_driver() const {
   for (const Value& value : values_) {
     const std::string_view name = value.option->name;
     if (name == kNoCow.name || name == kExtentSizeHint.name) continue;
-    if (!value.option->help.empty()) out.set(name, value.text);
+    out.set(name, value.text);
   }
   return out;
 }

@@ -20,8 +20,8 @@ struct CreateOption {
   std::string_view name;
   Kind kind;
   std::string_view initial;  // printed where it is not given; empty: then not printed
-  std::string_view help;     // empty: known, so that it can be refused by name, and not supported
-  bool of_file = false;      // it is not the format's but the file's
+  std::string_view help;
+  bool of_file = false;  // it is not the format's but the file's
 };
 
 class CreateOptionList {
@@ -38,8 +38,7 @@ class CreateOptionList {
   std::string help(bool of_a_file = false) const;
 
   // "name=value,name=value", a comma in a value doubled, "name" alone for name=on; what is given
-  // again replaces what was there. Throws EINVAL in qemu-img's words, or saying that the option is
-  // not supported.
+  // again replaces what was there. Throws EINVAL in qemu-img's words.
   void parse(std::string_view text);
   // Throws EINVAL where the format has no such option.
   void set(std::string_view name, std::string value);
@@ -50,6 +49,7 @@ class CreateOptionList {
   std::optional<uint64_t> bytes(std::string_view name) const;
   std::optional<uint64_t> size() const { return bytes("size"); }
   bool is_on(std::string_view name) const;
+  bool encrypted() const;  // a qcow2 image
 
   // "cluster_size=65536 size=1048576 ..." in qemu-img's order.
   std::string formatted() const;

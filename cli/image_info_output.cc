@@ -87,11 +87,12 @@ Json format_specific(const ImageFacts& facts) {
   if (v3) data["lazy-refcounts"] = (h.compatible & qcow2::kCompatLazyRefcounts) != 0;
   if (!facts.bitmaps.empty()) data["bitmaps"] = bitmap_list(facts.bitmaps);
   data["refcount-bits"] = uint64_t{1} << h.refcount_order;
+  const bool data_file = (h.incompatible & qcow2::kIncompatDataFile) != 0;
+  if (data_file && !h.data_file.empty()) data["data-file"] = h.data_file;
   if (h.crypt_method != 0) {
     data["encrypt"] = facts.luks ? luks_data(*facts.luks, true) : Json{{"format", "aes"}};
   }
-  if ((h.incompatible & qcow2::kIncompatDataFile) != 0) {
-    if (!h.data_file.empty()) data["data-file"] = h.data_file;
+  if (data_file) {
     data["data-file-raw"] = (h.autoclear & qcow2::kAutoclearRawData) != 0;
   }
   if (v3) {

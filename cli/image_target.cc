@@ -53,7 +53,7 @@ TargetImage::TargetImage(ImageGraph& graph, NewImage& image, CacheMode cache) : 
   }
   touched_ = true;
   // What is preallocated in an encrypted image reads as noise.
-  const bool noise = image.options.has("encrypt.format") && image.options.has("preallocation");
+  const bool noise = image.options.encrypted() && image.options.has("preallocation");
   is_zero_ = image.format == "qcow2" ? !image.options.has("backing_file") && !noise
                                      : image.format == "raw" && !is_device(path_);
   try {

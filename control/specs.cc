@@ -136,9 +136,15 @@ void apply_node_options(Options& node, Options& given, const std::string& format
   } else if (backing_format) {
     throw Error(EINVAL, "option 'backing_fmt' goes with 'backing'");
   }
-  for (const char* key :
-       {"l2-cache-size", "refcount-cache-size", "cache-size", "l2-cache-entry-size"}) {
+  for (const char* key : {"l2-cache-size", "refcount-cache-size", "cache-size",
+                          "l2-cache-entry-size", "key-secret", "unlock-time"}) {
     if (auto value = given.take_string(key)) node.set(key, *value);
+  }
+  if (auto encrypt = given.take_child("encrypt")) {
+    if (!encrypt->options) {
+      throw Error(EINVAL, "'encrypt' has options of its own: encrypt.key-secret=ID");
+    }
+    node.set_child("encrypt", std::move(*encrypt->options));
   }
 }
 

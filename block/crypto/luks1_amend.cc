@@ -39,7 +39,7 @@ size_t slot_to_activate(const Luks1Header& header, const Luks1AmendOptions& opti
 void activate(LuksArea& area, Luks1Header& header, std::span<const std::byte> master_key,
               const Luks1AmendOptions& options) {
   const size_t slot = slot_to_activate(header, options);
-  const SecureBytes password = new_slot_password(options.new_secret);
+  const SecureBytes password = secrets().get_text(options.new_secret);
   // Forced: its old password must not open it with what a cut would leave of both.
   if (header.slots[slot].active) erase_slot(area, header, slot);
   add_slot(area, header, slot, master_key, password.span(),

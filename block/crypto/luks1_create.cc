@@ -12,7 +12,6 @@
 #include "base/error.h"
 #include "block/crypto/kdf.h"
 #include "block/crypto/secret.h"
-#include "block/crypto/utf8.h"
 
 namespace minivmm::block::crypto {
 namespace {
@@ -100,22 +99,12 @@ uint64_t luks1_header_bytes(const Luks1CreateOptions& options) {
   return kMaterialAlignment + kLuks1Slots * material_bytes(options);
 }
 
-SecureBytes new_slot_password(const std::string& secret_id) {
-  SecureBytes password = secrets().get(secret_id);
-  if (!is_utf8(password.span())) {
-    throw Error(EINVAL, fmt::format("Data from secret {} is not valid UTF-8: QEMU could not open "
-                                    "the image with it",
-                                    secret_id));
-  }
-  return password;
-}
-
 NewLuks1 create_luks1(LuksArea& area, const Luks1CreateOptions& options) {
   if (area.size() < luks1_header_bytes(options)) {
     throw Error(ENOSPC, fmt::format("a LUKS header with its key slots takes {} bytes, there are {}",
                                     luks1_header_bytes(options), area.size()));
   }
-  const SecureBytes password = new_slot_password(options.key_secret);
+  const SecureBytes password = secrets().get_text(options.key_secret);
   NewLuks1 out = key_pool().run([&] { return compute(options); });
   // An old header must not be taken for the new one with half of its slots.
   const Luks1Bytes nothing{};

@@ -38,10 +38,6 @@ std::optional<std::chrono::milliseconds> take_iter_time(Options& options);
 // QEMU's for the same options.
 uint64_t luks1_header_bytes(const Luks1CreateOptions& options);
 
-// The password for a new key slot: the secret's, which must be UTF-8 text as QEMU demands. Throws
-// EINVAL, and ENOENT where there is no such secret.
-SecureBytes new_slot_password(const std::string& secret_id);
-
 struct NewLuks1 {
   Luks1Header header;
   SecureBytes master_key;

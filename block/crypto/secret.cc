@@ -18,6 +18,7 @@
 #include "block/crypto/base64.h"
 #include "block/crypto/cipher_engine.h"
 #include "block/crypto/object.h"
+#include "block/crypto/utf8.h"
 
 namespace minivmm::block::crypto {
 namespace {
@@ -140,6 +141,16 @@ SecureBytes SecretStore::get(const std::string& id) const {
                                     id, id));
   }
   return SecureBytes(std::as_const(found->second).span());
+}
+
+SecureBytes SecretStore::get_text(const std::string& id) const {
+  SecureBytes password = get(id);
+  if (!is_utf8(password.span())) {
+    throw Error(EINVAL, fmt::format("Data from secret {} is not valid UTF-8: QEMU could not open "
+                                    "the image with it",
+                                    id));
+  }
+  return password;
 }
 
 bool SecretStore::has(const std::string& id) const {

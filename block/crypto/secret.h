@@ -39,6 +39,8 @@ class SecretStore {
 
   // A copy. Throws ENOENT: "No secret with id 'x'".
   SecureBytes get(const std::string& id) const;
+  // For a password that is to encrypt: UTF-8 text, as QEMU demands. Throws EINVAL where it is not.
+  SecureBytes get_text(const std::string& id) const;
   bool has(const std::string& id) const;
   void remove(const std::string& id);
 

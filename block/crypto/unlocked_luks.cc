@@ -28,15 +28,19 @@ UnlockOptions take_unlock_options(Options& options) {
   return out;
 }
 
-UnlockedLuks::UnlockedLuks(LuksArea& area, bool holds_payload, const UnlockOptions& options,
-                           const std::string& prefix)
-    : header_(read_luks1(area, holds_payload)) {
+const std::string& require_key_secret(const UnlockOptions& options, const std::string& prefix) {
   if (options.key_secret.empty()) {
     throw base::Error(EINVAL, fmt::format("Parameter '{}key-secret' is required for cipher: the id "
                                           "of a secret object that holds the password",
                                           prefix));
   }
-  const SecureBytes password = secrets().get(options.key_secret);
+  return options.key_secret;
+}
+
+UnlockedLuks::UnlockedLuks(LuksArea& area, bool holds_payload, const UnlockOptions& options,
+                           const std::string& prefix)
+    : header_(read_luks1(area, holds_payload)) {
+  const SecureBytes password = secrets().get(require_key_secret(options, prefix));
   Luks1Key key = unlock_luks1(area, header_, password.span(), options.limit);
   cipher_ = key_pool().run(
       [&] { return std::make_unique<SectorCipher>(header_.cipher, key.master.span()); });

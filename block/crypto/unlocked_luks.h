@@ -27,10 +27,13 @@ struct UnlockOptions {
 // stands under "encrypt".) Throws EINVAL.
 UnlockOptions take_unlock_options(Options& options);
 
+// The id. Throws EINVAL where there is none. `prefix` ("", "encrypt.") is for the message.
+const std::string& require_key_secret(const UnlockOptions& options, const std::string& prefix);
+
 class UnlockedLuks {
  public:
   // Reads the header and tries its key slots. Fiber. Throws EINVAL without key-secret, as
-  // SecretStore::get, read_luks1 and unlock_luks1. `prefix` ("", "encrypt.") is for messages.
+  // SecretStore::get, read_luks1 and unlock_luks1. `prefix` as above.
   UnlockedLuks(LuksArea& area, bool holds_payload, const UnlockOptions& options,
                const std::string& prefix);
 

@@ -4,7 +4,8 @@
 _minivmm_disk_keys="id= format= ro readonly cache= backing= backing_fmt= offset= size= serial=
   logical_block_size= physical_block_size= num-queues= queue-size= indirect_desc= event_idx= media= snapshot= legacy rerror= werror=
   cache-size= l2-cache-size=
-  refcount-cache-size= l2-cache-entry-size= locking="
+  refcount-cache-size= l2-cache-entry-size= locking= key-secret= unlock-time=
+  encrypt.key-secret="
 _minivmm_export_keys="name= description= writable allow= max-connections= in-flight= nbd fuse clone clone= clone-limit= clone-total= clone-dir="
 _minivmm_fuse_keys="mode= uid= gid= allow_other"
 

@@ -7,6 +7,7 @@
 
 #include "base/checked.h"
 #include "base/error.h"
+#include "block/crypto/secret.h"
 
 namespace minivmm::block::luks {
 
@@ -25,7 +26,7 @@ void create_image(Edge& file, const CreateOptions& options) {
     throw Error(EFBIG, "The image size is too large for file format 'luks'");
   }
   // Before anything is lost: there is a password.
-  (void)crypto::new_slot_password(options.crypto.key_secret);
+  (void)crypto::secrets().get_text(options.crypto.key_secret);
   const uint64_t whole = payload + base::align_up<uint64_t>(options.size, crypto::kSectorSize);
   try {
     file.truncate(0);

@@ -14,6 +14,7 @@
 #include "base/bytes.h"
 #include "base/checked.h"
 #include "base/error.h"
+#include "block/crypto/secret.h"
 #include "block/formats/qcow2/header.h"
 #include "block/formats/qcow2/l2_entry.h"
 #include "block/formats/qcow2/refcount_codec.h"
@@ -87,6 +88,7 @@ Header make_header(const CreateOptions& options, const Layout& layout) {
     h.crypt_method = kCryptLuks;
     h.luks = LuksExtension{layout.luks() << bits, crypto::luks1_header_bytes(*options.luks)};
   }
+  if (!options.aes_secret.empty()) h.crypt_method = kCryptAes;
   if (options.version < 3) {
     h.header_length = 72;
     return h;
@@ -218,6 +220,38 @@ std::vector<FeatureName> known_features() {
           {2, 0, "bitmaps"},          {2, 1, "raw external data"}};
 }
 
+namespace {
+
+// "encryption" is the old name for encrypt.format=aes.
+void take_encryption(Options& options, CreateOptions& out) {
+  const bool old_name = options.take_bool("encryption", false);
+  Options none;
+  const auto child = options.take_child("encrypt");
+  if (!old_name && !(child && child->options)) return;
+  Options& encrypt = child && child->options ? *child->options : none;
+  if (old_name && encrypt.has("format")) {
+    throw Error(EINVAL,
+                "'encrypt.format' and its alias 'encryption' can't be used at the same time");
+  }
+  if (!old_name && !encrypt.has("format")) {
+    throw Error(EINVAL, "Parameter 'encrypt.format' is missing");
+  }
+  const bool aes = encrypt.take_choice("format", {"luks", "aes"}, old_name ? 1 : 0) == 1;
+  if (!encrypt.has("key-secret")) {
+    throw Error(EINVAL,
+                "Parameter 'encrypt.key-secret' is required for cipher: the id of a "
+                "secret object");
+  }
+  if (aes) {
+    out.aes_secret = *encrypt.take_string("key-secret");
+  } else {
+    out.luks = crypto::take_luks1_create_options(encrypt);
+  }
+  encrypt.finish("encrypt");
+}
+
+}  // namespace
+
 CreateOptions take_create_options(Options& options) {
   CreateOptions out;
   out.size = options.take_size("size").value_or(0);
@@ -238,19 +272,7 @@ CreateOptions take_create_options(Options& options) {
   out.data_file_raw = options.take_bool("data_file_raw", false);
   out.backing_file = options.take_string("backing_file").value_or("");
   out.backing_format = options.take_string("backing_fmt").value_or("");
-  if (auto encrypt = options.take_child("encrypt"); encrypt && encrypt->options) {
-    if (!encrypt->options->has("format")) {
-      throw Error(EINVAL, "Parameter 'encrypt.format' is missing");
-    }
-    (void)encrypt->options->take_choice("format", {"luks"}, 0);
-    if (!encrypt->options->has("key-secret")) {
-      throw Error(EINVAL,
-                  "Parameter 'encrypt.key-secret' is required for cipher: the id of a "
-                  "secret object");
-    }
-    out.luks = crypto::take_luks1_create_options(*encrypt->options);
-    encrypt->options->finish("encrypt");
-  }
+  take_encryption(options, out);
   check_create_options(out);
   return out;
 }
@@ -258,7 +280,7 @@ CreateOptions take_create_options(Options& options) {
 namespace {
 
 void check_data_file(const CreateOptions& o) {
-  if (o.data_file_raw && o.luks) {
+  if (o.data_file_raw && o.encrypted()) {
     throw Error(EINVAL, "A raw external data file cannot be encrypted");
   }
   if (o.data_file_raw && o.data_file.empty()) {
@@ -344,7 +366,7 @@ void create_image(Edge& file, const CreateOptions& options, Edge* data) {
   }
   const std::vector<std::byte> header = serialise_header(make_header(o, layout));
   // Before anything is lost: there is a password.
-  if (o.luks) (void)crypto::new_slot_password(o.luks->key_secret);
+  if (o.encrypted()) (void)crypto::secrets().get_text(o.luks ? o.luks->key_secret : o.aes_secret);
   empty_file(file);
   if (data != nullptr) prepare_data_file(*data, o.size, o.preallocation);
   write_refcounts(file, layout);

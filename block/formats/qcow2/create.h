@@ -31,8 +31,11 @@ struct CreateOptions {
   bool data_file_raw = false;     // it is a raw image by itself
   std::string backing_file = {};  // as it is to be recorded; empty: none
   std::string backing_format = {};
-  std::optional<crypto::Luks1CreateOptions> luks = {};  // encrypted
+  // Encrypted by method 2, or by method 1 with the password of a secret (its id).
+  std::optional<crypto::Luks1CreateOptions> luks = {};
+  std::string aes_secret = {};
 
+  bool encrypted() const noexcept { return luks || !aes_secret.empty(); }
   uint64_t cluster_size() const noexcept { return 1ULL << cluster_bits; }
   Geometry geometry() const noexcept {
     return {cluster_bits, refcount_order, version, extended_l2, !data_file.empty()};

@@ -283,9 +283,11 @@ Header parse_header(std::span<const std::byte> b, uint64_t file_size) {
   if ((h.autoclear & kAutoclearBitmaps) != 0 && !h.bitmaps) {
     bad("the bitmaps bit is set and the bitmaps extension is missing");
   }
-  if (h.crypt_method == kCryptLuks) {
-    if (!h.luks) bad("crypt_method is 2 (LUKS) and the encryption extension is missing");
-    if (h.size % 512 != 0) bad("the disk size {} of an encrypted image is odd", h.size);
+  if (h.crypt_method == kCryptLuks && !h.luks) {
+    bad("crypt_method is 2 (LUKS) and the encryption extension is missing");
+  }
+  if (h.crypt_method != kCryptNone && h.size % 512 != 0) {
+    bad("the disk size {} of an encrypted image is odd", h.size);
   }
   check_tables(h, file_size);
   if (h.geometry().external_data) check_external_data(h);
@@ -298,11 +300,6 @@ void require_supported(const Header& h) {
     throw Error(ENOTSUP, fmt::format("the image uses the incompatible feature {}, which this "
                                      "program does not know",
                                      feature_name(h, bit)));
-  }
-  if (h.crypt_method == kCryptAes) {
-    throw Error(ENOTSUP,
-                "the image uses AES encryption, which is not supported; convert it with "
-                "`qemu-img convert -O qcow2`");
   }
 }
 

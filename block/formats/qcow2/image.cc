@@ -110,25 +110,25 @@ void Image::prepare_first_write() {
   ready_to_write_.store(true, std::memory_order_release);
 }
 
-void Image::read_data(uint64_t host_offset, IoSpan to) {
+void Image::read_data(Encryption::Place place, IoSpan to) {
   if (encryption_) {
-    encryption_->read(data(), host_offset, to);
+    encryption_->read(data(), place, to);
   } else {
-    data().read(host_offset, to);
+    data().read(place.host, to);
   }
 }
 
-void Image::write_data(uint64_t host_offset, IoSpan from) {
+void Image::write_data(Encryption::Place place, IoSpan from) {
   if (encryption_) {
-    encryption_->write(data(), host_offset, from);
+    encryption_->write(data(), place, from);
   } else {
-    data().write(host_offset, from);
+    data().write(place.host, from);
   }
 }
 
-void Image::write_new_data(uint64_t host_offset, IoSpan from) {
-  write_data(host_offset, from);
-  const WriteBehind::Range range = write_behind_.add(host_offset, from.bytes());
+void Image::write_new_data(Encryption::Place place, IoSpan from) {
+  write_data(place, from);
+  const WriteBehind::Range range = write_behind_.add(place.host, from.bytes());
   if (range.length != 0) data().start_writeback(range.offset, range.length);
 }
 

@@ -80,10 +80,10 @@ class Image {
   // --- Where the guest's data lies: clusters of the image, or the external data file ---
   Edge& data() noexcept { return data_ ? *data_ : file_.file(); }
   // The guest's bytes there. All of its data passes here, encrypted on the disk where the image is.
-  void read_data(uint64_t host_offset, IoSpan to);
-  void write_data(uint64_t host_offset, IoSpan from);
+  void read_data(Encryption::Place place, IoSpan to);
+  void write_data(Encryption::Place place, IoSpan from);
   // The same for clusters that were just allocated.
-  void write_new_data(uint64_t host_offset, IoSpan from);
+  void write_new_data(Encryption::Place place, IoSpan from);
   // nullptr: the image is not encrypted.
   Encryption* encryption() const noexcept { return encryption_.get(); }
   // nullptr: in the image.

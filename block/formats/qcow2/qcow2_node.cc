@@ -77,7 +77,9 @@ Facts Qcow2Node::facts() const {
     out.emplace_back("data-file", h.data_file);
     out.emplace_back("data-file-raw", h.raw_data());
   }
-  if (image_.encryption() != nullptr) out.emplace_back("encrypt.format", std::string("luks"));
+  if (image_.encryption() != nullptr) {
+    out.emplace_back("encrypt.format", std::string(qcow2::encryption_name(h)));
+  }
   if (h.version >= 3) {
     out.emplace_back("corrupt", (image_.file().incompatible() & qcow2::kIncompatCorrupt) != 0);
     out.emplace_back("extended-l2", (h.incompatible & qcow2::kIncompatExtendedL2) != 0);

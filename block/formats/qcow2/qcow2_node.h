@@ -170,7 +170,7 @@ class Qcow2Node final : public Node {
   uint64_t preallocate_some(uint64_t cluster, uint64_t most, Preallocation how);
   uint64_t clusters_without_host(const qcow2::SliceRange& entries, uint64_t cluster, uint64_t most,
                                  bool& has_host);
-  void make_zero(const qcow2::Allocator::Run& run, Preallocation how);
+  void make_zero(uint64_t cluster, const qcow2::Allocator::Run& run, Preallocation how);
 
   qcow2::Image image_;
   base::FiberMutex resizing_;

@@ -147,7 +147,12 @@ std::unique_ptr<qcow2::Encryption> unlock(const NodeConfig& config, Options& opt
   }
   Options none;
   Options& encrypt = given ? *given->options : none;
-  (void)encrypt.take_choice("format", {"luks"}, 0);
+  const auto format = encrypt.take_string("format");
+  if (const char* real = qcow2::encryption_name(header); format && *format != real) {
+    throw Error(EINVAL, fmt::format("{}: Header reported '{}' encryption format but options "
+                                    "specify '{}'",
+                                    name_of(config, *file), real, *format));
+  }
   const crypto::UnlockOptions wanted = crypto::take_unlock_options(encrypt);
   encrypt.finish("encrypt");
   Edge edge(file, fmt::format("opening qcow2 node '{}'", config.node_name),

@@ -46,7 +46,7 @@ uint64_t Qcow2Node::preallocate_some(uint64_t cluster, uint64_t most, Preallocat
   const qcow2::Allocator::Run run = image_.allocate_data(cluster, alike);
   std::exception_ptr error;
   try {
-    make_zero(run, how);
+    make_zero(cluster, run, how);
   } catch (...) {
     error = std::current_exception();
   }
@@ -92,13 +92,16 @@ uint64_t Qcow2Node::clusters_without_host(const qcow2::SliceRange& entries, uint
 }
 
 // Before any entry points to them.
-void Qcow2Node::make_zero(const qcow2::Allocator::Run& run, Preallocation how) {
+void Qcow2Node::make_zero(uint64_t cluster, const qcow2::Allocator::Run& run, Preallocation how) {
   Edge& data = image_.data();
   if (image_.encryption() != nullptr) {
     // Zeroes on the disk are not zeroes to the guest.
     base::Buffer zeroes = base::Buffer::zeroed(geometry().cluster_size());
     for (uint64_t i = 0; i < run.clusters; ++i) {
-      image_.write_data(run.offset + (i << geometry().cluster_bits), zeroes.io());
+      const uint64_t at = i << geometry().cluster_bits;
+      image_.write_data(
+          {.guest = (cluster << geometry().cluster_bits) + at, .host = run.offset + at},
+          zeroes.io());
     }
     return;
   }

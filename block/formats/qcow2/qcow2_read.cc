@@ -29,7 +29,7 @@ void Qcow2Node::driver_read(uint64_t offset, IoSpan to) {
 void Qcow2Node::read_extent(const Extent& extent, uint64_t offset, IoSpan to) {
   switch (extent.kind) {
     case ClusterKind::kData:
-      image_.read_data(extent.host_offset, to);
+      image_.read_data({.guest = offset, .host = extent.host_offset}, to);
       return;
     case ClusterKind::kUnallocated:
       read_backing(offset, to);

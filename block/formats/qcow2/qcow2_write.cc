@@ -94,7 +94,8 @@ void Qcow2Node::write_range(uint64_t offset, IoSpan from) {
     base::IoList list;
     if (extent.kind == ClusterKind::kData && extent.copied) {
       image_.require_data(extent.host_offset, extent.length);
-      image_.write_data(extent.host_offset, base::slice(from, done, extent.length, list));
+      image_.write_data({.guest = offset + done, .host = extent.host_offset},
+                        base::slice(from, done, extent.length, list));
       done += extent.length;
     } else {
       done += write_new(offset + done, base::slice(from, done, extent.length, list));
@@ -302,11 +303,12 @@ void Qcow2Node::write_clusters(const Plan& plan, IoSpan from) {
   list.add(from);
   if (!skip_tail) add_piece(list, around.after, plan.end - plan.stop());
   const uint64_t begin = skip_head ? plan.offset : plan.begin;
-  const uint64_t host = plan.host + geometry().offset_in_cluster(begin);
+  const qcow2::Encryption::Place place{.guest = begin,
+                                       .host = plan.host + geometry().offset_in_cluster(begin)};
   if (plan.reuse) {
-    image_.write_data(host, list);
+    image_.write_data(place, list);
   } else {
-    image_.write_new_data(host, list);
+    image_.write_new_data(place, list);
   }
 }
 

@@ -153,6 +153,26 @@ class Kinds(Scene):
                       self.refused("boot", "--disk", "driver=null,size=1M,media=cdrom,"
                                                      "read-only=off"))
 
+    def test_an_encrypted_disk_is_opened_by_its_secret(self):
+        secret = ("--object", "secret,id=s,data=password")
+        for name, driver, create, opens in (
+                ("luks", "luks", "key-secret=s,iter-time=10", "key-secret=s"),
+                ("inside", "qcow2", "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10",
+                 "encrypt.key-secret=s,encrypt.unlock-time=60"),
+                ("aes", "qcow2", "encrypt.format=aes,encrypt.key-secret=s", "encrypt.key-secret=s")):
+            self.create(name, MIB, *secret, "-f", driver, "-o", create)
+            self.assertIn("key-secret' is required", self.refused("boot", "--disk", name))
+            vm = self.boot(*secret, "--disk", f"{name},{opens}")
+            vm.job("write offset=64K length=8K pattern=0x5a")
+            vm.type("exit")
+            self.assert_ended(vm)
+            with open(self.path(name), "rb") as file:
+                self.assertNotIn(b"\x5a" * 64, file.read())
+            vm = self.boot(*secret, "--disk", f"{name},{opens}")
+            vm.job("verify offset=64K length=8K pattern=0x5a")
+        self.assertIn("options of its own", self.refused(
+            "boot", *secret, "--disk", "aes,encrypt=s"))
+
     def test_threads_run_where_they_are_told(self):
         mine = sorted(os.sched_getaffinity(0))
         vm = self.boot("--disk", f"driver=memory,size={MIB}", "--io-threads", "2",

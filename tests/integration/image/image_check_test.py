@@ -266,12 +266,6 @@ class Check(ImageCase):
         self.assertIn("Invalid source cache option: nope",
                       self.must(self.ours("check", "-T", "nope", "x"), 1).err)
 
-    def test_features_that_cannot_be_checked_are_named(self):
-        self.make("-f", "qcow2", "--object", "secret,id=s,data=abc", "-o",
-                  "encrypt.format=aes,encrypt.key-secret=s", "y", "1M")
-        done = self.must(self.ours("check", "y"), 1)
-        self.assertIn("AES encryption", done.err)
-
 
 if __name__ == "__main__":
     main()

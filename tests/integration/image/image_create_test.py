@@ -141,21 +141,6 @@ class Create(ImageCase):
                 self.assertTrue(ours.err.startswith(wanted), f"{ours.err}\nnot\n{wanted}")
                 self.assertFalse(os.path.exists(self.path("a", "x")))
 
-    def test_what_is_not_supported_is_refused_by_name_and_leaves_the_file_alone(self):
-        # An image that silently lacks what was asked for is worse than none.
-        keep = self.path("a", "keep")
-        for option in ["encryption=on"]:
-            with self.subTest(option=option):
-                with open(keep, "wb") as file:
-                    file.write(b"precious")
-                done = self.ours("create", "-f", "qcow2", "-o", option, keep, "1M")
-                self.must(done, 1)
-                self.assertIn(f"'{option}' is not supported", done.err)
-                with open(keep, "rb") as file:
-                    self.assertEqual(file.read(), b"precious")
-        self.must(self.ours("create", "-f", "qcow2", "-o", "data_file_raw=off,encryption=off", keep,
-                            "1M"))
-
     def test_external_data_file(self):
         for options in ("data_file=d", "data_file=d,data_file_raw=on"):
             ours, theirs = self.create_both("-f", "qcow2", "-o", options, "x", "3M")

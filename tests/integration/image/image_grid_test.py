@@ -10,6 +10,7 @@ import random
 from image_case import SEED, ImageCase, main
 
 COMBINATIONS = 500 if os.environ.get("MINIVMM_SLOW") == "1" else 60
+SECRET = ("--object", "secret,id=s,data=correct horse")
 
 
 class Combination:
@@ -28,7 +29,8 @@ class Combination:
         self.lazy = new and rng.random() < 0.2
         self.snapshots = not self.data_file and self.refcount >= 8
         self.resize = new
-        self.compress = not self.data_file and self.refcount >= 8
+        self.encryption = rng.choice([None] * 6 + ["aes", "luks"])
+        self.compress = not self.data_file and self.refcount >= 8 and not self.encryption
         self.size = rng.randrange(1, 16) * max(self.cluster, 64 << 10) + rng.choice([0, 512, 7680])
 
     def options(self):
@@ -41,8 +43,25 @@ class Combination:
         if self.lazy:
             out.append("lazy_refcounts=on")
         if self.data_file:
-            out += ["data_file=outside", f"data_file_raw={'on' if self.size % 3 else 'off'}"]
+            raw = self.size % 3 and not self.encryption
+            out += ["data_file=outside", f"data_file_raw={'on' if raw else 'off'}"]
+        if self.encryption:
+            out += [f"encrypt.format={self.encryption}", "encrypt.key-secret=s"]
+        if self.encryption == "luks":
+            out.append("encrypt.iter-time=10")
         return ",".join(out)
+
+    def named(self, image):
+        """An image of the chain, for either program."""
+        if self.encryption and image == "image":
+            return [*SECRET, "--image-opts", "driver=qcow2,file.filename=image,encrypt.key-secret=s"]
+        return ["-f", "qcow2", image]
+
+    def beside_model(self):
+        """For compare."""
+        if self.encryption:
+            return [*self.named("image"), "driver=raw,file.filename=model"]
+        return ["-f", "raw", "-F", "qcow2", "model", "image"]
 
 
 class Grid(ImageCase):
@@ -68,14 +87,19 @@ class Grid(ImageCase):
         with open(self.path("model"), "wb") as file:
             file.write(disk)
         for tool in (self.ours, self.theirs):
-            self.must(tool("check", "-f", "qcow2", "image"))
-            self.must(tool("compare", "-f", "raw", "-F", "qcow2", "model", "image"))
+            self.must(tool("check", *case.named("image")))
+            self.must(tool("compare", *case.beside_model()))
         for name, content in snapshots:
-            self.must(self.tool(rng)("snapshot", "-a", name, "image"))
+            self.snapshot(self.tool(rng), case, "-a", name)
             with open(self.path("model"), "wb") as file:
                 file.write(content)
-            self.must(self.theirs("compare", "-f", "raw", "-F", "qcow2", "model", "image"))
-        self.must(self.theirs("check", "-f", "qcow2", "image"))
+            self.must(self.theirs("compare", *case.beside_model()))
+        self.must(self.theirs("check", *case.named("image")))
+
+    def snapshot(self, tool, case, action, name):
+        # No -f in qemu-img's.
+        self.must(tool("snapshot", action, name,
+                       *(case.named("image") if case.encryption else ["image"])))
 
     def make_chain(self, case, rng):
         """Returns what the disk holds."""
@@ -95,8 +119,10 @@ class Grid(ImageCase):
                 self.write(name, disk, case, rng)
             below = (name, "qcow2")
         backing = ["-b", below[0], "-F", below[1]] if below else []
-        self.must(self.tool(rng)("create", "-q", "-f", "qcow2", "-o", case.options(), *backing,
-                                 "image", str(case.size)))
+        # How dear a password is to try, QEMU cannot measure when that is little.
+        tool = self.ours if case.encryption == "luks" else self.tool(rng)
+        self.must(tool("create", "-q", *SECRET, "-f", "qcow2", "-o", case.options(), *backing,
+                       "image", str(case.size)))
         return disk
 
     def step(self, case, disk, snapshots, rng):
@@ -104,23 +130,26 @@ class Grid(ImageCase):
         kind = rng.randrange(10)
         if kind == 0 and case.snapshots and len(snapshots) < 4:
             name = f"name{rng.randrange(10 ** 9)}"
-            self.must(tool("snapshot", "-c", name, "image"))
+            self.snapshot(tool, case, "-c", name)
             snapshots.append((name, bytes(disk)))
         elif kind == 1 and snapshots:
             name, content = rng.choice(snapshots)
-            self.must(tool("snapshot", "-a", name, "image"))
+            self.snapshot(tool, case, "-a", name)
             return bytearray(content)
         elif kind == 2 and snapshots:
             index = rng.randrange(len(snapshots))
-            self.must(tool("snapshot", "-d", snapshots[index][0], "image"))
+            self.snapshot(tool, case, "-d", snapshots[index][0])
             del snapshots[index]
         elif kind == 3 and case.resize:
             size = max(1, len(disk) // 512 + rng.randrange(-4000, 4000)) * 512
-            self.must(tool("resize", "-f", "qcow2", "--shrink", "image", str(size)))
+            self.must(tool("resize", "--shrink", *case.named("image"), str(size)))
             return disk[:size].ljust(size, b"\0")
         else:
             self.write("image", disk, case, rng)
         return disk
+
+    def theirs_io(self, case, image, command):
+        self.must(self.run_in(self.folder, "qemu-io", "-c", command, *case.named(image)))
 
     def write(self, image, disk, case, rng):
         offset = rng.randrange(len(disk) // 512) * 512
@@ -128,10 +157,10 @@ class Grid(ImageCase):
         pattern = rng.randrange(1, 256)
         kind = rng.randrange(7)
         if kind < 3:
-            self.must(self.ours("bench", "-f", "qcow2", "-w", "-c", "1", "-d", "1", "-o",
-                                str(offset), "-s", str(length), f"--pattern={pattern}", image))
+            self.must(self.ours("bench", "-w", "-c", "1", "-d", "1", "-o", str(offset), "-s",
+                                str(length), f"--pattern={pattern}", *case.named(image)))
         elif kind == 3:
-            self.qemu_io(image, f"write -z {'-u ' if pattern % 2 else ''}{offset} {length}")
+            self.theirs_io(case, image, f"write -z {'-u ' if pattern % 2 else ''}{offset} {length}")
             pattern = 0
         elif kind == 4 and case.compress and image == "image":
             # A cluster, whole. QEMU does not store one compressed where there is data already.
@@ -143,7 +172,7 @@ class Grid(ImageCase):
                 self.assertIn("write failed: Input/output error", told.out)
                 return
         else:
-            self.qemu_io(image, f"write -P {pattern} {offset} {length}")
+            self.theirs_io(case, image, f"write -P {pattern} {offset} {length}")
         disk[offset:offset + length] = bytes([pattern]) * length
 
 

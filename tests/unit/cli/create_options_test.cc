@@ -44,9 +44,7 @@ TEST(CreateOptionList, TheLastValueCounts) {
 }
 
 TEST(CreateOptionList, RefusesWhatItCannotDo) {
-  EXPECT_NE(error_of("qcow2", "encryption=on").find("not supported"), std::string::npos);
   EXPECT_EQ(error_of("qcow2", "encrypt.format=luks"), "accepted");
-  EXPECT_EQ(error_of("qcow2", "encryption=off"), "accepted");
   EXPECT_EQ(error_of("raw", "compat=1.1"), "Invalid parameter 'compat'");
   EXPECT_EQ(error_of("qcow2", "lazy_refcounts=perhaps"),
             "Parameter 'lazy_refcounts' expects 'on' or 'off'");
@@ -57,11 +55,22 @@ TEST(CreateOptionList, RefusesWhatItCannotDo) {
   EXPECT_THROW(CreateOptionList("vmdk"), base::Error);
 }
 
-TEST(CreateOptionList, WhatIsSwitchedOffDoesNotReachTheDriver) {
-  // It does not know these options and would refuse them.
+TEST(CreateOptionList, WhatIsOfTheFileDoesNotReachTheDriver) {
+  // It does not know this option and would refuse it.
   CreateOptionList list("qcow2");
-  list.parse("nocow=off,encryption=no");
+  list.parse("nocow=off");
   EXPECT_TRUE(list.for_driver().empty());
+}
+
+TEST(CreateOptionList, EncryptionHasTwoNames) {
+  const std::pair<const char*, bool> cases[] = {
+      {"encryption=on", true}, {"encryption=off", false}, {"encrypt.format=aes", true}};
+  for (const auto& [text, encrypted] : cases) {
+    CreateOptionList list("qcow2");
+    list.parse(text);
+    EXPECT_EQ(list.encrypted(), encrypted) << text;
+  }
+  EXPECT_FALSE(CreateOptionList("raw").encrypted());
 }
 
 TEST(CreateOptionList, HelpIsAskedForAnywhereInTheList) {
