@@ -63,6 +63,7 @@ void Conversation::send(const Message& message) {
   std::vector<uint8_t> bytes(message.bytes().begin(), message.bytes().end());
   const auto never = static_cast<uint8_t>(kNeverSent);
   std::replace(bytes.begin(), bytes.end(), never, static_cast<uint8_t>(never + 1));
+  waited_ = false;
   for (size_t sent = 0; sent < bytes.size() && open_;) {
     const ssize_t n = ::send(socket_.get(), bytes.data() + sent, bytes.size() - sent, MSG_NOSIGNAL);
     if (n > 0) {
@@ -74,10 +75,13 @@ void Conversation::send(const Message& message) {
   }
 }
 
+// Each may wait for the other: once in vain is enough.
 bool Conversation::wait_for_bytes() {
+  if (waited_ && !patient_) return false;
   const int patience = patient_ ? kLongPatience : transmits_ ? kPatience : kHandshakePatience;
   pollfd both[2] = {{socket_.get(), POLLIN, 0}, {finished_, POLLIN, 0}};
-  return ::poll(both, 2, patience) > 0 && both[1].revents == 0;
+  waited_ = ::poll(both, 2, patience) <= 0;
+  return !waited_ && both[1].revents == 0;
 }
 
 // Exactly so many, into in_. What came of less is gone: whoever sent it does not end it.
@@ -150,13 +154,20 @@ void Conversation::tell_export(const Terms& terms) {
   answer_option(kInfoReply, Message().number(uint16_t{0}).number(terms.size).number(terms.flags));
 }
 
+// The first ones count.
+void Conversation::settle(const Terms& terms) {
+  transmits_ = true;
+  structured_ = terms.structured;
+  if (!std::exchange(script_.settled, true)) script_.terms = terms;
+}
+
 void Conversation::enter(const Terms& terms, bool by_name) {
   greet();
   const bool was_patient = std::exchange(patient_, true);
   while (open_ && !transmits_ && take()) {
     if (option_ == kExportName) {
       send(Message().number(terms.size).number(terms.flags));
-      transmits_ = true;
+      settle(terms);
       break;
     }
     const bool structured = option_ == kStructured || option_ == kSetMeta;
@@ -171,7 +182,7 @@ void Conversation::enter(const Terms& terms, bool by_name) {
     }
     if (known && !structured) tell_export(terms);
     answer_option(known || option_ == kAbort ? kAck : kUnsupported, Message());
-    transmits_ = known && option_ == kGo;
+    if (known && option_ == kGo) settle(terms);
   }
   patient_ = was_patient;
 }
@@ -180,7 +191,7 @@ void Conversation::enter(const Terms& terms, bool by_name) {
 bool Conversation::serve_one() {
   if (!take() || requests_.empty() || !open_) return false;
   const Request& asked = requests_.back();
-  if (asked.type == kRead && script_.terms.structured) {
+  if (asked.type == kRead && structured_) {
     chunk(asked, 1, 1, Message().number(asked.offset).fill(asked.length));
   } else if (asked.type == kStatus) {
     chunk(asked, 1, 5, Message().number(uint32_t{1}).number(asked.length).number(uint32_t{0}));
@@ -212,9 +223,10 @@ void Conversation::step() {
           type < 128 ? kOthers[type % std::size(kOthers)] : 0x80000000u + type % 16, data, bias);
     }
     case 3: {
-      script_.terms.size = input.take<uint64_t>();
-      script_.terms.flags = input.take<uint16_t>();
-      tell_export(script_.terms);
+      Terms terms = script_.terms;
+      terms.size = input.take<uint64_t>();
+      terms.flags = input.take<uint16_t>();
+      tell_export(terms);
       if ((input.take<uint8_t>() & 1) != 0) {
         Message sizes;
         sizes.number(uint16_t{3});
@@ -222,7 +234,7 @@ void Conversation::step() {
         answer_option(kInfoReply, sizes);
       }
       answer_option(kAck, Message());
-      transmits_ = option_ == kGo;
+      if (option_ == kGo) settle(terms);
       return;
     }
     case 4: {
@@ -236,7 +248,7 @@ void Conversation::step() {
     }
     case 5: {
       constexpr uint64_t kSizes[] = {1 << 20, 1000, 0, 1 << 30, uint64_t{1} << 62, ~uint64_t{0}};
-      Terms& terms = script_.terms;
+      Terms terms;
       terms.flags = input.take<uint16_t>();
       terms.size = kSizes[input.take<uint8_t>() % std::size(kSizes)];
       const auto how = input.take<uint8_t>();

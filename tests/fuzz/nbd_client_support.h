@@ -30,7 +30,7 @@ class Listener {
   base::UniqueFd socket_;
 };
 
-// What is told of the export; a good server says the same again.
+// What is told of the export.
 struct Terms {
   uint64_t size = 1 << 20;
   uint16_t flags = 0x0c6d;
@@ -42,7 +42,8 @@ struct Terms {
 struct Script {
   Input input;
   bool good_at_last = false;
-  Terms terms{};
+  Terms terms{};         // a good server says the same again
+  bool settled = false;  // a client has heard them
   unsigned steps = 0;
 };
 
@@ -66,6 +67,7 @@ class Conversation {
   void enter(const Terms& terms, bool by_name);
   void answer_option(uint32_t type, const Message& data, int bias = 0);
   void tell_export(const Terms& terms);
+  void settle(const Terms& terms);
   bool take();
   bool serve_one();
   void be_good();
@@ -90,7 +92,9 @@ class Conversation {
   bool open_ = true;
   bool greeted_ = false;
   bool transmits_ = false;
+  bool structured_ = false;
   bool patient_ = false;  // waits for what surely comes
+  bool waited_ = false;   // in vain, and nothing was said since
   uint32_t option_ = 0;
   std::vector<uint8_t> in_;
   std::vector<Request> requests_;
