@@ -145,9 +145,9 @@ void enter_protected_mode(kvm_sregs& sregs) {
 
 }  // namespace
 
-std::vector<kvm_cpuid_entry2> make_cpuid(const std::vector<kvm_cpuid_entry2>& supported,
+std::vector<kvm_cpuid_entry2> make_cpuid(std::span<const kvm_cpuid_entry2> supported,
                                          const CpuidInput& input) {
-  std::vector<kvm_cpuid_entry2> table = supported;
+  std::vector<kvm_cpuid_entry2> table(supported.begin(), supported.end());
   for (auto& entry : table) fix_entry(entry, input);
   // The topology leaves are not always in KVM's table and a guest with several CPUs hangs on wrong
   // ones. 0x1f only where KVM offers it: it would hide 0xb.

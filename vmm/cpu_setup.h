@@ -6,6 +6,7 @@
 #include <linux/kvm.h>
 
 #include <cstdint>
+#include <span>
 #include <vector>
 
 #include "vmm/loader.h"
@@ -21,7 +22,7 @@ struct CpuidInput {
 
 // Turns KVM_GET_SUPPORTED_CPUID's table into one vCPU's: its APIC id, the topology leaves, the
 // hypervisor bit; nested virtualization and the performance counters hidden.
-std::vector<kvm_cpuid_entry2> make_cpuid(const std::vector<kvm_cpuid_entry2>& supported,
+std::vector<kvm_cpuid_entry2> make_cpuid(std::span<const kvm_cpuid_entry2> supported,
                                          const CpuidInput& input);
 
 // `sregs` as KVM_GET_SREGS gave it.

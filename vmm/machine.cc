@@ -190,8 +190,9 @@ void Machine::Impl::create_vm_parts() {
   if (kvm_ioctl_value(vm_.get(), KVM_CREATE_IRQCHIP, 0) < 0) {
     throw base::errno_error(errno, "KVM: cannot make the interrupt controllers");
   }
+  const std::vector<kvm_cpuid_entry2> supported = kvm_.supported_cpuid();
   for (unsigned i = 0; i < config_.vcpus; ++i) {
-    vcpus_.push_back(std::make_unique<Vcpu>(kvm_, vm_.get(), i, config_.vcpus, *this));
+    vcpus_.push_back(std::make_unique<Vcpu>(kvm_, supported, vm_.get(), i, config_.vcpus, *this));
   }
 }
 

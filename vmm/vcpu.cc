@@ -28,19 +28,23 @@ void set_cpuid(int fd, const std::vector<kvm_cpuid_entry2>& entries) {
   kvm_ioctl_checked(fd, kSetCpuid2, table.data(), "KVM_SET_CPUID2");
 }
 
-// One call a register: which of them exist differs between hosts, and the guest does without.
+// Which of them exist differs between hosts, and the guest does without: KVM stops at the first
+// that it does not know, and we go on behind it.
 void set_msrs(int fd) {
-  for (const auto& entry : boot_msrs()) {
-    KvmTable<kvm_msr_entry> table{std::span(&entry, 1)};
-    if (kvm_ioctl(fd, kSetMsrs, table.data()) != 1) {
-      base::log_debug("KVM: MSR {:#x} cannot be set", entry.index);
-    }
+  const std::vector<kvm_msr_entry> all = boot_msrs();
+  for (std::span<const kvm_msr_entry> left = all; !left.empty();) {
+    KvmTable<kvm_msr_entry> table{left};
+    const auto set = static_cast<size_t>(std::max(kvm_ioctl(fd, kSetMsrs, table.data()), 0));
+    if (set >= left.size()) return;
+    base::log_debug("KVM: MSR {:#x} cannot be set", uint32_t{left[set].index});
+    left = left.subspan(set + 1);
   }
 }
 
 }  // namespace
 
-Vcpu::Vcpu(const Kvm& kvm, int vm_fd, unsigned index, unsigned count, VcpuHost& host)
+Vcpu::Vcpu(const Kvm& kvm, std::span<const kvm_cpuid_entry2> supported, int vm_fd, unsigned index,
+           unsigned count, VcpuHost& host)
     : host_(host), index_(index) {
   const int fd = kvm_ioctl_value(vm_fd, KVM_CREATE_VCPU, index);
   if (fd < 0) throw base::errno_error(errno, fmt::format("KVM: cannot make vCPU {}", index));
@@ -50,7 +54,7 @@ Vcpu::Vcpu(const Kvm& kvm, int vm_fd, unsigned index, unsigned count, VcpuHost& 
   if (mapping == MAP_FAILED) throw base::errno_error(errno, "KVM: cannot map a vCPU's run area");
   run_ = static_cast<kvm_run*>(mapping);
   try {
-    configure(kvm, index, count);
+    configure(kvm, supported, count);
   } catch (...) {
     ::munmap(run_, run_size_);
     throw;
@@ -62,17 +66,17 @@ Vcpu::~Vcpu() {
   ::munmap(run_, run_size_);
 }
 
-void Vcpu::configure(const Kvm& kvm, unsigned index, unsigned count) {
+void Vcpu::configure(const Kvm& kvm, std::span<const kvm_cpuid_entry2> supported, unsigned count) {
   const int fd = fd_.get();
   CpuidInput input;
-  input.apic_id = index;
+  input.apic_id = index_;
   input.vcpus = count;
   input.tsc_deadline = kvm.capability(KVM_CAP_TSC_DEADLINE_TIMER) != 0;
   const int khz =
       kvm.capability(KVM_CAP_GET_TSC_KHZ) != 0 ? kvm_ioctl_value(fd, KVM_GET_TSC_KHZ, 0) : 0;
   input.tsc_khz = khz > 0 ? static_cast<uint32_t>(khz) : 0;
   // CPUID first: it decides which MSRs exist.
-  set_cpuid(fd, make_cpuid(kvm.supported_cpuid(), input));
+  set_cpuid(fd, make_cpuid(supported, input));
   set_msrs(fd);
   kvm_fpu fpu{};
   fpu.fcw = 0x37f;

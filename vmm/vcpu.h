@@ -9,6 +9,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <thread>
 #include <vector>
 
@@ -48,8 +49,11 @@ class Vcpu {
     std::atomic<uint64_t> completed{0};
   };
 
-  // Makes the vCPU with CPUID, MSRs, FPU and LAPIC set. Throws base::Error.
-  Vcpu(const Kvm& kvm, int vm_fd, unsigned index, unsigned count, VcpuHost& host);
+  // Makes the vCPU with CPUID, MSRs, FPU and LAPIC set. `supported` is KVM's table, which is asked
+  // for once a machine: each of its leaves may be an exit where the host is a guest itself. Throws
+  // base::Error.
+  Vcpu(const Kvm& kvm, std::span<const kvm_cpuid_entry2> supported, int vm_fd, unsigned index,
+       unsigned count, VcpuHost& host);
   // The thread has been joined.
   ~Vcpu();
   Vcpu(const Vcpu&) = delete;
@@ -69,7 +73,7 @@ class Vcpu {
   const Counters& counters() const noexcept { return counters_; }
 
  private:
-  void configure(const Kvm& kvm, unsigned index, unsigned count);
+  void configure(const Kvm& kvm, std::span<const kvm_cpuid_entry2> supported, unsigned count);
   void loop();
   void take_kick();
   bool handle_exit();
