@@ -44,8 +44,9 @@ void Qcow2Node::driver_write_compressed(uint64_t offset, IoSpan from) {
 // `length` bytes of `from`, from byte `at` on: a cluster, or the last of the disk.
 void Qcow2Node::compress_cluster(uint64_t offset, IoSpan from, uint64_t at, uint64_t length) {
   const uint64_t cluster_size = geometry().cluster_size();
-  base::Buffer plain(cluster_size);
-  base::Buffer packed(cluster_size);
+  qcow2::ClusterBuffers::Lease buffers(compress_buffers_, cluster_size);
+  base::Buffer& plain = buffers.plain();
+  base::Buffer& packed = buffers.packed();
   {
     base::IoList list;
     base::copy_from(base::slice(from, at, length, list), 0, plain.span().first(length));

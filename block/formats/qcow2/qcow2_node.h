@@ -26,6 +26,7 @@
 
 #include "base/epoch.h"
 #include "base/sync.h"
+#include "block/formats/qcow2/cluster_buffers.h"
 #include "block/formats/qcow2/image.h"
 #include "block/graph/driver.h"
 #include "block/graph/edge.h"
@@ -181,6 +182,7 @@ class Qcow2Node final : public Node {
   std::unique_ptr<Edge> backing_;
   base::Epoch epoch_;
   qcow2::Claims claims_;
+  qcow2::ClusterBuffers compress_buffers_;
   std::atomic<bool> reclaiming_{false};
   enum class SparseData : uint8_t { kUnknown, kNo, kYes };
   std::atomic<SparseData> sparse_data_{SparseData::kUnknown};
