@@ -103,11 +103,12 @@ void copy_down(ImageGraph& graph, const std::vector<ChainLink>& chain, size_t ba
   block::LayersSource source(std::move(edges));
   block::CopyJob job(source, request.image.text, base.edge(), base.name(), {.rate = request.rate});
   const auto style = ProgressMeter::choose(request.progress, request.quiet);
-  const uint64_t total = style == ProgressMeter::Style::kNone ? 0 : block::count_data(source);
+  const bool shown = style != ProgressMeter::Style::kNone;
+  const uint64_t total = shown ? block::count_data(source) : source.size();
   ProgressMeter meter(
       style,
       [&] {
-        return ProgressState{job.data_done(), total, job.data_done()};
+        return ProgressState{shown ? job.data_done() : job.done(), total, job.data_done()};
       },
       [&] { job.cancel(); });
   job.run(graph.loops());

@@ -142,6 +142,7 @@ int run_image_compare(const po::variables_map& values) {
     return graph.run([&] { return compare(graph, request); });
   } catch (const Error& e) {
     print_error(e.what());
+    end_by_stop_signal();
     return status_of(e);
   }
 }

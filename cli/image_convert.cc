@@ -177,12 +177,14 @@ void convert(ImageGraph& graph, const ConvertRequest& request) {
   CopyJob job(*sources.all, request.sources.front().text, target->edge(), request.target,
               copy_options(request, sources, *target));
   const auto style = ProgressMeter::choose(request.progress, request.quiet);
-  const uint64_t total = style == ProgressMeter::Style::kNone ? 0 : block::count_data(*sources.all);
+  const bool shown = style != ProgressMeter::Style::kNone;
+  const uint64_t total = shown ? block::count_data(*sources.all) : sources.size;
   {
     ProgressMeter meter(
         style,
         [&] {
-          return ProgressState{job.data_done(), total, job.data_done()};
+          // To count data first is for who watches; SIGUSR1 is answered with how far it is.
+          return ProgressState{shown ? job.data_done() : job.done(), total, job.data_done()};
         },
         [&] { job.cancel(); });
     target->begin();

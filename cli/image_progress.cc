@@ -43,7 +43,13 @@ double fraction(const ProgressState& state) {
 
 }  // namespace
 
-int stop_signal() noexcept { return stop_wanted.load(); }
+void end_by_stop_signal() {
+  const int number = stop_wanted.load();
+  if (number == 0) return;
+  std::fflush(nullptr);
+  ::signal(number, SIG_DFL);
+  ::raise(number);
+}
 
 std::string percent_text(const ProgressState& state) {
   return fmt::format("    ({:.2f}/100%)", fraction(state) * 100);
@@ -75,9 +81,12 @@ ProgressMeter::ProgressMeter(Style style, std::function<ProgressState()> state,
     : style_(style), state_(std::move(state)), stop_(std::move(stop)), began_(base::Clock::now()) {
   for (const int number : kWatched) {
     struct sigaction action {};
+    struct sigaction before {};
     action.sa_handler = &on_signal;
     action.sa_flags = SA_RESTART;
-    ::sigaction(number, &action, nullptr);
+    ::sigaction(number, &action, &before);
+    // nohup, and shells' jobs in the background: whoever started us does not want to end us so.
+    if (before.sa_handler == SIG_IGN) ::signal(number, SIG_IGN);
   }
   if (style_ == Style::kPercent) print(false);
   printer_.add();
@@ -92,7 +101,11 @@ ProgressMeter::~ProgressMeter() {
   printer_.wait();
   if (!finished_ && !last_line_.empty()) std::fputs("\n", style_ == Style::kBar ? stderr : stdout);
   std::fflush(stdout);
-  for (const int number : kWatched) ::signal(number, SIG_DFL);
+  for (const int number : kWatched) {
+    struct sigaction now {};
+    ::sigaction(number, nullptr, &now);
+    if (now.sa_handler == &on_signal) ::signal(number, SIG_DFL);
+  }
 }
 
 void ProgressMeter::print_until_ended() {

@@ -16,6 +16,7 @@
 #include "bootdisk/channel.h"
 #include "cli/command.h"
 #include "cli/image_personality.h"
+#include "cli/image_progress.h"
 
 namespace minivmm::cli {
 namespace {
@@ -98,6 +99,7 @@ int guarded_main(const std::vector<std::string>& arguments) {
     fmt::print(stderr, "{}\n", help);
   } catch (const std::exception& e) {
     print_error(e.what());
+    end_by_stop_signal();
   }
   return 1;
 }
