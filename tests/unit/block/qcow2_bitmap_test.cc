@@ -177,6 +177,48 @@ TEST_F(Qcow2Bitmap, IsMarkedInUseDurablyBeforeTheFirstChange) {
   });
 }
 
+// Also those that were not read yet, and those that are off.
+TEST_F(Qcow2Bitmap, AResizeKeepsWhatIsDirtyAndWhatIsInside) {
+  on_fiber([&] {
+    auto file = make();
+    add(file, "on");
+    add(file, "off");
+    const auto resize = [](Node& node, uint64_t size) {
+      Edge disk(node.shared_from_this(), "guest", Permissions::front_end(true), EdgeKind::kRoot);
+      disk.truncate(size);
+    };
+    {
+      auto node = open_test_image(file);
+      write(*node, 0, 4096);
+      write(*node, 3 * kMiB, 8192);
+      node->dirty_bitmaps()->set_enabled("off", false);
+      node->close();
+    }
+    const std::set<uint64_t> first = {0, 768, 769};
+    {
+      auto node = open_test_image(file);
+      resize(*node, 6 * kMiB + 512);
+      write(*node, 6 * kMiB, 512);
+      node->close();
+    }
+    expect_sound(file);
+    {
+      auto node = open_test_image(file);
+      EXPECT_EQ(dirty(*node, "on"), (std::set<uint64_t>{0, 768, 769, 1536}));
+      EXPECT_EQ(dirty(*node, "off"), first);
+      resize(*node, 3 * kMiB + 4096);
+      EXPECT_EQ(dirty(*node, "on"), (std::set<uint64_t>{0, 768}));
+      // What comes back is new.
+      resize(*node, 4 * kMiB);
+      node->close();
+    }
+    expect_sound(file);
+    auto node = open_test_image(file, nullptr, true);
+    EXPECT_EQ(dirty(*node, "on"), (std::set<uint64_t>{0, 768}));
+    EXPECT_EQ(dirty(*node, "off"), (std::set<uint64_t>{0, 768}));
+  });
+}
+
 TEST_F(Qcow2Bitmap, EveryPowerCutLeavesAnExactOrAMarkedBitmap) {
   const unsigned states = crash_states(150);
   const uint64_t seed = std::random_device{}();

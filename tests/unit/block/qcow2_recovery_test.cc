@@ -250,6 +250,35 @@ TEST_F(Qcow2Recovery, ACommitThatFailedAnywhereIsMadeUpFor) {
   });
 }
 
+// Also what nothing touches again: counts that only the commit that failed was to write.
+TEST_F(Qcow2Recovery, CountsOfACommitThatFailedAreInTheNextOne) {
+  on_fiber([&] {
+    for (int fails_at = 0;; ++fails_at) {
+      SCOPED_TRACE(fmt::format("request {} of the commit", fails_at));
+      open_disk({.size = 4 << 20, .cluster_bits = 12, .refcount_order = 6});
+      write(0, 1 << 20, 1);
+      disk_->flush();
+      // The rest of what the first block counts, and some of the next one's.
+      write(1 << 20, 2 << 20, 2);
+      int left = fails_at;
+      file_->before = [&](TestFile::Op op, uint64_t, uint64_t) {
+        const bool counts = op == TestFile::Op::kWrite || op == TestFile::Op::kFlush;
+        if (counts && left-- == 0) throw base::Error(EIO, "injected");
+      };
+      const bool failed = error_number([&] { disk_->flush(); }) != 0;
+      file_->before = nullptr;
+      disk_->flush();
+      // What is on disk now, without what closing writes.
+      auto now = std::make_shared<TestFile>();
+      now->set_content(file_->content());
+      expect_no_corruption(now);
+      close_disk();
+      expect_clean();
+      if (!failed) break;
+    }
+  });
+}
+
 // The header points to a larger refcount table only when that is there.
 TEST_F(Qcow2Recovery, APowerCutWhileTheRefcountTableGrowsLosesNothing) {
   const uint64_t seed = std::random_device{}();
