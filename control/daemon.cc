@@ -284,7 +284,11 @@ bool Daemon::guest_ended() {
                 : reason.kind == vmm::ExitKind::kInternalError ? "host-error"
                                                                : "guest-shutdown";
   if (!asked && !(itself && config_.boot->restart_on_reboot)) return false;
-  base::log_info("guest: {}; it starts again", reason.text);
+  uint64_t suppressed = 0;
+  if (restarts_told_.allow(&suppressed)) {
+    base::log_info("guest: {}; it starts again{}", reason.text,
+                   suppressed == 0 ? "" : fmt::format(" ({} more not shown)", suppressed));
+  }
   if (!restart_guest()) return false;
   emit("RESET", {{"guest", itself}, {"reason", itself ? end_reason_ : "host-qmp-system-reset"}});
   end_reason_ = "host-signal";

@@ -24,6 +24,7 @@
 #include <mutex>
 #include <vector>
 
+#include "base/log.h"
 #include "base/loop_group.h"
 #include "base/unique_fd.h"
 #include "block/graph/graph.h"
@@ -119,6 +120,7 @@ class Daemon : private qmp::Target {
   mutable std::mutex guest_mutex_;
   std::shared_ptr<qmp::Server> control_;
   bool restart_failed_ = false;
+  base::RateLimit restarts_told_;           // a guest may reset itself all the time
   const char* end_reason_ = "host-signal";  // QMP's word
   base::UniqueFd left_;       // an eventfd: the last NBD client has left, and that is the end
   base::UniqueFd unmounted_;  // an eventfd: somebody else unmounted one of ours

@@ -115,6 +115,21 @@ class Reboot(Scene):
         self.assertEqual(text.count("it starts again"), 3, text)
         self.assertNotRegex(text, "error:|not permitted")
 
+    def test_a_guest_that_always_resets_does_not_flood_the_log(self):
+        vm = self.start("--on-reboot", "restart")
+        began = time.monotonic()
+        for _ in range(40):
+            heard = vm.output.count()
+            vm.type("reboot")
+            vm.output.wait(lambda line: line.startswith("probe: shell"), heard)
+        seconds = time.monotonic() - began
+        vm.type("exit")
+        self.assert_ended(vm)
+        told = vm.errors.text().count("it starts again")
+        # Five in each second of the clock.
+        self.assertGreaterEqual(told, 1)
+        self.assertLessEqual(told, 5 * (int(seconds) + 2))
+
     def test_a_signal_ends_it_also_while_it_starts_again(self):
         vm = self.start("--on-reboot", "restart")
         vm.type("reboot")
