@@ -76,9 +76,7 @@ void Session::serve() {
   while (!ended_) {
     while (input_.size() >= header_size_) {
       if (!take_request()) return;
-      if (replies_.gathered() >= replies_per_send() || replies_.gathered_bytes() >= kSendBatch) {
-        send_replies();
-      }
+      if (send_is_due()) send_replies();
       if (++taken_ >= kRequestsPerTurn && !take_turn()) return;
     }
     if (!receive()) return;
@@ -342,7 +340,10 @@ Request* Session::take_adjacent(const Request& last, const Request& first) {
 // --- running ---
 
 void Session::start(Request& first) noexcept {
-  for (const Request* r = &first; r != nullptr; r = r->next) ++in_flight_;
+  for (const Request* r = &first; r != nullptr; r = r->next) {
+    ++in_flight_;
+    written_ += r->head.payload;
+  }
   counters_.in_flight.store(in_flight_, std::memory_order_relaxed);
   try {
     loop_.spawn_now("nbd request", [this, &first] { finish_group(first, commands_.run(first)); });
@@ -437,6 +438,7 @@ int64_t Session::try_receive(std::span<iovec> to) noexcept {
 }
 
 void Session::send_replies() noexcept {
+  written_ = 0;
   if (replies_.gathered() == 0) return;
   pace_.sends(replies_.gathered());
   replies_.flush();

@@ -76,7 +76,7 @@ TEST(SendPace, FollowsAClientThatComesToHaveLess) {
   receive(64);
   receive(4);
   EXPECT_EQ(pace.replies(), SendPace::kMost);
-  for (int turn = 0; turn < 10; ++turn) receive(4);
+  for (int turn = 0; turn < 30; ++turn) receive(4);
   EXPECT_EQ(pace.replies(), SendPace::kLeast);
 }
 
