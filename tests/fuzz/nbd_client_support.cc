@@ -20,7 +20,7 @@ constexpr unsigned kMaxSteps = 100;
 // How long a server waits for a client that may be waiting for the server, in milliseconds.
 constexpr int kHandshakePatience = 20;
 constexpr int kPatience = 4;
-constexpr int kLongPatience = 2000;
+constexpr int kLongPatience = 300;
 
 constexpr uint32_t kExportName = 1, kAbort = 2, kInfo = 6, kGo = 7, kStructured = 8, kSetMeta = 10;
 constexpr uint32_t kAck = 1, kInfoReply = 3, kContextReply = 4, kUnsupported = 0x80000001;
