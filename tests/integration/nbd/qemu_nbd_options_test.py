@@ -65,9 +65,9 @@ raw raw
 --cache=none -n raw
 --cache=none --cache=none raw
 --aio=nosuch raw
---aio=native --aio=native raw
---aio=native -f raw raw
---aio=native --cache=writethrough -f raw raw
+-k {dir}/s --aio=native --aio=native raw
+-k {dir}/s --aio=native -f raw raw
+-k {dir}/s --aio=native --cache=writethrough -f raw raw
 --discard=nosuch raw
 --discard=unmap --discard=unmap raw
 --detect-zeroes=nosuch raw
