@@ -4,7 +4,7 @@
 add_library(minivmm_flags INTERFACE)
 target_include_directories(minivmm_flags INTERFACE ${CMAKE_SOURCE_DIR})
 target_compile_options(minivmm_flags INTERFACE
-  -Wall -Wextra -Wshadow -Wconversion -Werror -fstack-clash-protection -fno-omit-frame-pointer)
+  -Wall -Wextra -Wshadow -Wconversion -fstack-clash-protection -fno-omit-frame-pointer)
 if(MINIVMM_SANITIZE)
   target_compile_options(minivmm_flags INTERFACE -fsanitize=${MINIVMM_SANITIZE}
                          -fno-sanitize-recover=all)
