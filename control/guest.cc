@@ -310,10 +310,10 @@ void Guest::resume() {
   if (!machine_->paused()) return;
   base::log_info("the guest goes on");
   disk_failed_.store(false);
-  // Requests first: a vCPU may be waiting for one.
-  for (const auto& slot : slots_) slot->device().resume();
+  // Requests last: one that fails again pauses the machine again, which must not be undone.
   machine_->resume();
   if (events_.resumed) events_.resumed();
+  for (const auto& slot : slots_) slot->device().resume();
 }
 
 bool Guest::stop(std::chrono::milliseconds timeout, std::vector<std::string>& problems) {

@@ -59,6 +59,17 @@ class Errors(Scene):
             self.assertTrue(vm.job_result(begun)[0])
             self.assert_ended(vm, 0, signal.SIGTERM)
 
+    def test_what_fails_again_at_once_pauses_again(self):
+        # While the signal's thread is still letting the guest go on.
+        times = 300
+        vm = self.faulty("read", "EIO", times, ",rerror=stop")
+        begun = vm.begin_job("read length=4096")
+        at = -1
+        for _ in range(times):
+            at, _ = vm.errors.wait(lambda l: "the guest is paused" in l, at + 1)
+            vm.send(signal.SIGUSR2)
+        self.assertTrue(vm.job_result(begun)[0])
+
     def test_a_paused_guest_can_be_ended(self):
         vm = self.faulty("write", "EIO", 0, ",werror=stop")
         vm.begin_job("write length=64K bs=4096")
