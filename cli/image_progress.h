@@ -56,8 +56,8 @@ class ProgressMeter {
   base::WaitGroup printer_;
 };
 
-// Where a signal asked a job to stop: ends the process by it, so that a shell sees what happened and
-// does not go on with the next command. Returns where none did.
+// Where a signal asked a job to stop: ends the process by it, so that a shell sees what happened
+// and does not go on with the next command. Returns where none did.
 void end_by_stop_signal();
 
 }  // namespace minivmm::cli
