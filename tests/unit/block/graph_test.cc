@@ -178,11 +178,12 @@ TEST_F(GraphTest, ADrainWaitsForRequestsAndHoldsNewOnesBack) {
         group.done();
       });
     };
+    const auto in_flight = [&] { return graph_.users().at(0).in_flight; };
     start_read();
-    while (begun == 0) base::io::sleep_for(milliseconds(1));
+    while (in_flight() == 0) base::io::sleep_for(milliseconds(1));
     {
       const Graph::Drain drain(graph_, std::chrono::seconds(20));
-      EXPECT_EQ(done, 1);  // the one in flight was waited for
+      EXPECT_EQ(in_flight(), 0U);  // it was waited for
       start_read();
       while (begun == 1) base::io::sleep_for(milliseconds(1));
       base::io::sleep_for(milliseconds(150));
