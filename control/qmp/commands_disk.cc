@@ -16,7 +16,6 @@
 namespace minivmm::control::qmp {
 namespace {
 
-using base::Error;
 using block::DirtyBitmaps;
 using block::Node;
 using block::Permissions;
