@@ -310,9 +310,10 @@ void Guest::resume() {
   if (!machine_->paused()) return;
   base::log_info("the guest goes on");
   disk_failed_.store(false);
-  // Requests last: one that fails again pauses the machine again, which must not be undone.
-  machine_->resume();
+  // Requests last, and told before: one that fails again pauses the machine again, which must not
+  // be undone, nor told too early.
   if (events_.resumed) events_.resumed();
+  machine_->resume();
   for (const auto& slot : slots_) slot->device().resume();
 }
 

@@ -12,33 +12,14 @@
 #include <vector>
 
 #include "base/bytes.h"
+#include "tests/fuzz/fuzz_input.h"
 
 namespace minivmm::nbd {
 
 // Of a WRITE that is sent with its data.
 inline constexpr uint32_t kMaxPayload = 128 << 10;
 
-class Input {
- public:
-  explicit Input(std::span<const uint8_t> bytes) : bytes_(bytes) {}
-  bool empty() const { return bytes_.empty(); }
-  template <typename T>
-  T take() {
-    T value = 0;
-    const size_t n = std::min(sizeof value, bytes_.size());
-    std::memcpy(&value, bytes_.data(), n);
-    bytes_ = bytes_.subspan(n);
-    return base::le_to_host(value);
-  }
-  std::span<const uint8_t> bytes(size_t n) {
-    const auto out = bytes_.first(std::min(n, bytes_.size()));
-    bytes_ = bytes_.subspan(out.size());
-    return out;
-  }
-
- private:
-  std::span<const uint8_t> bytes_;
-};
+using fuzz::Input;
 
 // Puts messages together.
 class Message {

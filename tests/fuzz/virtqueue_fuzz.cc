@@ -42,6 +42,7 @@
 
 #include "base/bytes.h"
 #include "base/unique_fd.h"
+#include "tests/fuzz/fuzz_input.h"
 #include "tests/fuzz/virtqueue_device.h"
 
 namespace minivmm::virtio {
@@ -72,22 +73,7 @@ std::byte* guest_memory() {
   return memory;
 }
 
-class Input {
- public:
-  explicit Input(std::span<const uint8_t> bytes) : bytes_(bytes) {}
-  bool empty() const { return bytes_.empty(); }
-  template <typename T>
-  T take() {
-    T value = 0;
-    const size_t n = std::min(sizeof value, bytes_.size());
-    std::memcpy(&value, bytes_.data(), n);
-    bytes_ = bytes_.subspan(n);
-    return base::le_to_host(value);
-  }
-
- private:
-  std::span<const uint8_t> bytes_;
-};
+using fuzz::Input;
 
 class Guest {
  public:

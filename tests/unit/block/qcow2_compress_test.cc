@@ -1,11 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 // Compressed writes: they read back, share host clusters as far as refcounts can say so, are
 // overwritten and discarded like any other cluster, and QEMU reads them.
+#include <array>
 #include <cerrno>
 
 #include <fmt/core.h>
+#include <zlib.h>
 
 #include "block/formats/qcow2/check.h"
+#include "block/formats/qcow2/compress.h"
 #include "crash_states.h"
 #include "qcow2_fixture.h"
 #include "qcow2_test_file.h"
@@ -54,6 +57,33 @@ class Qcow2Compress : public GraphTest, public testing::WithParamInterface<Case>
     return result;
   }
 };
+
+// Readers that keep no more of what they have unpacked than the format asks for.
+TEST(Qcow2Deflate, NothingIsFartherBackThanAWindowOf4KiB) {
+  const auto block = compressible(8192, 60, 1);
+  std::vector<std::byte> plain;
+  for (int i = 0; i < 4; ++i) plain.insert(plain.end(), block.begin(), block.end());
+  std::vector<std::byte> packed(plain.size());
+  packed.resize(qcow2::compress(qcow2::Compression::kZlib, plain, packed));
+  ASSERT_GT(packed.size(), 0U);
+  z_stream stream{};
+  ASSERT_EQ(inflateInit2(&stream, -12), Z_OK);
+  // SAFETY: zlib only reads the input.
+  stream.next_in = reinterpret_cast<Bytef*>(packed.data());
+  stream.avail_in = static_cast<uInt>(packed.size());
+  std::vector<std::byte> out;
+  int result = Z_OK;
+  while (result == Z_OK) {
+    std::array<std::byte, 1000> piece;  // the rest must be in the window
+    stream.next_out = reinterpret_cast<Bytef*>(piece.data());
+    stream.avail_out = piece.size();
+    result = inflate(&stream, Z_NO_FLUSH);
+    out.insert(out.end(), piece.begin(), piece.end() - static_cast<long>(stream.avail_out));
+  }
+  EXPECT_EQ(result, Z_STREAM_END) << (stream.msg != nullptr ? stream.msg : "");
+  inflateEnd(&stream);
+  EXPECT_TRUE(out == plain);
+}
 
 TEST_P(Qcow2Compress, RandomRequestsMatchAModel) {
   const uint64_t seed = std::random_device{}();

@@ -79,6 +79,17 @@ TEST(Qcow2Header, SurvivesARoundTrip) {
   EXPECT_EQ(serialise_header(back), serialise_header(h));
 }
 
+// Data is encrypted by sectors of 512 bytes: there is no part of one.
+TEST(Qcow2Header, AnEncryptedDiskIsWholeSectors) {
+  Header h = sample();
+  h.crypt_method = kCryptAes;
+  EXPECT_EQ(refusal(cluster_of(h)), "accepted");
+  h.size += 1;
+  EXPECT_NE(refusal(cluster_of(h)).find("is odd"), std::string::npos);
+  h.crypt_method = kCryptNone;
+  EXPECT_EQ(refusal(cluster_of(h)), "accepted");
+}
+
 TEST(Qcow2Header, RefusesEachBadFieldByName) {
   EXPECT_EQ(refusal(cluster_of(sample())), "accepted");
   const auto has = [](const std::string& text, const char* part) {

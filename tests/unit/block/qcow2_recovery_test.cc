@@ -33,6 +33,17 @@ class Qcow2Recovery : public GraphTest {
     node_->close();
     node_.reset();
   }
+  // Of what a flush asks of the file, the request after `left` others fails; `left` stays above -1
+  // where it did not get that far.
+  bool flush_fails(int& left) {
+    file_->before = [&left](TestFile::Op op, uint64_t, uint64_t) {
+      const bool counts = op == TestFile::Op::kWrite || op == TestFile::Op::kFlush;
+      if (counts && left-- == 0) throw base::Error(EIO, "injected");
+    };
+    const bool failed = error_number([&] { disk_->flush(); }) != 0;
+    file_->before = nullptr;
+    return failed;
+  }
   void expect_clean() {
     Edge edge(file_, "check", {});
     std::string lines;
@@ -230,12 +241,7 @@ TEST_F(Qcow2Recovery, ACommitThatFailedAnywhereIsMadeUpFor) {
       write(1 << 20, 2 << 20, 2);
       disk_->discard(0, 512 << 10);
       int left = fails_at;
-      file_->before = [&](TestFile::Op op, uint64_t, uint64_t) {
-        const bool counts = op == TestFile::Op::kWrite || op == TestFile::Op::kFlush;
-        if (counts && left-- == 0) throw base::Error(EIO, "injected");
-      };
-      const bool failed = error_number([&] { disk_->flush(); }) != 0;
-      file_->before = nullptr;
+      const bool failed = flush_fails(left);
       failures += failed ? 1 : 0;
       disk_->flush();
       close_disk();
@@ -261,12 +267,7 @@ TEST_F(Qcow2Recovery, CountsOfACommitThatFailedAreInTheNextOne) {
       // The rest of what the first block counts, and some of the next one's.
       write(1 << 20, 2 << 20, 2);
       int left = fails_at;
-      file_->before = [&](TestFile::Op op, uint64_t, uint64_t) {
-        const bool counts = op == TestFile::Op::kWrite || op == TestFile::Op::kFlush;
-        if (counts && left-- == 0) throw base::Error(EIO, "injected");
-      };
-      const bool failed = error_number([&] { disk_->flush(); }) != 0;
-      file_->before = nullptr;
+      const bool failed = flush_fails(left);
       disk_->flush();
       // What is on disk now, without what closing writes.
       auto now = std::make_shared<TestFile>();
