@@ -19,28 +19,46 @@ start() { # STAGE COMMAND-LINE OPTIONS...: starts a guest; its output is in log
   # What types into the guest stays open until it has ended.
   sleep 1000 > typed &
   typist=$!
-  timeout -s KILL 240 $M boot --kernel vmlinuz --initrd initrd.img --memory "$memory" --cpus 2 \
+  timeout -s KILL 120 $M boot --kernel vmlinuz --initrd initrd.img --memory "$memory" --cpus 2 \
     --append "$common stage=$stage $line" "$@" < typed > log 2> errors &
   vmm=$!
 }
 
+seconds() { sed 's/[.].*//' /proc/uptime; }
+
 expect() { # TEXT: waits for a line of the guest
-  local i=0
+  local end=$(($(seconds) + 60))
   until grep -q "INNER $1" log; do
-    if ! kill -0 $vmm 2> /dev/null || [ $i -ge 1200 ]; then
+    if ! kill -0 $vmm 2> /dev/null || [ "$(seconds)" -ge $end ]; then
       say "FAILED: no '$1' from the guest"
       return 1
     fi
-    i=$((i + 1))
     sleep 0.1
   done
 }
 
+# What a guest that does not end has done so far, and where we are meanwhile.
+watch_it() {
+  sleep 80
+  echo "STILL RUNS, and has said:"
+  sed 's/\r$//; s/^/  /' log
+  kill -USR1 $vmm
+  sleep 2
+  sed 's/^/  /' errors
+  for process in $vmm $(pgrep -P $vmm); do  # `timeout` is either, as its author liked
+    for task in /proc/"$process"/task/*; do
+      echo "  $(cat "$task/comm"): $(tr '\n' ' ' < "$task/stack")"
+    done
+  done
+}
+
 finish() {
+  watch_it &
+  local watcher=$!
   wait $vmm
   local status=$?
-  kill $typist
-  wait $typist 2> /dev/null
+  kill $typist $watcher
+  wait $typist $watcher 2> /dev/null
   sed 's/\r$//; s/^/LOG /' log
   grep -v '^  ' errors | sed 's/^/ERR /'
   say "stage ended $status"
