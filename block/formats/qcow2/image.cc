@@ -98,8 +98,8 @@ void Image::prepare_first_write() {
     const uint64_t entry = l1_.get(i);
     // Invalid entries are reported by whoever follows them.
     if (entry == 0 || l1_problem(entry, g) != nullptr) continue;
-    const uint64_t table = entry & kOffsetMask;
-    if (table < file_.size()) metadata_.add(table >> g.cluster_bits, kL2Table);
+    // Also past the file's end: the file could grow to it, and data would become its entries.
+    metadata_.add((entry & kOffsetMask) >> g.cluster_bits, kL2Table);
   }
   bitmaps_.before_first_write();
   file_.clear_autoclear(bitmaps_.maintained() ? kAutoclearBitmaps : 0);

@@ -33,6 +33,28 @@ TEST_F(Qcow2Hostile, ATablePastTheEndIsNotCopied) {
   });
 }
 
+// The file grows until data would lie where the table is said to be: the guest would write its own
+// entries.
+TEST_F(Qcow2Hostile, ATablePastTheEndIsNotWrittenOver) {
+  on_fiber([&] {
+    Bytes image = good_image();
+    image.resize(base::align_up<uint64_t>(image.size(), kCluster));
+    put(image, l1_offset(image) + 8, image.size() | qcow2::kFlagCopied);
+    auto file = std::make_shared<TestFile>();
+    file->set_content(image);
+    auto node = open_test_image(file);
+    const Bytes data(kCluster, std::byte{9});
+    EXPECT_EQ(error_number([&] {
+                Edge(node, "guest", Permissions::front_end(true))
+                    .write(kCluster, base::SingleBuffer(std::span(data)));
+              }),
+              EIO);
+    node->close();
+    EXPECT_EQ(get(file->content(), 72), qcow2::kIncompatCorrupt);
+    EXPECT_EQ(file->content().size(), image.size());
+  });
+}
+
 // The entry claims that guest data lies in metadata. Reading that is harmless; writing is not.
 TEST_F(Qcow2Hostile, DataIsNeverWrittenOverMetadata) {
   on_fiber([&] {
