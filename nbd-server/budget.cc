@@ -22,34 +22,53 @@ struct Budget::Waiter {
 
 uint64_t Budget::used() const noexcept {
   const std::lock_guard lock(mutex_);
-  return total_ - free_;
+  return used_;
+}
+
+// Under mutex_, as the next one: what requests may use.
+uint64_t Budget::open() const noexcept {
+  const uint64_t least = total_ / 4;
+  return aside_ < total_ - least ? total_ - aside_ : least;
+}
+
+bool Budget::fits(uint64_t bytes) const noexcept {
+  if (used_ + bytes <= open()) return true;
+  return used_ <= total_ / 4 && used_ + bytes <= total_;
 }
 
 uint64_t Budget::spare() const noexcept {
   uint64_t out = 0;
   {
     const std::lock_guard lock(mutex_);
-    out = free_ > total_ / 4 ? free_ - total_ / 4 : 0;
+    const uint64_t kept = used_ + total_ / 4;
+    out = open() > kept ? open() - kept : 0;
   }
   return above_ != nullptr ? std::min(out, above_->spare()) : out;
 }
 
-bool Budget::try_acquire_leaving(uint64_t bytes, uint64_t rest) noexcept {
+bool Budget::try_acquire_own(uint64_t bytes) noexcept {
   const std::lock_guard lock(mutex_);
-  if (head_ != nullptr || free_ < rest + bytes) return false;
-  free_ -= bytes;
+  if (head_ != nullptr || !fits(bytes)) return false;
+  used_ += bytes;
+  return true;
+}
+
+bool Budget::try_acquire_spare_own(uint64_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  if (head_ != nullptr || used_ + bytes > open() / 4) return false;
+  used_ += bytes;
   return true;
 }
 
 bool Budget::try_acquire(uint64_t bytes) noexcept {
-  if (!try_acquire_leaving(bytes, 0)) return false;
+  if (!try_acquire_own(bytes)) return false;
   if (above_ == nullptr || above_->try_acquire(bytes)) return true;
   release_own(bytes);
   return false;
 }
 
 bool Budget::try_acquire_spare(uint64_t bytes) noexcept {
-  if (!try_acquire_leaving(bytes, total_ / 4 * 3)) return false;
+  if (!try_acquire_spare_own(bytes)) return false;
   if (above_ == nullptr || above_->try_acquire_spare(bytes)) return true;
   release_own(bytes);
   return false;
@@ -83,8 +102,8 @@ bool Budget::acquire_own(uint64_t bytes, base::CancelSource& cancel) {
   waiter.bytes = bytes;
   {
     const std::lock_guard lock(mutex_);
-    if (head_ == nullptr && free_ >= bytes) {
-      free_ -= bytes;
+    if (head_ == nullptr && fits(bytes)) {
+      used_ += bytes;
       return true;
     }
     waiter.prev = tail_;
@@ -111,10 +130,31 @@ bool Budget::acquire_own(uint64_t bytes, base::CancelSource& cancel) {
 
 void Budget::release_own(uint64_t bytes) noexcept {
   const std::lock_guard lock(mutex_);
-  free_ += bytes;
-  while (head_ != nullptr && free_ >= head_->bytes) {
+  used_ -= bytes;
+  grant();
+}
+
+void Budget::set_aside(uint64_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  aside_ += bytes;
+}
+
+void Budget::put_back(uint64_t bytes) noexcept {
+  const std::lock_guard lock(mutex_);
+  aside_ -= bytes;
+  grant();
+}
+
+uint64_t Budget::set_aside() const noexcept {
+  const std::lock_guard lock(mutex_);
+  return aside_;
+}
+
+// Under mutex_.
+void Budget::grant() noexcept {
+  while (head_ != nullptr && fits(head_->bytes)) {
     Waiter& waiter = *head_;
-    free_ -= waiter.bytes;
+    used_ += waiter.bytes;
     unlink(waiter);
     waiter.granted = true;
     waiter.fiber->loop().wake(*waiter.fiber);

@@ -4,7 +4,8 @@
 //
 // Memory for a request is admitted before it is spent; a request that is not admitted stays in the
 // client's socket. Waiting is first come, first served, so that a large request is not starved; a
-// share is kept for small ones, who have a queue of their own.
+// share is kept for small ones, who have a queue of their own. What connections cost beside their
+// requests is set aside: the more there are, the less is open to requests.
 #pragma once
 
 #include <atomic>
@@ -29,7 +30,7 @@ class Budget {
  public:
   // What is acquired of this is acquired of `above` too, which outlives it.
   explicit Budget(uint64_t bytes, Budget* above = nullptr) noexcept
-      : total_(bytes), above_(above), free_(bytes) {}
+      : total_(bytes), above_(above) {}
   Budget(const Budget&) = delete;
   Budget& operator=(const Budget&) = delete;
 
@@ -38,12 +39,18 @@ class Budget {
   // What is free here and above beyond the quarter that is left for who holds nothing.
   uint64_t spare() const noexcept;
   bool try_acquire(uint64_t bytes) noexcept;
-  // Only while three quarters of everything stay free: for what is pleasant to have. It may be kept
-  // over waits, because what the largest request needs can still come free.
+  // Only while three quarters of what is open stay free: for what is pleasant to have. It may be
+  // kept over waits, because what the largest request needs can still come free.
   bool try_acquire_spare(uint64_t bytes) noexcept;
   // Fiber. `bytes` must not exceed total(). False: cancelled, and nothing was acquired.
   bool acquire(uint64_t bytes, base::CancelSource& cancel);
   void release(uint64_t bytes) noexcept;
+  // Leaves `bytes` less open to requests, but a quarter of all: there is no bound on what is set
+  // aside. A request that does not fit into what is open still gets its turn, when no more than a
+  // quarter is in use.
+  void set_aside(uint64_t bytes) noexcept;
+  void put_back(uint64_t bytes) noexcept;
+  uint64_t set_aside() const noexcept;
   // True while somebody waits.
   bool contended() const noexcept {
     return waiting_.load(std::memory_order_relaxed) != 0 ||
@@ -53,14 +60,19 @@ class Budget {
  private:
   struct Waiter;
   void unlink(Waiter& waiter) noexcept;
-  bool try_acquire_leaving(uint64_t bytes, uint64_t rest) noexcept;
+  uint64_t open() const noexcept;
+  bool fits(uint64_t bytes) const noexcept;
+  bool try_acquire_own(uint64_t bytes) noexcept;
+  bool try_acquire_spare_own(uint64_t bytes) noexcept;
   bool acquire_own(uint64_t bytes, base::CancelSource& cancel);
   void release_own(uint64_t bytes) noexcept;
+  void grant() noexcept;
 
   const uint64_t total_;
   Budget* const above_;
   mutable std::mutex mutex_;
-  uint64_t free_;           // guarded by mutex_
+  uint64_t used_ = 0;       // guarded by mutex_
+  uint64_t aside_ = 0;      // guarded by mutex_
   Waiter* head_ = nullptr;  // guarded by mutex_, oldest first
   Waiter* tail_ = nullptr;  // guarded by mutex_
   std::atomic<unsigned> waiting_{0};
@@ -85,11 +97,36 @@ class Budgets {
 
   uint64_t total() const noexcept { return open_.total() + kept_.total(); }
   uint64_t used() const noexcept { return open_.used() + kept_.used(); }
+  uint64_t set_aside() const noexcept { return open_.set_aside(); }
   bool contended() const noexcept { return open_.contended() || kept_.contended(); }
 
  private:
   Budget open_;
   Budget kept_;
+};
+
+// What a connection costs while it lives, set aside. Any loop.
+class ConnectionCost {
+ public:
+  // Socket and stack, what a session consists of, and requests that wait to be admitted.
+  static constexpr uint64_t kPlain = uint64_t{24} << 10;
+  // With TLS: its keys, and records that are not complete or not sent.
+  static constexpr uint64_t kTls = uint64_t{56} << 10;
+
+  explicit ConnectionCost(Budgets& budgets) noexcept : budgets_(budgets) { set(kPlain); }
+  ConnectionCost(const ConnectionCost&) = delete;
+  ConnectionCost& operator=(const ConnectionCost&) = delete;
+  ~ConnectionCost() { set(0); }
+
+  void set(uint64_t bytes) noexcept {
+    budgets_.open().put_back(bytes_);
+    budgets_.open().set_aside(bytes);
+    bytes_ = bytes;
+  }
+
+ private:
+  Budgets& budgets_;
+  uint64_t bytes_ = 0;
 };
 
 // One client's part, on the client's loop. Takes from the budgets in larger steps than a request

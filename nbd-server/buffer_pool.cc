@@ -15,10 +15,17 @@ base::Buffer BufferPool::take(size_t size) {
   const size_t c = class_of(size);
   if (c >= kClasses) return base::Buffer(size);
   auto& list = free_[c];
-  if (list.empty()) return base::Buffer(kSmallest << c);
+  if (list.empty()) {
+    if (all_.bytes() > KeptBuffers::kAlways && all_.too_much()) {
+      trim();
+      all_.trim_all();
+    }
+    return base::Buffer(kSmallest << c);
+  }
   base::Buffer out = std::move(list.back());
   list.pop_back();
   kept_ -= out.size();
+  count();
   return out;
 }
 
@@ -30,9 +37,28 @@ void BufferPool::give_back(base::Buffer buffer) noexcept {
     const size_t size = buffer.size();
     free_[c].push_back(std::move(buffer));
     kept_ += size;
+    count();
   } catch (const std::bad_alloc&) {
     // No room in the list: the buffer is simply freed.
   }
+}
+
+void BufferPool::count() noexcept {
+  if (kept_ >= counted_ + kStep) {
+    all_.add(kept_ - counted_);
+  } else if (kept_ + kStep <= counted_) {
+    all_.remove(counted_ - kept_);
+  } else {
+    return;
+  }
+  counted_ = kept_;
+}
+
+void BufferPool::trim() noexcept {
+  for (auto& list : free_) list.clear();
+  kept_ = 0;
+  all_.remove(counted_);
+  counted_ = 0;
 }
 
 }  // namespace minivmm::nbd

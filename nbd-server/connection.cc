@@ -31,6 +31,7 @@ void Connection::run(const Environment& environment) {
 
 const char* Connection::serve(const Environment& environment) {
   const ServerOptions& options = environment.options;
+  ConnectionCost cost(environment.budgets);
   std::optional<Agreement> agreed;
   {
     Negotiation negotiation(
@@ -41,6 +42,7 @@ const char* Connection::serve(const Environment& environment) {
     in_handshake_.store(false, std::memory_order_relaxed);
     if (!agreed) return negotiation.outcome();
   }
+  if (stream_.tls() != nullptr) cost.set(ConnectionCost::kTls);
   {
     const std::lock_guard lock(mutex_);
     export_ = agreed->target.shared();

@@ -34,9 +34,31 @@ ServerOptions sane(ServerOptions options) noexcept {
 }  // namespace
 
 Server::Core::Core(base::LoopGroup& loops, ServerOptions options)
-    : loops_(loops), options_(sane(options)), budgets_(options_.memory) {
+    : loops_(loops), options_(sane(options)), budgets_(options_.memory), kept_(*this) {
   for (size_t i = 0; i < loops.size(); ++i) {
-    resources_[loops.loop(i).index()] = std::make_unique<Resources>();
+    resources_[loops.loop(i).index()] = std::make_unique<Resources>(kept_);
+  }
+}
+
+// --- memory ---
+
+bool Server::Core::Kept::too_much() const noexcept {
+  return core_.budgets_.used() + core_.budgets_.set_aside() + bytes() > core_.budgets_.total();
+}
+
+// On behalf of a client, so that the core is there.
+void Server::Core::Kept::trim_all() noexcept {
+  if (trimming_.exchange(true, std::memory_order_relaxed)) return;
+  try {
+    for (size_t i = 0; i < core_.loops_.size(); ++i) {
+      base::EventLoop& loop = core_.loops_.loop(i);
+      loop.post("nbd trim", [core = core_.shared_from_this(), &loop] {
+        core->resources_[loop.index()]->buffers().trim();
+        core->kept_.trimming_.store(false, std::memory_order_relaxed);
+      });
+    }
+  } catch (const std::bad_alloc&) {
+    trimming_.store(false, std::memory_order_relaxed);
   }
 }
 

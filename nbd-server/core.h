@@ -49,6 +49,18 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   };
   using Clients = std::vector<std::shared_ptr<Connection>>;
 
+  // Of the loops' pools.
+  class Kept final : public KeptBuffers {
+   public:
+    explicit Kept(Core& core) noexcept : core_(core) {}
+    bool too_much() const noexcept override;
+    void trim_all() noexcept override;
+
+   private:
+    Core& core_;
+    std::atomic<bool> trimming_{false};
+  };
+
   void accept_clients(Listener& listener);
   void accept_ready(Listener& listener);
   void run_client(Connection& client, base::EventLoop& loop);
@@ -64,6 +76,7 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   const ServerOptions options_;
   ExportTable exports_;
   Budgets budgets_;
+  Kept kept_;
   std::array<std::unique_ptr<Resources>, base::EventLoop::kMaxLoops> resources_;
 
   mutable std::mutex mutex_;

@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <memory>
+#include <utility>
 
 namespace minivmm::nbd {
 
@@ -36,7 +38,8 @@ void Input::dispose(InputBlock* block) noexcept {
 bool Input::make_room() {
   const size_t left = size();
   const bool pinned = block_ != nullptr && block_->writes > 0;
-  if (block_ != nullptr && !pinned && !(large_ && block_->memory.size() < kLargeBlock)) {
+  const size_t least = large_ ? kLargeBlock : kSmallBlock;
+  if (block_ != nullptr && !pinned && block_->memory.size() >= least) {
     std::memmove(block_->memory.data(), data(), left);
   } else {
     if (pinned && abandoned_ == kMaxAbandoned) return false;
@@ -87,6 +90,25 @@ void Input::idle() noexcept {
   block_ = nullptr;
   begin_ = 0;
   end_ = left;
+}
+
+void Input::park() noexcept {
+  if (block_ == nullptr || block_->writes > 0 || size() > block_->memory.size() / 2) return;
+  if (size() <= carried_.size()) {
+    idle();
+    idle_ = false;
+    return;
+  }
+  try {
+    auto fresh = std::make_unique<InputBlock>();
+    fresh->memory = base::Buffer(size());
+    std::memcpy(fresh->memory.data(), data(), size());
+    end_ = size();
+    begin_ = 0;
+    dispose(std::exchange(block_, fresh.release()));
+  } catch (const std::bad_alloc&) {
+    // It stays where it is.
+  }
 }
 
 InputBlock& Input::pin() noexcept {

@@ -48,6 +48,9 @@ class Input {
   // Before waiting for more: gives up the block, at once or when its last write ends. What room()
   // returned must not be used any more.
   void idle() noexcept;
+  // Before a wait that may be long, with input that has to be kept: in no more memory than it
+  // needs. What room() returned must not be used any more.
+  void park() noexcept;
 
   // The block that data() lies in, for a write that uses its bytes; release() when it has ended.
   InputBlock& pin() noexcept;

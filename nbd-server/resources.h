@@ -19,7 +19,7 @@ class Session;
 
 class Resources {
  public:
-  Resources() = default;
+  explicit Resources(KeptBuffers& kept) noexcept : buffers_(kept) {}
   Resources(const Resources&) = delete;
   Resources& operator=(const Resources&) = delete;
   ~Resources();

@@ -236,6 +236,7 @@ bool Session::holds_too_much(uint64_t bytes) noexcept {
 
 bool Session::wait_for_memory(uint64_t bytes) {
   const Pause pause(*this);
+  input_.park();
   while (!cancel_.cancelled()) {
     if (holds_too_much(bytes)) {
       memory_.wait("the client to read its replies");

@@ -17,7 +17,8 @@ namespace {
 
 // The most data of one record.
 constexpr size_t kRecord = size_t{16} << 10;
-// So much data is encrypted for one send: a client that does not read costs no more.
+// So much data is encrypted for one send, or a record where the socket is nearly full: what it does
+// not take is kept, and a client that does not read shall not cost much.
 constexpr size_t kBatch = 4 * kRecord;
 // So many messages without data in a row are nobody's who wants something.
 constexpr unsigned kMostEmpty = 1000;
@@ -102,6 +103,10 @@ TlsSession::~TlsSession() = default;
 
 TlsSession::Step TlsSession::handshake() {
   const GnutlsApi& api = gnutls_api();
+  // All that is there: where this ends badly, a socket with unread data would be reset, and the
+  // client would not get to read why.
+  TlsTransport::Receiving turn(transport_);
+  turn.want(kBatch);
   for (;;) {
     const int status = api.handshake(session_.get());
     if (status == GNUTLS_E_SUCCESS) {
@@ -160,10 +165,14 @@ std::string TlsSession::peer_name() const {
 }
 
 int64_t TlsSession::try_receive(std::span<const iovec> to) noexcept {
+  size_t room = 0;
+  for (const iovec& part : to) room += part.iov_len;
+  TlsTransport::Receiving turn(transport_);
   int64_t received = 0;
   unsigned empty = 0;
   for (const iovec& part : to) {
     for (size_t at = 0; at < part.iov_len;) {
+      turn.want(room - static_cast<size_t>(received));
       const ssize_t n = gnutls_api().record_recv(
           session_.get(), static_cast<std::byte*>(part.iov_base) + at, part.iov_len - at);
       if (n > 0) {
@@ -176,7 +185,6 @@ int64_t TlsSession::try_receive(std::span<const iovec> to) noexcept {
         if (++empty < kMostEmpty) continue;
         if (received == 0) return -EPROTO;
       }
-      if (again(n)) transport_.idle();
       // What came before an error is taken first; the next call finds it again.
       if (received > 0) return received;
       if (again(n)) return -EAGAIN;
@@ -190,8 +198,11 @@ int64_t TlsSession::try_receive(std::span<const iovec> to) noexcept {
 int64_t TlsSession::encrypt(std::span<const iovec> from) noexcept {
   Records records(from);
   size_t done = 0;
-  while (done < kBatch) {
-    std::span<const std::byte> data = records.next(std::min(kRecord, kBatch - done));
+  size_t most = kRecord;
+  for (;;) {
+    if (done == kRecord && transport_.has_room()) most = kBatch;
+    if (done == most) break;
+    std::span<const std::byte> data = records.next(std::min(kRecord, most - done));
     if (data.empty()) break;
     // The client may have asked for smaller records.
     while (!data.empty()) {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nbd-server/tls_transport.h"
 
+#include <poll.h>
 #include <sys/socket.h>
 
 #include <algorithm>
@@ -20,7 +21,34 @@ std::vector<std::byte>& gathered() noexcept {
   return bytes;
 }
 
+// What one receive brings, for whichever session this thread receives. Not in the thread's own
+// storage, of which every thread of the process would have this much.
+std::byte* received(size_t size) noexcept {
+  thread_local const std::unique_ptr<std::byte[]> bytes(new (std::nothrow) std::byte[size]);
+  return bytes.get();
+}
+
 }  // namespace
+
+TlsTransport::Receiving::~Receiving() {
+  TlsTransport& t = transport_;
+  t.wanted_ = 0;
+  const auto left = static_cast<size_t>(t.in_end_ - t.in_begin_);
+  if (left == 0) {
+    t.in_.reset();
+    t.in_begin_ = t.in_end_ = nullptr;
+    return;
+  }
+  if (t.in_) return;  // of an earlier turn
+  t.in_.reset(new (std::nothrow) std::byte[left]);
+  if (t.in_) {
+    std::memcpy(t.in_.get(), t.in_begin_, left);
+  } else {
+    t.broken_ = true;
+  }
+  t.in_begin_ = t.in_.get();
+  t.in_end_ = t.in_ ? t.in_begin_ + left : nullptr;
+}
 
 void TlsTransport::attach(gnutls_session_int* session) noexcept {
   session_ = session;
@@ -34,19 +62,32 @@ void TlsTransport::attach(gnutls_session_int* session) noexcept {
   });
 }
 
+// Nothing is left: one receive. Bytes, 0 at the end of the stream, or -1.
+ssize_t TlsTransport::receive() noexcept {
+  in_.reset();
+  in_begin_ = in_end_ = nullptr;
+  // (Outside of a turn nothing could be kept; nothing asks then.)
+  std::byte* const to = broken_ || wanted_ == 0 ? nullptr : received(kInput);
+  if (to == nullptr) {
+    gnutls_api().transport_set_errno(session_, ENOMEM);
+    return -1;
+  }
+  const size_t records = (wanted_ + kRecord - 1) / kRecord;
+  const size_t size = std::min(kInput, wanted_ + records * kRecordOverhead);
+  const ssize_t n = ::recv(socket_, to, size, MSG_DONTWAIT);
+  if (n < 0) gnutls_api().transport_set_errno(session_, errno);
+  if (n <= 0) return n;
+  in_begin_ = to;
+  in_end_ = to + n;
+  return n;
+}
+
 ssize_t TlsTransport::pull(std::byte* to, size_t size) noexcept {
   if (in_begin_ == in_end_) {
-    if (!in_) in_.reset(new (std::nothrow) std::byte[kInput]);
-    const ssize_t n = in_ ? ::recv(socket_, in_.get(), kInput, MSG_DONTWAIT) : -1;
-    if (n <= 0) {
-      if (n < 0) gnutls_api().transport_set_errno(session_, in_ ? errno : ENOMEM);
-      return n;
-    }
-    in_begin_ = 0;
-    in_end_ = static_cast<size_t>(n);
+    if (const ssize_t n = receive(); n <= 0) return n;
   }
-  const size_t n = std::min(size, in_end_ - in_begin_);
-  std::memcpy(to, in_.get() + in_begin_, n);
+  const size_t n = std::min(size, static_cast<size_t>(in_end_ - in_begin_));
+  std::memcpy(to, in_begin_, n);
   in_begin_ += n;
   return static_cast<ssize_t>(n);
 }
@@ -97,6 +138,11 @@ int TlsTransport::end() noexcept {
   const auto sent = static_cast<size_t>(std::max<ssize_t>(n, 0));
   if (!append(out_, all.data() + sent, all.size() - sent)) return -ENOMEM;
   return pending() ? -EAGAIN : 0;
+}
+
+bool TlsTransport::has_room() const noexcept {
+  pollfd socket{socket_, POLLOUT, 0};
+  return ::poll(&socket, 1, 0) > 0;
 }
 
 int TlsTransport::flush() noexcept {

@@ -32,20 +32,38 @@ class TlsTransport {
   void begin() noexcept;
   int end() noexcept;
   int flush() noexcept;
+  // The socket's buffer has room for more than a little.
+  bool has_room() const noexcept;
+
+  // One turn of receiving, from its construction to its end: what one receive brings lies in a
+  // buffer of the thread's, and what the session has not taken by the end is kept.
+  class Receiving {
+   public:
+    explicit Receiving(TlsTransport& transport) noexcept : transport_(transport) {}
+    ~Receiving();
+    // A receive brings no more than so many bytes of data with their records, so that little is
+    // kept.
+    void want(size_t bytes) noexcept { transport_.wanted_ = bytes; }
+    Receiving(const Receiving&) = delete;
+    Receiving& operator=(const Receiving&) = delete;
+
+   private:
+    TlsTransport& transport_;
+  };
 
   // Something was received that the session has not taken.
   bool has_input() const noexcept { return in_begin_ != in_end_; }
-  // Nothing more is there to be received: gives back memory that holds nothing.
-  void idle() noexcept {
-    if (in_begin_ == in_end_) in_.reset();
-  }
 
  private:
   static constexpr size_t kInput = size_t{32} << 10;
+  // The most data of one record, and what may be around it.
+  static constexpr size_t kRecord = size_t{16} << 10;
+  static constexpr size_t kRecordOverhead = 64;
   // A client that makes us answer and does not read is cut off then.
   static constexpr size_t kMostKept = size_t{256} << 10;
 
   ssize_t pull(std::byte* to, size_t size) noexcept;
+  ssize_t receive() noexcept;
   ssize_t push(const std::byte* from, size_t size) noexcept;
   ssize_t send(const std::byte* from, size_t size) noexcept;
   bool append(std::vector<std::byte>& to, const std::byte* from, size_t size) noexcept;
@@ -55,9 +73,12 @@ class TlsTransport {
   bool keeps_ = false;
   bool gathers_ = false;
   std::vector<std::byte> out_;  // what the socket did not take
+  // What was received and not taken: here between turns, in the thread's buffer within one.
   std::unique_ptr<std::byte[]> in_;
-  size_t in_begin_ = 0;
-  size_t in_end_ = 0;
+  std::byte* in_begin_ = nullptr;
+  std::byte* in_end_ = nullptr;
+  size_t wanted_ = 0;    // see Receiving; 0 outside
+  bool broken_ = false;  // what was received could not be kept
 };
 
 }  // namespace minivmm::nbd

@@ -243,8 +243,8 @@ TEST_F(Limits, SmallRequestsDoNotWaitBehindLargeOnes) {
     hogs.back().enter("disk");
     hogs.back().send(hogs.back().request(kWrite, 1, 0, 1 << 20));
   }
-  for (int i = 0; i < 500 && used() < uint64_t{44} << 20; ++i) ::usleep(10'000);
-  ASSERT_GE(used(), uint64_t{44} << 20);
+  for (int i = 0; i < 500 && used() < uint64_t{42} << 20; ++i) ::usleep(10'000);
+  ASSERT_GE(used(), uint64_t{42} << 20);
   Client other = connect();
   other.enter("disk");
   const auto began = base::Clock::now();
