@@ -1,11 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "cli/nbd_map.h"
 
+#include <cerrno>
 #include <cstdio>
 #include <map>
 
 #include <fmt/core.h>
 
+#include "base/error.h"
 #include "block/protocols/nbd/survey.h"
 
 namespace minivmm::cli {
@@ -50,11 +52,18 @@ void print_extents(const base::NbdUri& uri, const std::string& context, bool jso
   if (json) fmt::print("{}\n]\n", first ? "[\n" : "");
 }
 
+// A server may make up another kind for each byte.
+constexpr size_t kMostKinds = 100'000;
+
 void print_totals(const base::NbdUri& uri, const std::string& context, bool json) {
   std::map<uint32_t, uint64_t> totals;
   uint64_t size = 0;
   block::map_nbd_export(uri, context, [&](const NbdExtent& e) {
     totals[e.type] += e.length;
+    if (totals.size() > kMostKinds) {
+      throw base::Error(E2BIG, fmt::format("{}: the server tells of more than {} kinds of extents",
+                                           uri.text(), kMostKinds));
+    }
     size += e.length;
   });
   const char* before = "[\n";

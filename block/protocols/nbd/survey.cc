@@ -2,10 +2,13 @@
 #include "block/protocols/nbd/survey.h"
 
 #include <string_view>
+#include <sys/socket.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <cstdlib>
+#include <cstring>
+#include <exception>
 #include <memory>
 
 #include <fmt/core.h>
@@ -20,8 +23,11 @@ namespace {
 using base::Error;
 using base::NbdUri;
 
-// A server may list without end.
-constexpr size_t kMostExports = 100'000;
+// A server may list without end: of what it tells so much is kept, in bytes.
+constexpr size_t kMostKept = size_t{16} << 20;
+// What a text and an export cost beside their characters.
+constexpr size_t kTextCost = 64;
+constexpr size_t kExportCost = 512;
 
 // A blocking connection whose handshake goes step by step.
 class Talk {
@@ -35,6 +41,7 @@ class Talk {
     check(nbd_.set_uri_allow_local_file(handle_, true));
     if (!set_up_tls(nbd_, handle_, uri_)) fail();
     check(nbd_.connect_uri(handle_, uri_.text().c_str()));
+    socket_ = check(nbd_.aio_get_fd(handle_));
   }
   ~Talk() { nbd_.close(handle_); }
   Talk(const Talk&) = delete;
@@ -55,8 +62,27 @@ class Talk {
     return owned.get();
   }
 
+  // Before something is kept that the server has told. False: it is too much by now, and the
+  // conversation is over. From libnbd's callbacks, too, which cannot end it in another way.
+  bool keep(size_t bytes) noexcept {
+    too_much_ = too_much_ || bytes > kMostKept - kept_;
+    if (too_much_) {
+      ::shutdown(socket_, SHUT_RDWR);
+    } else {
+      kept_ += bytes;
+    }
+    return !too_much_;
+  }
+  void require_enough() const {
+    if (!too_much_) return;
+    throw Error(E2BIG, fmt::format("{}: the server tells too much: more than {} MiB of names, "
+                                   "descriptions and contexts",
+                                   uri_.text(), kMostKept >> 20));
+  }
+
  private:
   [[noreturn]] void fail() const {
+    require_enough();
     const int err = nbd_.get_errno();
     const char* const why = nbd_.get_error();
     throw Error(err != 0 ? err : EIO,
@@ -66,18 +92,33 @@ class Talk {
   const Libnbd& nbd_;
   NbdUri uri_;
   nbd_handle* const handle_;
+  int socket_ = -1;  // libnbd's
+  size_t kept_ = 0;
+  bool too_much_ = false;
 };
 
 using Names = std::vector<std::pair<std::string, std::string>>;
 
+// What a callback fills.
+template <typename List>
+struct Filling {
+  Talk& talk;
+  List& list;
+};
+
 int add_name(void* names, const char* name, const char* description) noexcept {
-  auto& list = *static_cast<Names*>(names);
-  if (list.size() < kMostExports) list.emplace_back(name, description);
+  const auto& filling = *static_cast<Filling<Names>*>(names);
+  if (filling.talk.keep(std::strlen(name) + std::strlen(description) + 2 * kTextCost)) {
+    filling.list.emplace_back(name, description);
+  }
   return 0;
 }
 
+using Contexts = std::vector<std::string>;
+
 int add_context(void* contexts, const char* name) noexcept {
-  static_cast<std::vector<std::string>*>(contexts)->emplace_back(name);
+  const auto& filling = *static_cast<Filling<Contexts>*>(contexts);
+  if (filling.talk.keep(std::strlen(name) + kTextCost)) filling.list.emplace_back(name);
   return 0;
 }
 
@@ -86,7 +127,7 @@ bool is_oldstyle(const Talk& talk) {
   return std::string_view(talk.nbd().get_protocol(talk.handle())) == "oldstyle";
 }
 
-Names list_names(const Talk& talk) {
+Names list_names(Talk& talk) {
   Names names;
   if (is_oldstyle(talk)) {
     throw Error(ENOTSUP,
@@ -94,13 +135,15 @@ Names list_names(const Talk& talk) {
                             "a name, and lists nothing",
                             talk.uri().text()));
   }
+  Filling<Names> filling{talk, names};
   talk.check(talk.nbd().opt_list(
       talk.handle(),
-      nbd_list_callback{.callback = &add_name, .user_data = &names, .free = nullptr}));
+      nbd_list_callback{.callback = &add_name, .user_data = &filling, .free = nullptr}));
+  talk.require_enough();
   return names;
 }
 
-NbdExportSurvey survey_export(const Talk& talk) {
+NbdExportSurvey survey_export(Talk& talk) {
   const Libnbd& nbd = talk.nbd();
   nbd_handle* const h = talk.handle();
   NbdExportSurvey out;
@@ -113,6 +156,8 @@ NbdExportSurvey survey_export(const Talk& talk) {
   NbdUri uri = talk.uri();
   uri.export_name = out.name;
   out.uri = uri.text();
+  (void)talk.keep(out.name.size() + out.description.size() + out.uri.size() + kExportCost);
+  talk.require_enough();
   const struct {
     const char* name;
     decltype(Libnbd::can_fua) ask;
@@ -136,9 +181,10 @@ NbdExportSurvey survey_export(const Talk& talk) {
   out.preferred_block = block(LIBNBD_SIZE_PREFERRED);
   out.maximum_block = block(LIBNBD_SIZE_MAXIMUM);
   if (nbd.get_structured_replies_negotiated(h) == 1) {
+    Filling<Contexts> filling{talk, out.contexts};
     (void)nbd.opt_list_meta_context(
-        h, nbd_context_callback{
-               .callback = &add_context, .user_data = &out.contexts, .free = nullptr});
+        h, nbd_context_callback{.callback = &add_context, .user_data = &filling, .free = nullptr});
+    talk.require_enough();
   }
   return out;
 }
@@ -154,8 +200,17 @@ class Mapper {
                         int*) noexcept {
     auto& self = *static_cast<Mapper*>(user);
     if (offset != self.at_) return 0;
-    for (size_t i = 0; i + 1 < count; i += 2) self.add(entries[i], entries[i + 1]);
-    return 0;
+    try {
+      for (size_t i = 0; i + 1 < count; i += 2) self.add(entries[i], entries[i + 1]);
+      return 0;
+    } catch (...) {
+      // Not through libnbd.
+      self.error_ = std::current_exception();
+      return -1;
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
   }
   void finish() {
     if (last_.length > 0) take_(last_);
@@ -175,6 +230,7 @@ class Mapper {
   const std::function<void(const NbdExtent&)>& take_;
   uint64_t at_ = 0;
   NbdExtent last_;
+  std::exception_ptr error_;
 };
 
 }  // namespace
@@ -198,8 +254,10 @@ void map_nbd_export(const NbdUri& uri, const std::string& context,
   Mapper mapper(size, take);
   while (mapper.at() < size) {
     const uint64_t before = mapper.at();
-    talk.check(nbd.block_status(h, std::min(kMost, size - before), before,
-                                {&Mapper::on_extents, &mapper, nullptr}, 0));
+    const int done = nbd.block_status(h, std::min(kMost, size - before), before,
+                                      {&Mapper::on_extents, &mapper, nullptr}, 0);
+    mapper.rethrow();
+    talk.check(done);
     if (mapper.at() == before) {
       throw Error(EPROTO, fmt::format("{}: the server says nothing of what lies at {}",
                                       talk.uri().text(), before));
@@ -209,7 +267,7 @@ void map_nbd_export(const NbdUri& uri, const std::string& context,
 }
 
 NbdServerSurvey survey_nbd_server(const NbdUri& uri, bool all) {
-  const Talk talk(uri);
+  Talk talk(uri);
   const Libnbd& nbd = talk.nbd();
   NbdServerSurvey out;
   out.protocol = nbd.get_protocol(talk.handle());
@@ -224,6 +282,7 @@ NbdServerSurvey survey_nbd_server(const NbdUri& uri, bool all) {
     try {
       out.exports.push_back(survey_export(talk));
     } catch (const Error&) {
+      talk.require_enough();
       // Listed, and not for us: its name is all that there is to tell.
       out.exports.emplace_back().name = name;
     }
@@ -232,6 +291,9 @@ NbdServerSurvey survey_nbd_server(const NbdUri& uri, bool all) {
   return out;
 }
 
-Names list_nbd_exports(const NbdUri& uri) { return list_names(Talk(uri)); }
+Names list_nbd_exports(const NbdUri& uri) {
+  Talk talk(uri);
+  return list_names(talk);
+}
 
 }  // namespace minivmm::block

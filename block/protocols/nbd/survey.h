@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // What an NBD server says of itself and of its exports, for people and tools. Blocking: not on a
-// fiber.
+// fiber. A server that tells more than anybody would want to keep (16 MiB) is E2BIG.
 #pragma once
 
 #include <string>

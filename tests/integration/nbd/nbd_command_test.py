@@ -5,8 +5,11 @@ there is a kernel with the driver: tests/system/nbd.)"""
 
 import json
 import os
+import socket
+import struct
 import subprocess
 import sys
+import threading
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
@@ -140,6 +143,105 @@ class Beside(Scene):
                                  (("connect", "-C", "17", self.uri()), "1 to 16"),
                                  (("disconnect", "/dev/nbd"), "such as /dev/nbd0")):
             self.assertIn(words, self.nbd(*arguments, status=1))
+
+
+class Endless(Scene):
+    """A server that answers without end. What the commands keep of it is bounded: they say so and
+    end."""
+
+    INFO, LIST, GO, STRUCTURED, LIST_META, SET_META = 6, 3, 7, 8, 9, 10
+    ACK, SERVER, EXPORT, META, UNSUP = 1, 2, 3, 4, 0x80000001
+    SIZE = 1 << 40
+
+    def serve(self, endless):
+        self.endless = endless
+        listener = socket.socket(socket.AF_UNIX)
+        self.addCleanup(listener.close)
+        listener.bind(self.path("s"))
+        listener.listen()
+        threading.Thread(target=self.talk, args=(listener,), daemon=True).start()
+
+    def talk(self, listener):
+        peer, _ = listener.accept()
+        with peer:
+            try:
+                self.handshake(peer, peer.makefile("rb"))
+            except (OSError, struct.error):
+                pass  # the client has left
+
+    def reply(self, option, kind, data=b""):
+        return struct.pack(">QIII", 0x3e889045565a9, option, kind, len(data)) + data
+
+    def handshake(self, peer, source):
+        peer.sendall(b"NBDMAGICIHAVEOPT" + struct.pack(">H", 3))
+        source.read(4)
+        name = b"x" * 4000
+        while True:
+            _, option, length = struct.unpack(">QII", source.read(16))
+            source.read(length)
+            pieces = {self.LIST: (self.SERVER, struct.pack(">I", len(name)) + name),
+                      self.LIST_META: (self.META, struct.pack(">I", 1) + name)}
+            if option == self.endless:
+                while True:
+                    peer.sendall(16 * self.reply(option, *pieces[option]))
+            if option not in (self.INFO, self.LIST, self.GO, self.STRUCTURED, self.SET_META):
+                peer.sendall(self.reply(option, self.UNSUP))
+                continue
+            if option in (self.INFO, self.GO):
+                peer.sendall(self.reply(option, self.EXPORT,
+                                        struct.pack(">HQH", 0, self.SIZE, 1)))
+            if option == self.LIST:
+                peer.sendall(self.reply(option, self.SERVER, struct.pack(">I", 1) + b"a"))
+            if option == self.SET_META:
+                peer.sendall(self.reply(option, self.META,
+                                        struct.pack(">I", 1) + b"base:allocation"))
+            peer.sendall(self.reply(option, self.ACK))
+            if option == self.GO:
+                return self.answer_for_extents(peer, source)
+
+    def answer_for_extents(self, peer, source):
+        """Every one is of another type."""
+        kind = 0
+        while True:
+            _, _, _, cookie, _, _ = struct.unpack(">IHHQQI", source.read(28))
+            count = 4096
+            extents = b"".join(struct.pack(">II", 512, kind + i) for i in range(count))
+            kind += count
+            peer.sendall(struct.pack(">IHHQII", 0x668e33ef, 1, 5, cookie, 4 + len(extents), 1) +
+                         extents)
+
+    def refused(self, *arguments):
+        status, text = run([minivmm(), "nbd", *arguments, f"nbd+unix:///?socket={self.path('s')}"],
+                           limit=30)
+        self.assertEqual(status, 1, text[:1000])
+        return text
+
+    def test_names(self):
+        self.serve(self.LIST)
+        self.assertIn("the server tells too much: more than 16 MiB", self.refused("list"))
+
+    def test_names_of_all(self):
+        self.serve(self.LIST)
+        self.assertIn("the server tells too much", self.refused("list", "--json"))
+
+    def test_contexts(self):
+        for arguments in (("info",), ("list", "--long")):
+            self.serve(self.LIST_META)
+            self.assertIn("the server tells too much", self.refused(*arguments))
+            os.unlink(self.path("s"))
+
+    def test_an_output_that_takes_nothing_is_an_error(self):
+        self.serve(None)
+        with open("/dev/full", "wb") as full:
+            done = subprocess.run([minivmm(), "nbd", "info", "--map",
+                                   f"nbd+unix:///?socket={self.path('s')}"],
+                                  stdout=full, stderr=subprocess.PIPE, timeout=30)
+        self.assertEqual(done.returncode, 1, done.stderr)
+        self.assertIn(b"No space left", done.stderr)
+
+    def test_kinds(self):
+        self.serve(None)
+        self.assertIn("more than 100000 kinds", self.refused("info", "--map", "--totals"))
 
 
 if __name__ == "__main__":
