@@ -52,7 +52,7 @@ void prepare(Options& options) {
 
 std::shared_ptr<Node> Graph::add(Options options) {
   prepare(options);
-  const std::lock_guard editing(editing_);
+  std::unique_lock editing(editing_);
   size_t before = 0;
   {
     const std::lock_guard lock(mutex_);
@@ -62,7 +62,16 @@ std::shared_ptr<Node> Graph::add(Options options) {
     return open(std::move(options), nullptr);
   } catch (...) {
     opening_.clear();
-    drop_opened_since(before);
+    Nodes opened;
+    {
+      const std::lock_guard lock(mutex_);
+      for (size_t i = nodes_.size(); i > before; --i) opened.push_back(nodes_[i - 1].node);
+    }
+    take_out(opened);
+    editing.unlock();
+    // What is thrown says more than what comes of closing, which is logged.
+    std::exception_ptr error = std::current_exception();
+    close_taken(std::move(opened), error);
     throw;
   }
 }
@@ -75,6 +84,9 @@ std::string Graph::owner_of(const std::string& name) const {
   const std::lock_guard lock(mutex_);
   for (const Entry& entry : nodes_) {
     if (entry.node->name() == name) return entry.node->describe();
+  }
+  for (const auto& node : closing_) {
+    if (node->name() == name) return node->describe() + ", which is being closed";
   }
   return {};
 }
@@ -166,23 +178,28 @@ Handle Graph::attach(const std::string& node_name, std::string user, Permissions
   return Handle(std::move(root));
 }
 
-void Graph::unregister_root(Handle::Root& root) {
+void Graph::unregister_root(std::unique_ptr<Handle::Root> root) {
   // Not while a drain looks at it.
   const std::lock_guard editing(editing_);
+  {
+    const std::lock_guard lock(mutex_);
+    std::erase(roots_, root.get());
+  }
+  root.reset();
   const std::lock_guard lock(mutex_);
-  std::erase(roots_, &root);
+  gone_.notify_all();
 }
 
 void Graph::reap(std::unique_ptr<Handle::Root> root) noexcept {
   const auto finish = [this](Handle::Root* raw) {
-    const std::unique_ptr<Handle::Root> owned(raw);
+    std::unique_ptr<Handle::Root> owned(raw);
     try {
       owned->finish();
     } catch (const std::exception& e) {
       base::log_error("{}: {}: closing: {}", owned->edge.node().describe(), owned->edge.user(),
                       e.what());
     }
-    unregister_root(*owned);
+    unregister_root(std::move(owned));
   };
   base::EventLoop* loop = base::EventLoop::current();
   if (loop == nullptr) {
@@ -202,93 +219,14 @@ void Graph::reap(std::unique_ptr<Handle::Root> root) noexcept {
   });
 }
 
-void Graph::remove(const std::string& node_name) {
-  const std::lock_guard editing(editing_);
-  std::shared_ptr<Node> node = find(node_name);
-  const auto users = node->users();
-  if (!users.empty()) {
-    throw Error(EBUSY,
-                fmt::format("{}: is in use by {}", node->describe(), fmt::join(users, ", ")));
-  }
-  std::exception_ptr error;
-  {
-    const std::lock_guard lock(mutex_);
-    std::erase_if(nodes_, [&](const Entry& entry) { return entry.node == node; });
-  }
-  try {
-    node->close();
-  } catch (...) {
-    error = std::current_exception();
-  }
-  node.reset();  // its edges let go of its children
-  close_unused(false, error);
-  if (error) std::rethrow_exception(error);
-}
-
-// Closes nodes without users, parents before their children. Under editing_.
-void Graph::close_unused(bool named_too, std::exception_ptr& first_error) {
-  for (;;) {
-    std::shared_ptr<Node> node;
-    {
-      const std::lock_guard lock(mutex_);
-      const auto found = std::find_if(nodes_.rbegin(), nodes_.rend(), [&](const Entry& entry) {
-        return (named_too || !entry.named) && entry.node->users().empty();
-      });
-      if (found == nodes_.rend()) return;
-      node = std::move(found->node);
-      nodes_.erase(std::next(found).base());
-    }
-    try {
-      node->close();
-    } catch (const std::exception& e) {
-      base::log_error("{}: closing: {}", node->describe(), e.what());
-      if (!first_error) first_error = std::current_exception();
-    }
-  }
-}
-
-void Graph::drop_opened_since(size_t count) noexcept {
-  for (;;) {
-    std::shared_ptr<Node> node;
-    {
-      const std::lock_guard lock(mutex_);
-      if (nodes_.size() <= count) return;
-      node = std::move(nodes_.back().node);
-      nodes_.pop_back();
-    }
-    try {
-      node->close();
-    } catch (const std::exception& e) {
-      base::log_error("{}: closing: {}", node->describe(), e.what());
-    }
-  }
-}
-
-void Graph::close() {
-  reaping_.wait();
-  const std::lock_guard editing(editing_);
-  std::exception_ptr error;
-  close_unused(true, error);
-  {
-    const std::lock_guard lock(mutex_);
-    if (!nodes_.empty() && !error) {
-      error = std::make_exception_ptr(Error(
-          EBUSY,
-          fmt::format("{}: cannot be closed: it is in use by {}", nodes_.back().node->describe(),
-                      fmt::join(nodes_.back().node->users(), ", "))));
-    }
-  }
-  if (error) std::rethrow_exception(error);
-}
-
 Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(graph) {
-  graph_.editing_.lock();
+  const auto until = base::Clock::now() + deadline;
+  lock_when_none_closes(until);
   {
     const std::lock_guard lock(graph_.mutex_);
     held_ = graph_.roots_;
     for (Handle::Root* root : held_) root->hold();
   }
-  const auto until = base::Clock::now() + deadline;
   for (Handle::Root* root : held_) {
     if (root->wait_idle(until)) continue;
     const std::string text =
@@ -300,6 +238,23 @@ Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(g
 }
 
 Graph::Drain::~Drain() { let_go(); }
+
+// A node's last writes would meet the edit.
+void Graph::Drain::lock_when_none_closes(base::Clock::time_point until) {
+  for (;;) {
+    std::unique_lock editing(graph_.editing_);
+    std::unique_lock lock(graph_.mutex_);
+    if (graph_.closing_.empty()) {
+      (void)editing.release();
+      return;
+    }
+    editing.unlock();
+    if (!graph_.gone_.wait_until(lock, until, "nodes that are being closed") &&
+        !graph_.closing_.empty()) {
+      throw Error(ETIMEDOUT, graph_.closing_.front()->describe() + ": closing it does not end");
+    }
+  }
+}
 
 void Graph::Drain::let_go() noexcept {
   for (Handle::Root* root : held_) root->let_go();
@@ -348,6 +303,7 @@ std::vector<std::string> Graph::describe() const {
       out.push_back(fmt::format("node '{}': {}", node.name(), state));
     }
   }
+  for (const auto& node : closing_) out.push_back("node " + node->describe() + ": closing");
   lock.unlock();
   for (const User& user : users()) {
     out.push_back(fmt::format("user {} of '{}': {} requests in flight", user.name, user.node_name,

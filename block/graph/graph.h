@@ -2,7 +2,8 @@
 // The graph: nodes by name, and the handles that front ends hold on them.
 //
 // Owned by main (or a test), outlives every handle. All methods run on a fiber unless they say
-// otherwise. Opening and closing are serialised; requests are not affected by them.
+// otherwise. Opening and taking out are serialised; requests are not affected by them. What was
+// taken out is closed while others go on: its last flush may wait for a server.
 #pragma once
 
 #include <string>
@@ -16,6 +17,7 @@
 #include <vector>
 
 #include "base/sync.h"
+#include "base/wait_queue.h"
 #include "block/graph/handle.h"
 #include "block/graph/node.h"
 #include "block/graph/open_policy.h"
@@ -53,7 +55,8 @@ class Graph {
   void adopt(std::shared_ptr<Node> node);
   // The node, or ENOENT naming the nodes that there are. Any thread.
   std::shared_ptr<Node> find(const std::string& node_name) const;
-  // Closes and forgets a node without users. EBUSY names them.
+  // Forgets a node without users, and closes it and what was opened for it. EBUSY names the users;
+  // those that are being closed already are waited for. What closing throws comes when it is gone.
   void remove(const std::string& node_name);
 
   // A front end's hold on a node.
@@ -67,8 +70,9 @@ class Graph {
   std::shared_ptr<Node> open_inline(Options options, const char* key);
 
   // Holds back new requests of every handle and waits for those in flight: for edits of the live
-  // graph. Throws ETIMEDOUT naming what is stuck (then nothing is held back). While it lives nodes
-  // are neither opened nor closed by others. On a fiber that has no request in flight itself.
+  // graph, and for nodes that are being closed. Throws ETIMEDOUT naming what is stuck (then nothing
+  // is held back). While it lives nodes are neither opened nor closed by others. On a fiber that
+  // has no request in flight itself.
   class Drain {
    public:
     Drain(Graph& graph, std::chrono::milliseconds deadline);
@@ -77,6 +81,7 @@ class Graph {
     Drain& operator=(const Drain&) = delete;
 
    private:
+    void lock_when_none_closes(base::Clock::time_point until);
     void let_go() noexcept;
     Graph& graph_;
     std::vector<Handle::Root*> held_;
@@ -84,12 +89,13 @@ class Graph {
   // Points a front end's handle at another node. Only under a Drain.
   void replace_node(Handle& handle, const std::string& node_name);
 
-  // Flushes and closes every node, parents first. Every handle must be closed. Throws the first
-  // error after having closed everything.
+  // Flushes and closes every node, parents first, otherwise all at once: one that hangs costs the
+  // others nothing. Every handle must be closed. Throws the first error after having closed
+  // everything.
   void close();
 
-  // Calls `look` with all nodes, children first, while none is opened or closed: who keeps one that
-  // is being removed keeps its file open and locked, so nothing of them may outlive the call.
+  // Calls `look` with all nodes, children first, while none is opened or taken out: who keeps one
+  // that is being removed keeps its file open and locked, so nothing of them may outlive the call.
   // Fiber.
   void look(const std::function<void(std::span<const std::shared_ptr<Node>>)>& look);
   // Who uses nodes from outside. Any thread.
@@ -118,10 +124,20 @@ class Graph {
   std::string owner_of(const std::string& name) const;
   void check_name_free(const std::string& name) const;
   void check_depth() const;
-  void unregister_root(Handle::Root& root);
+  void unregister_root(std::unique_ptr<Handle::Root> root);
   void reap(std::unique_ptr<Handle::Root> root) noexcept;
-  void close_unused(bool named_too, std::exception_ptr& first_error);
-  void drop_opened_since(size_t count) noexcept;
+  // How nodes go (graph_close.cc).
+  using Nodes = std::vector<std::shared_ptr<Node>>;
+  Nodes going_with(const std::shared_ptr<Node>& node) const;
+  bool only_ending_users(const Node& node) const;
+  std::shared_ptr<Node> wait_for_users(std::unique_lock<base::FiberMutex>& editing,
+                                       const std::string& node_name);
+  void take_out(const Nodes& going);
+  void close_taken(Nodes taken, std::exception_ptr& first) noexcept;
+  std::exception_ptr close_one(std::shared_ptr<Node> node,
+                               const std::exception_ptr& first) noexcept;
+  std::shared_ptr<Node> take_unused();
+  void close_side_by_side(std::exception_ptr& first_error);
 
   const OpenPolicy policy_;
   Node::CorruptionListener on_corruption_;
@@ -129,7 +145,9 @@ class Graph {
   std::vector<Opening> opening_;  // outermost first; under editing_
   mutable std::mutex mutex_;
   std::vector<Entry> nodes_;          // guarded by mutex_, in order of opening: children first
+  Nodes closing_;                     // guarded by mutex_; taken out of nodes_, names still taken
   std::vector<Handle::Root*> roots_;  // guarded by mutex_
+  base::WaitQueue gone_;              // a node has been closed, or a root has gone
   unsigned next_number_ = 0;          // under editing_
   base::WaitGroup reaping_;
 };

@@ -43,6 +43,7 @@ void Handle::Root::let_go() noexcept {
 }
 
 void Handle::Root::finish() {
+  ending.store(true, std::memory_order_relaxed);
   std::unique_lock lock(mutex_);
   while (parked_ != 0 || in_flight() != 0) {
     while (parked_ != 0) none_parked_.wait(lock, "requests that a drain holds back");
@@ -189,8 +190,9 @@ void Handle::close() {
   } catch (...) {
     error = std::current_exception();
   }
-  root_->graph.unregister_root(*root_);
-  root_.reset();  // not before: requests in flight look at it
+  Graph& graph = root_->graph;
+  // Not before: requests in flight look at it.
+  graph.unregister_root(std::move(root_));
   if (error) std::rethrow_exception(error);
 }
 

@@ -70,7 +70,8 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual Facts facts() const { return {}; }
   // What it holds in memory, for state dumps; empty: nothing to speak of. Any thread; no I/O.
   virtual std::string state() const { return {}; }
-  // Direct children, top first (file, then backing), for walks. Only stable under a drain.
+  // Direct children, all of them, top first (file, then backing), for walks. Only stable under a
+  // drain.
   virtual std::vector<Edge*> children() { return {}; }
 
   // What remembers which parts were written; nullptr where the node has no such thing.
@@ -124,6 +125,10 @@ class Node : public std::enable_shared_from_this<Node> {
   // Tells every watcher. Fiber.
   void size_changed(uint64_t old_size, uint64_t new_size) noexcept;
 
+  // It is about to be closed, and what uses it, too: no other requests come. A driver that waits
+  // for somebody else (a server) from now on does so for a bounded time only. Fiber; must not wait.
+  // Not to be undone.
+  virtual void closing() noexcept {}
   // Flushes and gives up what the node holds. Fiber. Throws the first error; the node is closed
   // all the same. Called by the Graph, parents before children.
   virtual void close() {}

@@ -36,6 +36,7 @@ class Handle::Root {
   Graph& graph;
   Edge edge;
   std::atomic<bool> written{false};  // something was written since attach
+  std::atomic<bool> ending{false};   // finish() was called
 
  private:
   base::Epoch::Pin park(base::Epoch::Pin entered);

@@ -2,6 +2,9 @@
 // Nodes come and go, and the passwords that they need.
 #include <string>
 
+#include <fmt/core.h>
+
+#include "base/error.h"
 #include "base/pool.h"
 #include "block/crypto/gnutls.h"
 #include "block/crypto/object.h"
@@ -23,8 +26,27 @@ Json blockdev_add(Target& target, const Arguments& given) {
 
 constexpr Parameter kDel[] = {{"node-name", Kind::kString}};
 
+bool is_there(Target& target, const std::string& name) {
+  try {
+    return target.graph().find(name) != nullptr;
+  } catch (const base::Error&) {
+    return false;
+  }
+}
+
+// A node whose last flush fails goes all the same: its user hears that from the error, because a
+// warning in a log is nothing that he could act on.
 Json blockdev_del(Target& target, const Arguments& given) {
-  target.graph().remove(given.text("node-name"));
+  const std::string name = given.text("node-name");
+  (void)target.graph().find(name);
+  try {
+    target.graph().remove(name);
+  } catch (const base::Error& e) {
+    if (is_there(target, name)) throw;
+    throw base::Error(e.err(), fmt::format("node '{}' is gone, but what was written to it may not "
+                                           "be safe: {}",
+                                           name, e.what()));
+  }
   return Json::object();
 }
 

@@ -64,7 +64,7 @@ struct NbdLink::Waiting {
     auto& self = *static_cast<Waiting*>(user);
     self.done = true;
     self.error = *error;
-    ++self.link.completed_;
+    self.link.completed_.store(self.link.answers() + 1, std::memory_order_relaxed);
     NbdCommand& command = self.command;
     if (*error == 0 && command.kind == NbdCommand::Kind::kRead && !self.coverage.complete()) {
       self.error = EPROTO;
@@ -259,14 +259,14 @@ int NbdLink::run_here(NbdCommand& command) {
 // times the patience after it began.
 void NbdLink::watch_answers() noexcept {
   if (patience_.count() == 0 || silence_.armed()) return;
-  completed_before_ = completed_;
+  completed_before_ = answers();
   home_.timers().arm(silence_, base::Clock::now() + patience_);
 }
 
 void NbdLink::look_for_answers(void* link) noexcept {
   auto& self = *static_cast<NbdLink*>(link);
   if (self.in_flight_.load(std::memory_order_relaxed) == 0) return;
-  if (self.completed_ != self.completed_before_) return self.watch_answers();
+  if (self.answers() != self.completed_before_) return self.watch_answers();
   base::log_warning("an NBD server has not answered for {} seconds: the connection is cut",
                     self.patience_.count());
   self.cut();
@@ -329,9 +329,9 @@ void NbdLink::advance(int64_t ready) noexcept {
     // Each call takes one answer; several have come where many commands are in flight.
     uint64_t before = 0;
     do {
-      before = completed_;
+      before = answers();
       (void)nbd_.aio_notify_read(handle_);
-    } while (completed_ != before && more_has_come() && !over() &&
+    } while (answers() != before && more_has_come() && !over() &&
              (nbd_.aio_get_direction(handle_) & LIBNBD_AIO_DIRECTION_READ) != 0);
     return;
   }
@@ -342,19 +342,21 @@ void NbdLink::advance(int64_t ready) noexcept {
 
 void NbdLink::cut() noexcept { ::shutdown(socket_.get(), SHUT_RDWR); }
 
-void NbdLink::close(base::Clock::time_point deadline) {
+bool NbdLink::close(base::Clock::time_point deadline) {
   base::Fiber& caller = *base::Fiber::current();
   if (home_.on_own_thread()) return leave(deadline);
-  home_.post("nbd close", [this, self = shared_from_this(), deadline, &caller] {
-    leave(deadline);
+  bool in_time = true;
+  home_.post("nbd close", [this, self = shared_from_this(), deadline, &in_time, &caller] {
+    in_time = leave(deadline);
     caller.loop().wake(caller);
   });
   caller.waiting_for = "an NBD connection's end";
   caller.suspend();
+  return in_time;
 }
 
-void NbdLink::leave(base::Clock::time_point deadline) {
-  if (ended_) return;
+bool NbdLink::leave(base::Clock::time_point deadline) {
+  if (ended_) return true;
   if (nbd_.aio_disconnect(handle_, 0) != 0) cut();
   if (poll_ != nullptr) poll_->cancel();
   base::Timer timer([](void* link) noexcept { static_cast<NbdLink*>(link)->cut(); }, this);
@@ -363,7 +365,9 @@ void NbdLink::leave(base::Clock::time_point deadline) {
   leaving_->waiting_for = "an NBD server to close the connection";
   leaving_->suspend();
   leaving_ = nullptr;
+  const bool in_time = timer.armed();
   home_.timers().disarm(timer);
+  return in_time;
 }
 
 }  // namespace minivmm::block

@@ -59,6 +59,8 @@ class NbdLink final : public std::enable_shared_from_this<NbdLink> {
   base::EventLoop& home() const noexcept { return home_; }
   // In flight now. Any thread.
   uint32_t load() const noexcept { return in_flight_.load(std::memory_order_relaxed); }
+  // Answers that have come so far. Any thread.
+  uint64_t answers() const noexcept { return completed_.load(std::memory_order_relaxed); }
 
   // Fiber of any loop. 0, kLost, or the errno value of the server's answer. The command's data
   // stay in use until this returns.
@@ -72,8 +74,9 @@ class NbdLink final : public std::enable_shared_from_this<NbdLink> {
   // Any thread: breaks the connection. Commands in flight are lost.
   void cut() noexcept;
   // Fiber of any loop: takes leave and returns when the connection has ended, which is forced at
-  // the deadline. Every answer that came has been taken by then. One fiber at a time.
-  void close(base::Clock::time_point deadline);
+  // the deadline; false: it was. Every answer that came has been taken by then. One fiber at a
+  // time.
+  bool close(base::Clock::time_point deadline);
 
  private:
   struct Waiting;
@@ -92,7 +95,7 @@ class NbdLink final : public std::enable_shared_from_this<NbdLink> {
   void drive();
   void advance(int64_t ready) noexcept;
   bool more_has_come() const noexcept;
-  void leave(base::Clock::time_point deadline);
+  bool leave(base::Clock::time_point deadline);
   void watch_answers() noexcept;
   static void look_for_answers(void* link) noexcept;
 
@@ -102,6 +105,7 @@ class NbdLink final : public std::enable_shared_from_this<NbdLink> {
   NbdExport info_;
   base::UniqueFd socket_;  // our own descriptor of libnbd's socket; from the handshake on
   std::atomic<uint32_t> in_flight_{0};
+  std::atomic<uint64_t> completed_{0};  // written by the home loop's thread only
 
   // The home loop's thread only.
   const std::chrono::seconds patience_;  // with a server that answers nothing; zero: for ever
@@ -109,7 +113,6 @@ class NbdLink final : public std::enable_shared_from_this<NbdLink> {
   uint64_t completed_before_ = 0;        // when it was armed
   base::CancelSource* poll_ = nullptr;   // ends the present wait of drive()
   bool watches_write_ = false;
-  uint64_t completed_ = 0;
   base::Fiber* leaving_ = nullptr;  // waits for the end of drive()
   bool ended_ = false;
   Ended when_ended_;

@@ -64,10 +64,14 @@ Facts NbdNode::facts() const {
 
 void NbdNode::close() {
   std::exception_ptr error;
+  const uint64_t unflushed = acknowledged_ - flushed_;
   try {
-    if (!read_only()) driver_flush();
-  } catch (const Error&) {
-    error = std::current_exception();
+    if (unflushed > 0) driver_flush();
+  } catch (const Error& e) {
+    error = std::make_exception_ptr(
+        Error(e.err(), fmt::format("{}; {} bytes that the server acknowledged were not flushed: "
+                                   "should it fail now, they are lost",
+                                   e.what(), unflushed)));
   }
   pool_->close();
   if (error) std::rethrow_exception(error);
@@ -119,6 +123,7 @@ void NbdNode::change(NbdCommand& command, const char* what, base::Buffer data, b
   // `data` or the record holds the bytes until the server has answered.
   const std::shared_ptr<UnflushedLog::Record> kept = record.empty() ? nullptr : record.front();
   run(command, what);
+  if (!durable) acknowledged_ += command.length;
   if ((fua && !durable) || pool_->unflushed().bytes() > kMaxUnflushed) driver_flush();
 }
 
@@ -152,9 +157,13 @@ void NbdNode::driver_discard(uint64_t offset, uint64_t length) {
 void NbdNode::driver_flush() {
   if (!info_.flush) return;
   const uint64_t mark = pool_->unflushed().mark();
+  const uint64_t covered = acknowledged_;
   NbdCommand command{.kind = Kind::kFlush};
   run(command, "flush");
   pool_->unflushed().flushed(mark);
+  for (uint64_t before = flushed_; before < covered;) {
+    if (flushed_.compare_exchange_weak(before, covered)) break;
+  }
 }
 
 BlockStatus NbdNode::driver_block_status(uint64_t offset, uint64_t length) {

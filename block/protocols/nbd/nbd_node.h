@@ -6,6 +6,8 @@
 // kMaxUnflushed, then the node flushes by itself) and done again.
 #pragma once
 
+#include <atomic>
+#include <cstdint>
 #include <memory>
 
 #include "block/graph/driver.h"
@@ -19,6 +21,7 @@ class NbdNode final : public Node {
   NbdNode(const NodeConfig& config, std::shared_ptr<NbdPool> pool);
 
   Facts facts() const override;
+  void closing() noexcept override { pool_->limit_waits(); }
   void close() override;
 
  private:
@@ -42,6 +45,9 @@ class NbdNode final : public Node {
 
   const std::shared_ptr<NbdPool> pool_;
   const NbdExport& info_;
+  // Bytes that the server acknowledged, and how many of them the last flush covered.
+  std::atomic<uint64_t> acknowledged_{0};
+  std::atomic<uint64_t> flushed_{0};
 };
 
 // Connects, so that open_nbd() does not wait for a server.

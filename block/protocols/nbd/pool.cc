@@ -69,7 +69,9 @@ NbdPool::Link NbdPool::use() {
       throw Error(EIO, fmt::format("{}: the server is away{}", target_.uri.text(),
                                    why_.empty() ? "" : " (" + why_ + ")"));
     }
+    ++held_;
     (void)changed_.wait_until(lock, deadline, "an NBD server to come back");
+    --held_;
   }
   return pick(*base::EventLoop::current());
 }
@@ -162,7 +164,7 @@ bool NbdPool::try_again() {
     Link link = NbdLink::connect(target_, Clock::now() + kConnectLimit, closing_);
     watch(*link);
     check_same(link->info());
-    do_unflushed_again(*link);
+    do_unflushed_again(link);
     reconnects_.fetch_add(1, std::memory_order_relaxed);
     base::log_info("{}: connected again", target_.uri.text());
     const std::lock_guard lock(mutex_);
@@ -188,17 +190,77 @@ void NbdPool::check_same(const NbdExport& now) const {
                                   target_.uri.text(), now.size, info_.size));
 }
 
-void NbdPool::do_unflushed_again(NbdLink& link) {
+void NbdPool::do_unflushed_again(const Link& link) {
+  {
+    const std::lock_guard lock(mutex_);
+    repeated_ = link;
+    if (closing_) link->cut();
+  }
+  int result = 0;
   for (const auto& record : unflushed_.records()) {
     NbdCommand command = record->command;
-    const int result = link.run(command);
-    if (result == 0) continue;
-    link.cut();
-    throw Error(result > 0 ? result : EIO, "a write of before could not be done again");
+    result = link->run(command);
+    if (result != 0) break;
   }
+  const std::lock_guard lock(mutex_);
+  repeated_.reset();
+  if (result == 0) return;
+  link->cut();
+  throw Error(result > 0 ? result : EIO, "a write of before could not be done again");
 }
 
 // --- the end ---
+
+void NbdPool::limit_waits() noexcept {
+  if (limited_.exchange(true)) return;
+  fibers_.add();
+  try {
+    base::EventLoop::current()->spawn("nbd end", [self = shared_from_this()] {
+      self->watch_silence();
+      self->fibers_.done();
+    });
+  } catch (const std::bad_alloc&) {
+    fibers_.done();
+    base::log_error("{}: no memory to end it in time", target_.uri.text());
+  }
+}
+
+void NbdPool::watch_silence() {
+  const auto step = target_.closing_timeout / 8;
+  auto since = Clock::now();
+  uint64_t before = 0;
+  std::unique_lock lock(mutex_);
+  while (!closing_) {
+    bool waits = held_ > 0;
+    uint64_t answers = reconnects();
+    const auto look_at = [&](const Link& link) {
+      waits = waits || link->load() > 0;
+      answers += link->answers();
+    };
+    for (const Link& each : links_) look_at(each);
+    if (repeated_) look_at(repeated_);
+    const auto now = Clock::now();
+    if (!waits || answers != before) {
+      before = answers;
+      since = now;
+    } else if (now - since >= target_.closing_timeout) {
+      return give_up();
+    }
+    (void)changed_.wait_until(lock, now + step, "an NBD server's last answers");
+  }
+}
+
+// Under mutex_.
+void NbdPool::give_up() {
+  closing_ = true;
+  why_ = fmt::format("it has not answered for {} ms while the disk is being closed",
+                     target_.closing_timeout.count());
+  base::log_warning("{}: the server is given up: {}", target_.uri.text(), why_);
+  given_up_.swap(links_);
+  for (const Link& each : given_up_) each->cut();
+  if (repeated_) repeated_->cut();
+  changed_.notify_all();
+}
 
 void NbdPool::close() {
   std::vector<Link> links;
@@ -206,10 +268,17 @@ void NbdPool::close() {
     const std::lock_guard lock(mutex_);
     closing_ = true;
     links.swap(links_);
+    links.insert(links.end(), given_up_.begin(), given_up_.end());
+    if (repeated_) repeated_->cut();
     changed_.notify_all();
   }
-  const auto deadline = Clock::now() + kFarewell;
-  for (const Link& each : links) each->close(deadline);
+  const auto deadline =
+      Clock::now() + std::min<Clock::duration>(kFarewell, target_.closing_timeout);
+  bool in_time = true;
+  for (const Link& each : links) in_time = each->close(deadline) && in_time;
+  if (!in_time) {
+    base::log_warning("{}: the server did not end the connection: it was cut", target_.uri.text());
+  }
   fibers_.wait();
 }
 

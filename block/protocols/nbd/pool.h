@@ -46,6 +46,9 @@ class NbdPool : public std::enable_shared_from_this<NbdPool> {
   }
   UnflushedLog& unflushed() noexcept { return unflushed_; }
 
+  // Fiber. From then on a server that answers nothing, or is away, is waited for no longer than the
+  // target's closing timeout: then requests fail. Does not wait.
+  void limit_waits() noexcept;
   // Fiber, once nothing is in flight. Ends every connection.
   void close();
 
@@ -63,19 +66,25 @@ class NbdPool : public std::enable_shared_from_this<NbdPool> {
   void reconnect(const std::vector<Link>& before);
   bool try_again();
   void check_same(const NbdExport& now) const;
-  void do_unflushed_again(NbdLink& link);
+  void do_unflushed_again(const Link& link);
+  void watch_silence();
+  void give_up();
 
   const NbdTarget target_;
   NbdExport info_;
   UnflushedLog unflushed_;
   std::atomic<bool> closing_{false};
   std::atomic<uint64_t> reconnects_{0};
-  base::WaitGroup fibers_;  // that connect
+  std::atomic<bool> limited_{false};
+  base::WaitGroup fibers_;  // that connect, or watch
 
   mutable std::mutex mutex_;
   base::WaitQueue changed_;
   std::vector<Link> links_;             // guarded by mutex_; empty: the server is away
   std::set<base::EventLoop*> growing_;  // guarded by mutex_; loops that are not to be grown for
+  Link repeated_;                       // guarded by mutex_; gets the unflushed writes again
+  std::vector<Link> given_up_;          // guarded by mutex_
+  unsigned held_ = 0;                   // guarded by mutex_; requests that wait for a server
   base::Clock::time_point lost_at_{};   // guarded by mutex_
   std::string why_;                     // guarded by mutex_; the last attempt's error
 };

@@ -82,6 +82,7 @@ NbdTarget take_nbd_target(Options& options) {
   out.reconnect_delay = take_seconds(options, "reconnect-delay");
   out.open_timeout = take_seconds(options, "open-timeout");
   out.request_timeout = take_seconds(options, "request-timeout");
+  if (out.request_timeout.count() != 0) out.closing_timeout = out.request_timeout;
   out.connections = static_cast<unsigned>(options.take_uint("connections", 0, 0, kMaxConnections));
   return out;
 }

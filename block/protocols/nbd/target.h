@@ -24,6 +24,8 @@ struct NbdTarget {
   // A connection on which nothing is answered for so long, while requests wait, is taken to be
   // broken; zero: never.
   std::chrono::seconds request_timeout{0};
+  // The same while the disk is being closed: the request timeout where there is one.
+  std::chrono::milliseconds closing_timeout{30'000};
   // The most connections at once, where the server allows several; 0: one for each thread that
   // has requests, up to four.
   unsigned connections = 0;

@@ -1,0 +1,97 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""A disk on an NBD server that hangs: deleting it comes to an end, says what may be lost, and holds
+up no other client of the control socket."""
+
+import os
+import signal
+import sys
+import time
+import unittest
+
+sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
+from harness.qmp import ControlScene, Qmp, QmpError
+from harness.scene import MIB, wait_until
+
+
+class Far(ControlScene):
+    def setUp(self):
+        super().setUp()
+        self.create("disk", 4 * MIB, "-f", "raw")
+        self.create("near", 4 * MIB, "-f", "raw")
+        self.far = self.daemon("serve", "--disk", "disk,id=far,format=raw", "--export",
+                               "far,writable", "--nbd", "nbd+unix:///?socket=far.sock")
+        self.near = self.daemon("serve", "--disk", "near,id=near,format=raw", "--qmp",
+                                "unix:c.sock", "--nbd", "nbd+unix:///?socket=m.sock")
+        self.connect()
+        self.other = Qmp(self.path("c.sock"))
+        self.addCleanup(self.other.close)
+
+    def add_far(self, **more):
+        self.qmp.command("blockdev-add", driver="nbd", node_name="far",
+                         uri="nbd+unix:///far?socket=far.sock", **more)
+
+    def hang(self):
+        """From here on the server says nothing."""
+        self.far.send(signal.SIGSTOP)
+        os.waitid(os.P_PID, self.far.pid, os.WSTOPPED | os.WNOWAIT)
+
+    def nodes(self, client):
+        return [each["node-name"] for each in client.command("query-named-block-nodes")]
+
+    def use_the_graph(self):
+        """What another client does meanwhile."""
+        self.assertIn("near", self.nodes(self.other))
+        self.other.command("blockdev-add", driver="memory", node_name="m", size=MIB)
+        self.other.command("block-export-add", type="nbd", id="m", node_name="m", writable=True)
+        self.nbd("m").write(0, b"x" * 4096)
+        self.other.command("block-export-del", id="m", mode="hard")
+        self.other.command("blockdev-del", node_name="m")
+
+    def assert_unanswered(self, client):
+        client.socket.settimeout(0)
+        with self.assertRaises(BlockingIOError):
+            while True:
+                self.assertIn("event", client.receive())
+        client.socket.settimeout(30)
+
+    def ended(self):
+        self.far.send(signal.SIGCONT)
+        self.assert_ended(self.near, 0, signal.SIGTERM)
+        self.assert_ended(self.far, 0, signal.SIGTERM)
+
+    def test_a_node_that_was_not_written_to_goes_with_a_warning(self):
+        self.add_far(request_timeout=1)
+        self.hang()
+        self.qmp.begin("blockdev-del", node_name="far")
+        wait_until(lambda: "far" not in self.nodes(self.other), 5, "the node is taken out")
+        began = time.monotonic()
+        self.use_the_graph()
+        if time.monotonic() - began < 0.7:  # the server is waited for longer than that
+            self.assert_unanswered(self.qmp)
+        self.assertEqual(self.qmp.answer()["return"], {})
+        self.near.errors.wait(lambda line: "did not end the connection" in line)
+        self.ended()
+
+    def test_what_may_be_lost_is_an_error(self):
+        self.add_far(request_timeout=1, reconnect_delay=60)
+        self.qmp.command("block-export-add", type="nbd", id="far", node_name="far", writable=True)
+        client = self.nbd("far")
+        client.write(0, b"y" * 8192)
+        client.close()
+        self.hang()
+        with self.assertRaises(QmpError) as caught:
+            self.qmp.command("block-export-del", id="far", mode="hard")
+        self.assertIn("flushing has not ended", caught.exception.desc)
+        # The export still waits for its flush. The deletion ends that.
+        self.qmp.begin("blockdev-del", node_name="far")
+        self.use_the_graph()
+        error = self.qmp.answer()["error"]["desc"]
+        self.assertIn("node 'far' is gone", error)
+        self.assertIn("8192 bytes that the server acknowledged were not flushed", error)
+        self.assertEqual(self.nodes(self.other), ["near.file", "near"])
+        self.ended()
+
+
+if __name__ == "__main__":
+    unittest.main(verbosity=2)
