@@ -49,8 +49,9 @@ class Session final : private ReplyQueue::Owner {
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
-  // Serves until the client leaves, breaks the protocol, or `cancel` fires. Every request has
-  // ended when this returns. The text says why, for the log.
+  // Serves until the client leaves or breaks the protocol. When `cancel` fires, until nothing is in
+  // flight any more: what comes meanwhile is refused with ESHUTDOWN. Every request has ended when
+  // this returns. The text says why, for the log.
   const char* run();
 
   // After `cancel` has fired: wakes what waits for the client to read.
@@ -136,6 +137,12 @@ class Session final : private ReplyQueue::Owner {
   void finish() noexcept;
   RequestRules rules() const noexcept;
   void end(const char* why) noexcept;
+  // Whether the server has begun to end the session, or the export.
+  bool ending() const noexcept { return refusing_ || agreed_.target->withdrawn(); }
+  // Whether the session ends now, because the server wants it.
+  bool is_over() noexcept;
+  // Ends waits whose outcome is_over() then tells.
+  base::CancelSource& until_over() noexcept { return refusing_ ? idle_ : cancel_; }
 
   void on_sent(Request& request) noexcept override;
   bool on_stall(std::chrono::nanoseconds stalled) noexcept override;
@@ -159,9 +166,11 @@ class Session final : private ReplyQueue::Owner {
   bool in_batch_ = false;    // run() is working: it will flush
   bool large_mode_ = false;  // see kLargePayload
   bool ended_ = false;
-  unsigned receives_ = 0;  // in this turn
-  unsigned taken_ = 0;     // requests, in this turn
-  uint64_t large_ = 0;     // what requests above kLargeRequest were charged
+  bool refusing_ = false;    // cancel_ has fired
+  base::CancelSource idle_;  // fires when, after that, nothing is in flight
+  unsigned receives_ = 0;    // in this turn
+  unsigned taken_ = 0;       // requests, in this turn
+  uint64_t large_ = 0;       // what requests above kLargeRequest were charged
   // Receives since another session of the loop received, as far as they count.
   unsigned alone_ = kAloneReceives;
   SendPace pace_;
