@@ -92,7 +92,7 @@ class Qcow2Snapshot : public GraphTest, public testing::WithParamInterface<Case>
   static void change(const std::shared_ptr<Node>& node, Bytes& model, std::mt19937_64& random) {
     Edge disk(node, "guest", Permissions::front_end(true), EdgeKind::kRoot);
     const uint64_t length =
-        (1 + random() % std::min<uint64_t>(model.size() / kBlock / 4, 300)) * kBlock;
+        (1 + random() % std::clamp<uint64_t>(model.size() / kBlock / 4, 1, 300)) * kBlock;
     const uint64_t offset = random() % ((model.size() - length) / kBlock + 1) * kBlock;
     if (random() % 4 == 0) {
       disk.write_zeroes(offset, length, {.may_unmap = random() % 2 == 0});
