@@ -8,6 +8,12 @@
 #include "base/log.h"
 
 namespace minivmm::nbd {
+namespace {
+
+// What a client gets to take what is on its way to it.
+constexpr auto kFarewell = std::chrono::seconds(2);
+
+}  // namespace
 
 Connection::Connection(uint64_t id, base::EventLoop& loop, base::UniqueFd socket, Terms terms)
     : id_(id),
@@ -25,6 +31,7 @@ void Connection::run(const Environment& environment) {
     base::log_warning("NBD client {} ({}): {}", id_, peer_, e.what());
   }
   stream_.bye();
+  stream_.linger(base::Clock::now() + kFarewell);
   stream_.shutdown();
   base::log_debug("NBD client {} ({}) is gone: {}", id_, peer_, why);
 }

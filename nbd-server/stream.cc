@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nbd-server/stream.h"
 
+#include <linux/tcp.h>
 #include <netinet/in.h>
-#include <netinet/tcp.h>
 #include <poll.h>
 #include <sys/socket.h>
 
+#include <algorithm>
 #include <cerrno>
+#include <cstddef>
 
 #include "base/event_loop.h"
 #include "base/io.h"
@@ -33,6 +35,15 @@ void tune(int fd) noexcept {
     // A client whose host died is noticed in the end.
     ::setsockopt(fd, SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
   }
+}
+
+// Whether the client's host has not confirmed all that was sent to it. Only TCP keeps it here.
+bool unconfirmed(int fd) noexcept {
+  tcp_info info{};
+  socklen_t length = sizeof info;
+  if (::getsockopt(fd, IPPROTO_TCP, TCP_INFO, &info, &length) != 0) return false;
+  constexpr size_t kNeeded = offsetof(tcp_info, tcpi_notsent_bytes) + sizeof(uint32_t);
+  return length >= kNeeded && (info.tcpi_unacked > 0 || info.tcpi_notsent_bytes > 0);
 }
 
 }  // namespace
@@ -155,6 +166,23 @@ bool Stream::send_all(std::span<const std::byte> from, base::CancelSource& cance
     }
   }
   return true;
+}
+
+void Stream::linger(base::Clock::time_point deadline) {
+  constexpr auto kTick = std::chrono::milliseconds(10);
+  ::shutdown(socket_.get(), SHUT_WR);
+  for (auto now = base::Clock::now(); now < deadline && unconfirmed(socket_.get());
+       now = base::Clock::now()) {
+    std::byte sink[1024];
+    const ssize_t n = ::recv(socket_.get(), sink, sizeof sink, MSG_DONTWAIT);
+    if (n > 0) {
+      base::EventLoop::current()->yield();
+    } else if (n == 0 || (errno != EAGAIN && errno != EINTR)) {
+      return;
+    } else {
+      (void)wait_readable(nullptr, std::min(deadline, now + kTick));
+    }
+  }
 }
 
 void Stream::shutdown() noexcept { ::shutdown(socket_.get(), SHUT_RDWR); }

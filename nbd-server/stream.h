@@ -52,6 +52,10 @@ class Stream {
 
   // Tells the client that nothing more comes, if it has a way to.
   void bye() noexcept;
+  // Fiber. Sends no more, and waits for a TCP client's host to confirm what was sent, until the
+  // deadline: where something unread lies when a socket is closed, and a client that does not know
+  // of the end yet sees to that, the kernel throws away what has not gone out.
+  void linger(base::Clock::time_point deadline);
   // Ends both directions: whoever waits is woken and finds the socket broken.
   void shutdown() noexcept;
 
