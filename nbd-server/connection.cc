@@ -44,19 +44,14 @@ const char* Connection::serve(const Environment& environment) {
     Negotiation negotiation(
         stream_, environment.exports, cancel_,
         base::Clock::now() + terms_.handshake_limit.value_or(options.handshake_limit),
-        terms_.security);
+        terms_.security, [this](const auto& target) { return choose(target); });
     agreed = negotiation.run();
     in_handshake_.store(false, std::memory_order_relaxed);
     if (!agreed) return negotiation.outcome();
   }
   if (stream_.tls() != nullptr) cost.set(ConnectionCost::kTls);
-  {
-    const std::lock_guard lock(mutex_);
-    export_ = agreed->target.shared();
-  }
-  // Looked at after export_ can be seen: whoever withdraws the export either finds this client
-  // there or is found here.
-  if (agreed->target->withdrawn()) return "the export was withdrawn";
+  // Where it has a disk of its own, that.
+  if (!choose(agreed->target.shared())) return "the export was withdrawn";
   base::log_debug("NBD client {} ({}{}{}) uses '{}'", id_, peer_,
                   agreed->client.empty() ? "" : ", ", agreed->client, agreed->target->name());
 
@@ -71,6 +66,15 @@ const char* Connection::serve(const Environment& environment) {
   const char* const why = session.run();
   session_ = nullptr;
   return why;
+}
+
+// Whoever withdraws the export either finds this client there, or is found here.
+bool Connection::choose(const std::shared_ptr<Export>& target) {
+  {
+    const std::lock_guard lock(mutex_);
+    export_ = target;
+  }
+  return target == nullptr || !target->withdrawn();
 }
 
 void Connection::end_soon() {

@@ -68,6 +68,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
  private:
   const char* serve(const Environment& environment);
+  bool choose(const std::shared_ptr<Export>& target);
 
   const uint64_t id_;
   base::EventLoop& loop_;
@@ -79,7 +80,7 @@ class Connection : public std::enable_shared_from_this<Connection> {
   SessionCounters counters_;
 
   mutable std::mutex mutex_;
-  std::shared_ptr<Export> export_;  // guarded by mutex_; set once chosen
+  std::shared_ptr<Export> export_;  // guarded by mutex_; what was chosen
 
   // The loop's thread only.
   base::CancelSource cancel_;

@@ -240,7 +240,7 @@ Negotiation::Next Negotiation::export_name(Data data) {
     return end("it asked for an export that does not exist, or that it may not use");
   }
   if (!sit_down(found.shared())) return end("the export has as many clients as it may have");
-  if (!open_clone(found)) return end("no clone could be made for it");
+  if (!enter(found)) return end("the export cannot be used any more, or no clone could be made");
   choose(std::move(found));
   const auto answer = wire::encode_export_name_reply(
       agreed_.target->size(), agreed_.target.transmission_flags(agreed_.headers));
@@ -270,12 +270,18 @@ Negotiation::Next Negotiation::list(Data data) {
   return Next::kOption;
 }
 
-// The client's own disk, where each gets one. False: there is none, and the log says why.
-bool Negotiation::open_clone(ExportUse& use) {
+// Makes the client one of the export's, with a disk of its own where each gets one. False: it
+// cannot be, and where that is not because the export is being withdrawn the log says why.
+bool Negotiation::enter(ExportUse& use) {
+  if (!chosen_(use.shared())) {
+    (void)chosen_(nullptr);
+    return false;
+  }
   try {
     use.open_clone();
     return true;
   } catch (const std::exception& e) {
+    (void)chosen_(nullptr);
     base::log_warning("NBD export '{}': no clone could be made: {}", use.name(), e.what());
     return false;
   }
@@ -290,9 +296,11 @@ ExportUse Negotiation::describe_export(Data data, Purpose purpose) {
     reply_text(OptionReply::kErrPolicy, "the export has as many clients as it may have");
     return {};
   }
-  if (purpose == Purpose::kUse && !open_clone(found)) {
+  if (purpose == Purpose::kUse && !enter(found)) {
     agreed_.seat = {};
-    reply_text(OptionReply::kErrUnknown, "no clone could be made; the server's log says why");
+    reply_text(OptionReply::kErrUnknown,
+               "the export cannot be used any more, or no clone could be made; the server's log "
+               "says why");
     return {};
   }
   reply(OptionReply::kInfo,

@@ -9,9 +9,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "nbd-server/export.h"
@@ -50,13 +52,18 @@ class Negotiation {
   static constexpr uint32_t kMaxOptionData = 32 << 10;
   static constexpr uint32_t kMaxSkipped = 1 << 20;
 
+  // Told which export the client has chosen, before anything about it may have to wait; null: it
+  // has not after all. False: the export is being withdrawn.
+  using Chosen = std::function<bool(const std::shared_ptr<Export>& target)>;
+
   Negotiation(Stream& stream, const ExportTable& exports, base::CancelSource& cancel,
-              base::Clock::time_point deadline, const Security& security)
+              base::Clock::time_point deadline, const Security& security, Chosen chosen)
       : stream_(stream),
         exports_(exports),
         cancel_(cancel),
         deadline_(deadline),
-        security_(security) {}
+        security_(security),
+        chosen_(std::move(chosen)) {}
 
   // Nullopt: the client left, was too slow, or broke the protocol; outcome() says which.
   std::optional<Agreement> run();
@@ -92,7 +99,7 @@ class Negotiation {
 
   enum class Purpose { kInfo, kUse };
   ExportUse describe_export(Data data, Purpose purpose);
-  static bool open_clone(ExportUse& use);
+  bool enter(ExportUse& use);
   static std::vector<MetaContext> contexts_of(const ExportUse& use);
   void describe_context(const MetaContext& context, uint32_t id);
   void choose(ExportUse chosen);
@@ -111,6 +118,7 @@ class Negotiation {
   base::CancelSource& cancel_;
   const base::Clock::time_point deadline_;
   const Security& security_;
+  const Chosen chosen_;
   const char* outcome_ = "it left during the handshake";
 
   uint32_t option_ = 0;  // the one being dealt with

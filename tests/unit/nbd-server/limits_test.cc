@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Bounds on what clients can take from a server: places, time, memory.
 #include <poll.h>
+#include <sys/ioctl.h>
 #include <sys/resource.h>
 #include <sys/socket.h>
 #include <unistd.h>
@@ -318,6 +319,66 @@ TEST_F(Limits, ConnectingAndLeavingLeaksNothing) {
     EXPECT_LE(resident_mib(), memory + 2);
   }
   EXPECT_EQ(used(), 0u);
+}
+
+// A client that chooses an export and does not read the answer uses it, as far as anybody can tell:
+// it is let go when the export is withdrawn, and not waited for.
+TEST_F(Limits, AWithdrawnExportIsNotHeldByAHandshakeThatIsNotRead) {
+  add("disk", "driver=memory,size=1M");
+  const Bytes name = join({be32(4), text("disk"), be16(0)});
+  constexpr uint32_t kInfo = 6;
+  const auto option = [&](uint32_t which) {
+    return join({text("IHAVEOPT"), be32(which), be32(static_cast<uint32_t>(name.size())), name});
+  };
+  const Bytes asked = option(kInfo);
+  // At once: a socket counts pieces, too.
+  const auto send_many = [&](Client& to, int count) {
+    Bytes all;
+    for (int i = 0; i < count; ++i) all.insert(all.end(), asked.begin(), asked.end());
+    to.send(all);
+  };
+  const auto queued = [](const Client& client) {
+    int bytes = 0;
+    EXPECT_EQ(::ioctl(client.fd(), FIONREAD, &bytes), 0);
+    return bytes;
+  };
+  Client probe = connect();
+  probe.greet();
+  const int before = queued(probe);
+  probe.send(asked);
+  const auto limit = soon();
+  while (queued(probe) == before && base::Clock::now() < limit) ::usleep(1000);
+  ::usleep(20'000);
+  const int answer = queued(probe) - before;
+  ASSERT_GT(answer, 0);
+  // How many answers the socket takes.
+  Client full = connect();
+  full.greet();
+  int last = -1;
+  for (int same = 0; same < 3;) {
+    const int now = queued(full);
+    same = now == last ? same + 1 : 0;
+    last = now;
+    if (same == 0) send_many(full, 300);
+    ::usleep(30'000);
+  }
+  const int fits = last / answer;
+  Client client = connect();
+  client.greet();
+  send_many(client, fits);
+  client.send(option(kGo));
+  const auto begin = base::Clock::now();
+  while (queued(client) < fits * answer && base::Clock::now() < begin + std::chrono::seconds(10)) {
+    ::usleep(1000);
+  }
+  ::usleep(20'000);
+  EXPECT_EQ(queued(client), fits * answer) << "the answer to GO has been sent, too";
+  EXPECT_EQ(error_number([&] {
+              on_fiber([&] {
+                server_->remove_export("disk", base::Clock::now() + std::chrono::seconds(3));
+              });
+            }),
+            0);
 }
 
 }  // namespace
