@@ -159,7 +159,7 @@ class Account {
   }
 
   uint64_t used() const noexcept { return used_; }
-  Budgets& budgets() noexcept { return budgets_; }
+  Budgets& budgets() const noexcept { return budgets_; }
 
  private:
   static constexpr uint64_t kStep = uint64_t{256} << 10;

@@ -5,6 +5,7 @@
 #include <cerrno>
 #include <cstring>
 #include <exception>
+#include <utility>
 
 #include <fmt/core.h>
 
@@ -168,6 +169,7 @@ void Commands::reply_data(Request& request) noexcept {
   }
   piece.data = request.buffer.data();
   piece.data_size = static_cast<uint32_t>(head.length);
+  request.rereadable = true;
 }
 
 void Commands::reply_done(Request& request) noexcept {
@@ -188,6 +190,7 @@ void Commands::fail(Request& request, ErrorCode error, std::string_view reason) 
   const wire::Request& head = request.head;
   Request::Piece& piece = request.reply;
   request.more.clear();
+  request.rereadable = false;
   piece.data_size = 0;
   if (!agreed_.structured()) {
     wire::encode_simple_reply(piece.header.data(), error, head.cookie);
@@ -257,7 +260,49 @@ bool Commands::read_with_holes(Request& request) {
     piece.data = data;
     piece.data_size = part.length;
   }
+  request.rereadable = true;
   return true;
+}
+
+// --- replies without their memory ---
+
+void Commands::shed(Request& request) noexcept {
+  const auto forget = [&request](Request::Piece& piece) {
+    if (piece.data_size == 0) return;
+    piece.at = static_cast<size_t>(piece.data - request.buffer.data());
+    piece.data = nullptr;
+  };
+  // Texts and tables are small, and are not made twice.
+  const bool has_data = request.reply.data_size > 0 || !request.more.empty();
+  if (has_data && !request.rereadable) return;
+  forget(request.reply);
+  for (Request::Piece& piece : request.more) forget(piece);
+  // To the system: whoever waits for the memory may do so on another loop.
+  const base::Buffer gone = std::move(request.buffer);
+}
+
+bool Commands::restore(Request& request) noexcept {
+  if (!request.rereadable) return true;
+  const wire::Request& head = request.head;
+  try {
+    request.buffer = resources_.buffers().take(head.length);
+    const auto read = [&](Request::Piece& piece) {
+      if (piece.data_size == 0) return;
+      std::byte* const data = request.buffer.data() + piece.at;
+      node().read(head.offset + piece.at, base::SingleBuffer(data, piece.data_size));
+      piece.data = data;
+    };
+    read(request.reply);
+    for (Request::Piece& piece : request.more) read(piece);
+    return true;
+  } catch (...) {
+    try {
+      log_failure(request, *agreed_.target, base::text_of(std::current_exception()));
+    } catch (const std::exception&) {
+      // There is no memory for the words either.
+    }
+    return false;
+  }
 }
 
 }  // namespace minivmm::nbd

@@ -24,6 +24,12 @@ class Commands {
   // `next`: those reach the node as one. Returns how many failed.
   unsigned run(Request& first) noexcept;
 
+  // Gives the buffer of a complete reply back where it is not needed or can be filled again.
+  void shed(Request& request) noexcept;
+  // Makes the reply whole again, with what the node has by now: a READ whose reply has not been
+  // read may find either. False: that failed, and the client may have got a part.
+  bool restore(Request& request) noexcept;
+
   // An error reply. `reason` is for the client's user; only structured replies carry it.
   void fail(Request& request, wire::ErrorCode error, std::string_view reason) noexcept;
 

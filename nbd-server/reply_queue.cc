@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nbd-server/reply_queue.h"
 
+#include <algorithm>
 #include <cerrno>
 
 namespace minivmm::nbd {
@@ -62,6 +63,8 @@ void ReplyQueue::push(Request& request) noexcept {
   bytes_ += size_of(request);
   (tail_ != nullptr ? tail_->next : head_) = &request;
   tail_ = &request;
+  // Whoever waits to be restored holds nothing meanwhile: or all might wait for each other.
+  if (shed_ > 0) shed(request);
 }
 
 void ReplyQueue::flush() noexcept {
@@ -95,18 +98,23 @@ void ReplyQueue::flush_soon() noexcept {
 
 size_t ReplyQueue::gather() noexcept {
   Gatherer gatherer(resources_.iovecs(), front_sent_);
-  for (const Request* r = head_; r != nullptr && !gatherer.full(); r = r->next) gatherer.add(*r);
+  for (const Request* r = head_; r != nullptr && !r->shed && !gatherer.full(); r = r->next) {
+    gatherer.add(*r);
+  }
   return gatherer.count();
 }
 
 ReplyQueue::Sent ReplyQueue::send_some() noexcept {
   while (head_ != nullptr) {
-    const int64_t n = stream_.try_send(std::span(resources_.iovecs()).first(gather()));
+    const size_t count = gather();
+    // With nothing to send, too, the stream says what it had kept of earlier sends.
+    const int64_t n = stream_.try_send(std::span(resources_.iovecs()).first(count));
     if (n == -EAGAIN) return Sent::kBlocked;
     if (n < 0) {
       drop_all();
       return Sent::kAll;
     }
+    if (n == 0 && count == 0) return Sent::kShed;
     advance(static_cast<size_t>(n));
   }
   return Sent::kAll;
@@ -114,6 +122,7 @@ ReplyQueue::Sent ReplyQueue::send_some() noexcept {
 
 void ReplyQueue::advance(size_t sent) noexcept {
   bytes_ -= sent;
+  sent_ += sent;
   front_sent_ += sent;
   while (head_ != nullptr) {
     const size_t size = size_of(*head_);
@@ -127,6 +136,7 @@ void ReplyQueue::pop_front() noexcept {
   Request& request = *head_;
   head_ = request.next;
   --count_;
+  if (request.shed) --shed_;
   if (head_ == nullptr) tail_ = nullptr;
   owner_.on_sent(request);
 }
@@ -138,21 +148,60 @@ void ReplyQueue::drop_all() noexcept {
   front_sent_ = 0;
 }
 
+void ReplyQueue::shed(Request& request) noexcept {
+  owner_.on_shed(request);
+  request.shed = true;
+  ++shed_;
+}
+
+void ReplyQueue::shed_all() noexcept {
+  bool any = false;
+  for (Request* r = head_; r != nullptr; r = r->next) {
+    if (r->shed) continue;
+    shed(*r);
+    any = true;
+  }
+  if (any) patience_ = std::min(2 * patience_, kMostPatience);
+}
+
+bool ReplyQueue::restore_front() noexcept {
+  const bool whole = owner_.on_restore(*head_);
+  if (!head_->shed) --shed_;
+  return whole;
+}
+
+// False: the client is given up.
+bool ReplyQueue::wait_for_room() noexcept {
+  constexpr std::chrono::nanoseconds kTick = std::chrono::seconds(1);
+  const auto now = base::Clock::now();
+  if (sent_ != sent_then_) progress_ = now;
+  sent_then_ = sent_;
+  const std::chrono::nanoseconds stalled = now - progress_;
+  if (stalled >= patience_ && owner_.memory_is_wanted()) shed_all();
+  if (stalled >= kTick && owner_.on_stall(stalled)) return false;
+  (void)stream_.wait_writable(nullptr, now + std::min(kTick, patience_));
+  return true;
+}
+
 void ReplyQueue::send_rest() noexcept {
-  constexpr auto kTick = std::chrono::seconds(1);
-  auto progress = base::Clock::now();
-  size_t left = bytes_;
-  while (send_some() == Sent::kBlocked) {
-    const auto now = base::Clock::now();
-    if (bytes_ != left) progress = now;
-    left = bytes_;
-    if (now - progress >= kTick && owner_.on_stall(now - progress)) {
+  progress_ = base::Clock::now();
+  sent_then_ = sent_;
+  for (Sent sent = Sent::kBlocked; (sent = send_some()) != Sent::kAll;) {
+    bool goes_on = true;
+    if (sent == Sent::kShed) {
+      (void)stream_.wait_writable(nullptr);
+      goes_on = restore_front();
+      progress_ = base::Clock::now();
+    } else {
+      goes_on = wait_for_room();
+    }
+    if (!goes_on) {
       stream_.shutdown();
       drop_all();
       break;
     }
-    (void)stream_.wait_writable(nullptr, now + kTick);
   }
+  patience_ = kPatience;
   sending_ = false;
   after();
 }

@@ -2,6 +2,10 @@
 // Replies of one client on their way out. They gather until flush(), which sends as many as the
 // socket takes in one call; what it does not take is sent by a fiber that waits for room. The
 // connection's loop only.
+//
+// A client that does not read while others wait for memory has its replies shed: they give up
+// their memory, and are made again one by one when the socket has room. So it can neither hold the
+// memory nor need be cut off.
 #pragma once
 
 #include <chrono>
@@ -25,6 +29,13 @@ class ReplyQueue {
     // Asked when nothing could be sent for about a second, with how long that is by now. True:
     // give the client up.
     virtual bool on_stall(std::chrono::nanoseconds stalled) noexcept = 0;
+    // Others wait for memory.
+    virtual bool memory_is_wanted() const noexcept = 0;
+    // Gives up what a queued request holds.
+    virtual void on_shed(Request& request) noexcept = 0;
+    // Fiber: makes it whole again, and no longer `shed` once it holds anything. False: the client
+    // cannot be served further.
+    virtual bool on_restore(Request& request) noexcept = 0;
 
    protected:
     ~Owner() = default;
@@ -47,18 +58,29 @@ class ReplyQueue {
   size_t gathered_bytes() const noexcept { return bytes_; }
   // The socket has no room: the client does not read as fast as it asks.
   bool blocked() const noexcept { return sending_; }
+  // Replies wait without their memory: until they are out, there shall be no further ones.
+  bool sheds() const noexcept { return shed_ > 0; }
   // The client is gone or was given up: replies are dropped.
   bool broken() const noexcept { return broken_; }
   // Fiber: waits until nothing is queued and none of the queue's fibers runs.
   void wait_empty() noexcept;
 
  private:
-  enum class Sent { kAll, kBlocked };
+  // A client that reads on after it was found not to gets longer, up to the second: what it asked
+  // for is read from the node again each time.
+  static constexpr std::chrono::nanoseconds kPatience = std::chrono::milliseconds(100);
+  static constexpr std::chrono::nanoseconds kMostPatience = std::chrono::seconds(2);
+
+  enum class Sent { kAll, kBlocked, kShed };  // kShed: the first reply has to be restored
   Sent send_some() noexcept;
   size_t gather() noexcept;
   void advance(size_t sent) noexcept;
   void drop_all() noexcept;
   void send_rest() noexcept;
+  bool wait_for_room() noexcept;
+  void shed(Request& request) noexcept;
+  void shed_all() noexcept;
+  bool restore_front() noexcept;
   void pop_front() noexcept;
   void after() noexcept;
 
@@ -72,7 +94,13 @@ class ReplyQueue {
   size_t count_ = 0;       // queued
   size_t bytes_ = 0;       // of these
   size_t front_sent_ = 0;  // bytes of head_ that are out
-  bool sending_ = false;   // a fiber waits for room: only it sends
+  size_t shed_ = 0;        // of those queued
+  uint64_t sent_ = 0;      // bytes, in all
+  // See wait_for_room.
+  base::Clock::time_point progress_{};
+  uint64_t sent_then_ = 0;
+  std::chrono::nanoseconds patience_ = kPatience;
+  bool sending_ = false;  // a fiber waits for room: only it sends
   bool flush_posted_ = false;
   bool broken_ = false;
   LocalWait empty_;

@@ -22,6 +22,7 @@ struct Request {
     uint32_t header_size = 0;
     uint32_t data_size = 0;
     const std::byte* data = nullptr;
+    size_t at = 0;  // where `data` lay in the buffer, while the request is shed
   };
 
   wire::Request head;
@@ -39,6 +40,10 @@ struct Request {
 
   Piece reply;
   std::vector<Piece> more;  // further parts, in order
+  // A complete reply of data in the buffer: it can be read again.
+  bool rereadable = false;
+  // It waits to be sent without its memory, and without its charge.
+  bool shed = false;
 
   wire::Command command() const noexcept { return static_cast<wire::Command>(head.type); }
   bool is_read() const noexcept { return command() == wire::Command::kRead; }

@@ -33,6 +33,8 @@ void Resources::give_back(Request& request) noexcept {
   request.reply.data_size = 0;
   request.reply.header_size = 0;
   request.more.clear();
+  request.rereadable = false;
+  request.shed = false;
   request.next = free_;
   free_ = &request;
   ++kept_;

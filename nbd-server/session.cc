@@ -79,8 +79,13 @@ void Session::finish() noexcept {
   replies_.flush();
   while (in_flight_ > 0) drained_.wait("requests to end");
   // A client that does not read its last replies is not waited for.
-  base::Timer timer([](void* stream) noexcept { static_cast<Stream*>(stream)->shutdown(); },
-                    &stream_);
+  base::Timer timer(
+      [](void* session) noexcept {
+        auto& self = *static_cast<Session*>(session);
+        self.stream_.shutdown();
+        self.given_up_.cancel();
+      },
+      this);
   loop_.timers().arm(timer, base::Clock::now() + kFarewell);
   replies_.wait_empty();
   loop_.timers().disarm(timer);
@@ -292,14 +297,33 @@ void Session::finish_group(Request& first, unsigned failed) noexcept {
 }
 
 void Session::on_sent(Request& request) noexcept {
-  if (request.charge > kLargeRequest) large_ -= request.charge;
-  account_.give_back(request.charge);
+  if (!request.shed) give_back_charge(request);
   resources_.give_back(request);
   memory_.notify();
 }
 
+void Session::give_back_charge(const Request& request) noexcept {
+  if (request.charge > kLargeRequest) large_ -= request.charge;
+  account_.give_back(request.charge);
+}
+
+// Who holds nothing is in nobody's way.
 bool Session::on_stall(std::chrono::nanoseconds stalled) noexcept {
-  return stalled >= options_.stall_limit && account_.budgets().contended();
+  return stalled >= options_.stall_limit && account_.used() > 0 && memory_is_wanted();
+}
+
+void Session::on_shed(Request& request) noexcept {
+  commands_.shed(request);
+  give_back_charge(request);
+}
+
+bool Session::on_restore(Request& request) noexcept {
+  if (!account_.try_take(request.charge) && !account_.wait(request.charge, given_up_)) {
+    return false;
+  }
+  if (request.charge > kLargeRequest) large_ += request.charge;
+  request.shed = false;
+  return commands_.restore(request);
 }
 
 void Session::send_replies() noexcept {

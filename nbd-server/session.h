@@ -146,6 +146,10 @@ class Session final : private ReplyQueue::Owner {
 
   void on_sent(Request& request) noexcept override;
   bool on_stall(std::chrono::nanoseconds stalled) noexcept override;
+  bool memory_is_wanted() const noexcept override { return account_.budgets().contended(); }
+  void on_shed(Request& request) noexcept override;
+  bool on_restore(Request& request) noexcept override;
+  void give_back_charge(const Request& request) noexcept;
 
   base::EventLoop& loop_;
   Stream& stream_;
@@ -166,11 +170,12 @@ class Session final : private ReplyQueue::Owner {
   bool in_batch_ = false;    // run() is working: it will flush
   bool large_mode_ = false;  // see kLargePayload
   bool ended_ = false;
-  bool refusing_ = false;    // cancel_ has fired
-  base::CancelSource idle_;  // fires when, after that, nothing is in flight
-  unsigned receives_ = 0;    // in this turn
-  unsigned taken_ = 0;       // requests, in this turn
-  uint64_t large_ = 0;       // what requests above kLargeRequest were charged
+  bool refusing_ = false;        // cancel_ has fired
+  base::CancelSource idle_;      // fires when, after that, nothing is in flight
+  base::CancelSource given_up_;  // fires when replies at the end are not waited for any longer
+  unsigned receives_ = 0;        // in this turn
+  unsigned taken_ = 0;           // requests, in this turn
+  uint64_t large_ = 0;           // what requests above kLargeRequest were charged
   // Receives since another session of the loop received, as far as they count.
   unsigned alone_ = kAloneReceives;
   SendPace pace_;

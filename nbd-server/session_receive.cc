@@ -40,6 +40,7 @@ class Session::Pause {
 // part of what is free that shrinks with the number of such clients: they leave room for those who
 // read.
 bool Session::holds_too_much(uint64_t bytes) noexcept {
+  if (replies_.sheds()) return true;
   if (account_.used() == 0) return false;
   if (bytes > kLargeRequest && large_ > 0 && large_ + bytes > kMostLarge) return true;
   if (!replies_.blocked()) return false;

@@ -20,6 +20,7 @@ namespace {
 using std::chrono::milliseconds;
 constexpr uint16_t kRead = 0;
 constexpr uint16_t kWrite = 1;
+constexpr uint16_t kFlush = 3;
 constexpr uint32_t kGo = 7;
 constexpr uint32_t kErrPolicy = 0x80000002;
 
@@ -276,6 +277,69 @@ TEST_F(Patient, WhoReadsIsServedWhileOthersDoNot) {
   Client other = connect();
   other.enter("disk");
   for (int i = 0; i < 10; ++i) EXPECT_EQ(other.read(0, 1 << 20).size(), 1u << 20);
+}
+
+// More than there is memory for. They are not cut off for it, and who reads after all gets what he
+// asked for: in one piece, or, where replies are structured, with the holes as such.
+TEST_F(Patient, RepliesThatNobodyReadsGiveUpTheirMemoryAndComeAllTheSame) {
+  constexpr uint32_t kPart = 1 << 20;
+  constexpr size_t kParts = 4;
+  add("disk", "driver=memory,size=8M");
+  Client other = connect();
+  other.enter("disk");
+  Bytes content(8 << 20);
+  for (size_t at = 0; at < content.size(); at += 65536) {
+    if (at % kPart == 3 * 65536) continue;  // a hole
+    for (size_t i = 0; i < 65536; ++i) content[at + i] = static_cast<std::byte>((at + i) * 7 >> 9);
+    const Bytes piece(content.begin() + static_cast<ptrdiff_t>(at),
+                      content.begin() + static_cast<ptrdiff_t>(at) + 65536);
+    ASSERT_EQ(other.error_of(kWrite, at, 65536, 0, piece), 0u);
+  }
+  std::vector<Client> hogs;
+  for (size_t i = 0; i < 60; ++i) {
+    Client& hog = hogs.emplace_back(connect());
+    hog.enter("disk", i % 2 == 1);
+    // Replies of all kinds: one to be read again has others before and behind it.
+    Bytes said = hog.request(kRead, 100, uint64_t{1} << 40, 512);
+    for (size_t n = 0; n < kParts; ++n) {
+      said = join({said, hog.request(kRead, n, (i + n) % 8 * kPart, kPart)});
+    }
+    hog.send(join({said, hog.request(kFlush, 101, 0, 0)}));
+  }
+  // All come to hold memory in their turn, and all give it up.
+  for (int i = 0; i < 5; ++i) {
+    EXPECT_EQ(other.read(3 << 20, kPart),
+              Bytes(content.begin() + (3 << 20), content.begin() + (4 << 20)));
+  }
+  const auto answer = [](Client& hog, bool structured) {
+    std::pair<uint64_t, Bytes> out;
+    for (bool done = false; !done;) {
+      const Reply reply = structured ? hog.chunk() : hog.simple(0);
+      out.first = reply.cookie;
+      done = (reply.flags & 1) != 0;
+      if (reply.type == 1) {
+        out.second.insert(out.second.end(), reply.payload.begin() + 8, reply.payload.end());
+      } else if (reply.type == 2) {
+        out.second.resize(out.second.size() + reply.number(8, 4));
+      } else if (!structured && reply.error == 0 && reply.cookie < kParts) {
+        out.second = hog.receive(kPart);
+      }
+    }
+    return out;
+  };
+  for (size_t i = 0; i < hogs.size(); ++i) {
+    size_t seen = 0;
+    for (size_t n = 0; n < kParts + 2; ++n) {
+      const auto [cookie, data] = answer(hogs[i], i % 2 == 1);
+      if (cookie >= kParts) continue;
+      const auto at = static_cast<ptrdiff_t>((i + cookie) % 8 * kPart);
+      EXPECT_TRUE(data == Bytes(content.begin() + at, content.begin() + at + kPart)) << i;
+      ++seen;
+    }
+    ASSERT_EQ(seen, kParts) << i;
+  }
+  for (int i = 0; i < 100 && used() != 0; ++i) ::usleep(10'000);
+  EXPECT_EQ(used(), 0u);
 }
 
 // Waiting for an answer is not silence.
