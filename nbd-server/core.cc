@@ -119,7 +119,7 @@ void Server::Core::warn_if_open_to_writers() const {
     const std::lock_guard lock(mutex_);
     for (const auto& each : listeners_) {
       if (each->socket.tcp && each->terms.security.mode != TlsOptions::Mode::kRequired)
-        addresses += " " + each->socket.address.text();
+        addresses.append(1, ' ').append(each->socket.address.text());
     }
   }
   if (addresses.empty()) return;

@@ -38,8 +38,8 @@ struct ServerOptions {
   // raised.
   uint64_t memory = uint64_t{48} << 20;
   uint64_t connection_memory = uint64_t{48} << 20;
-  // A client that holds memory for this long, for replies that it does not read or data that it does
-  // not send, while others wait for memory, is cut off.
+  // A client that holds memory for this long, for replies that it does not read or data that it
+  // does not send, while others wait for memory, is cut off.
   std::chrono::milliseconds stall_limit{5'000};
   // Further clients are not accepted until one leaves.
   unsigned max_connections = 4096;
