@@ -69,7 +69,7 @@ class ReplyQueue {
   // A client that reads on after it was found not to gets longer, up to the second: what it asked
   // for is read from the node again each time.
   static constexpr std::chrono::nanoseconds kPatience = std::chrono::milliseconds(100);
-  static constexpr std::chrono::nanoseconds kMostPatience = std::chrono::seconds(2);
+  static constexpr std::chrono::nanoseconds kMostPatience = std::chrono::milliseconds(500);
 
   enum class Sent { kAll, kBlocked, kShed };  // kShed: the first reply has to be restored
   Sent send_some() noexcept;
