@@ -66,8 +66,8 @@ class ReplyQueue {
   void wait_empty() noexcept;
 
  private:
-  // A client that reads on after it was found not to gets longer, up to the second: what it asked
-  // for is read from the node again each time.
+  // A client that reads on after it was found not to gets longer, up to half a second: what it
+  // asked for is read from the node again each time.
   static constexpr std::chrono::nanoseconds kPatience = std::chrono::milliseconds(100);
   static constexpr std::chrono::nanoseconds kMostPatience = std::chrono::milliseconds(500);
 

@@ -66,6 +66,7 @@ void TlsTransport::attach(gnutls_session_int* session) noexcept {
 ssize_t TlsTransport::receive() noexcept {
   in_.reset();
   in_begin_ = in_end_ = nullptr;
+  more_ = false;
   // (Outside of a turn nothing could be kept; nothing asks then.)
   std::byte* const to = broken_ || wanted_ == 0 ? nullptr : received(kInput);
   if (to == nullptr) {
@@ -77,6 +78,7 @@ ssize_t TlsTransport::receive() noexcept {
   const ssize_t n = ::recv(socket_, to, size, MSG_DONTWAIT);
   if (n < 0) gnutls_api().transport_set_errno(session_, errno);
   if (n <= 0) return n;
+  more_ = static_cast<size_t>(n) == size;
   in_begin_ = to;
   in_end_ = to + n;
   return n;

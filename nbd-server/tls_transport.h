@@ -51,8 +51,8 @@ class TlsTransport {
     TlsTransport& transport_;
   };
 
-  // Something was received that the session has not taken.
-  bool has_input() const noexcept { return in_begin_ != in_end_; }
+  // Something was received that the session has not taken, or the socket may have more.
+  bool has_input() const noexcept { return in_begin_ != in_end_ || more_; }
 
  private:
   static constexpr size_t kInput = size_t{32} << 10;
@@ -78,6 +78,7 @@ class TlsTransport {
   std::byte* in_begin_ = nullptr;
   std::byte* in_end_ = nullptr;
   size_t wanted_ = 0;    // see Receiving; 0 outside
+  bool more_ = false;    // the last receive brought all that it could
   bool broken_ = false;  // what was received could not be kept
 };
 
