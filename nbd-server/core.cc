@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <exception>
+#include <utility>
 
 #include <fmt/core.h>
 
@@ -34,7 +35,7 @@ ServerOptions sane(ServerOptions options) noexcept {
 }  // namespace
 
 Server::Core::Core(base::LoopGroup& loops, ServerOptions options)
-    : loops_(loops), options_(sane(options)), budgets_(options_.memory), kept_(*this) {
+    : loops_(loops), options_(sane(std::move(options))), budgets_(options_.memory), kept_(*this) {
   for (size_t i = 0; i < loops.size(); ++i) {
     resources_[loops.loop(i).index()] = std::make_unique<Resources>(kept_);
   }
