@@ -33,7 +33,7 @@ constexpr Driver kDrivers[] = {
     {"memory", kProtocol, &open_memory},
     {"null", kProtocol, &open_null},
     {"null-co", kProtocol, &open_null},
-    {"nbd", kProtocol, &open_nbd, &prepare_nbd},
+    {"nbd", kProtocol, &open_nbd},
     {"fault", kFilter, &open_fault},
     {"log-writes", kFilter, &open_log_writes},
     {"compress", kFilter, &open_compress},

@@ -9,6 +9,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "block/graph/opening.h"
 #include "cli/command.h"
 #include "cli/image_arguments.h"
 #include "cli/image_commands.h"

@@ -19,6 +19,7 @@
 #include "base/nbd_uri.h"
 #include "base/unique_fd.h"
 #include "block/graph/open_policy.h"
+#include "block/graph/opening.h"
 #include "cli/image_arguments.h"
 #include "cli/image_facts.h"
 #include "cli/image_lock_holders.h"

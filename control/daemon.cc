@@ -345,6 +345,8 @@ std::vector<std::string> Daemon::commands_under_way() {
 
 Daemon::Outcome Daemon::take_down() {
   Outcome outcome;
+  // A command that opens a node may wait for a server that does not answer.
+  if (graph_) on_loop("end openings", [this] { graph_->end_openings(); });
   if (control_) stop_control_socket();
   std::mutex mutex;  // guards outcome while the parts stop
   const auto collect = [&](std::vector<std::string> lines, bool idle) {

@@ -8,7 +8,7 @@
 
 #include "base/checked.h"
 #include "base/error.h"
-#include "block/graph/graph.h"
+#include "block/graph/opening.h"
 
 namespace minivmm::block {
 
@@ -50,9 +50,9 @@ void CompressNode::driver_write_compressed(uint64_t offset, IoSpan from) {
   file().write_compressed(offset, from);
 }
 
-std::shared_ptr<Node> open_compress(Graph& graph, const NodeConfig& config, Options& options) {
+std::shared_ptr<Node> open_compress(Opening& opening, const NodeConfig& config, Options& options) {
   return std::make_shared<CompressNode>(config,
-                                        graph.open_child(options, "file", config.read_only));
+                                        opening.open_child(options, "file", config.read_only));
 }
 
 }  // namespace minivmm::block

@@ -22,6 +22,6 @@ class CompressNode final : public FilterNode {
   void driver_write_compressed(uint64_t offset, IoSpan from) override;
 };
 
-std::shared_ptr<Node> open_compress(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_compress(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

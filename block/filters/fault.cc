@@ -7,7 +7,7 @@
 
 #include "base/error.h"
 #include "base/io.h"
-#include "block/graph/graph.h"
+#include "block/graph/opening.h"
 
 namespace minivmm::block {
 
@@ -54,7 +54,7 @@ void FaultNode::driver_flush() {
   FilterNode::driver_flush();
 }
 
-std::shared_ptr<Node> open_fault(Graph& graph, const NodeConfig& config, Options& options) {
+std::shared_ptr<Node> open_fault(Opening& opening, const NodeConfig& config, Options& options) {
   FaultRule rule;
   rule.op = static_cast<FaultRule::Op>(options.take_choice(
       "op", {"read", "write", "zero", "discard", "flush", "any"}, FaultRule::kAny));
@@ -67,7 +67,7 @@ std::shared_ptr<Node> open_fault(Graph& graph, const NodeConfig& config, Options
       "errno", {"EIO", "ENOSPC", "EACCES", "EDQUOT", "ETIMEDOUT", "ENOMEM", "ENOTSUP", "none"}, 0)];
   rule.delay = std::chrono::nanoseconds(
       static_cast<int64_t>(options.take_uint("delay-ns", 0, 0, 3'600'000'000'000)));
-  auto file = graph.open_child(options, "file", config.read_only);
+  auto file = opening.open_child(options, "file", config.read_only);
   return std::make_shared<FaultNode>(config, std::move(file), rule);
 }
 

@@ -41,6 +41,6 @@ class FaultNode final : public FilterNode {
   std::atomic<uint64_t> seen_{0};
 };
 
-std::shared_ptr<Node> open_fault(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_fault(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

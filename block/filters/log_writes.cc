@@ -10,7 +10,7 @@
 #include "base/bytes.h"
 #include "base/checked.h"
 #include "base/error.h"
-#include "block/graph/graph.h"
+#include "block/graph/opening.h"
 
 namespace minivmm::block {
 
@@ -104,9 +104,10 @@ void LogWritesNode::close() {
   log_.flush();
 }
 
-std::shared_ptr<Node> open_log_writes(Graph& graph, const NodeConfig& config, Options& options) {
-  auto file = graph.open_child(options, "file", config.read_only);
-  auto log = graph.open_child(options, "log", false);
+std::shared_ptr<Node> open_log_writes(Opening& opening, const NodeConfig& config,
+                                      Options& options) {
+  auto file = opening.open_child(options, "file", config.read_only);
+  auto log = opening.open_child(options, "log", false);
   return std::make_shared<LogWritesNode>(config, std::move(file), std::move(log));
 }
 

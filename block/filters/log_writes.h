@@ -56,6 +56,6 @@ class LogWritesNode final : public FilterNode {
   base::FiberMutex super_;    // one writer of the super sector
 };
 
-std::shared_ptr<Node> open_log_writes(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_log_writes(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

@@ -6,7 +6,7 @@
 #include <utility>
 
 #include "base/error.h"
-#include "block/graph/graph.h"
+#include "block/graph/opening.h"
 
 namespace minivmm::block {
 namespace {
@@ -36,7 +36,8 @@ void WritePolicyNode::driver_discard(uint64_t offset, uint64_t length) {
   if (policy_.discard) FilterNode::driver_discard(offset, length);
 }
 
-std::shared_ptr<Node> open_write_policy(Graph& graph, const NodeConfig& config, Options& options) {
+std::shared_ptr<Node> open_write_policy(Opening& opening, const NodeConfig& config,
+                                        Options& options) {
   const size_t detect = options.take_choice("detect-zeroes", {"off", "on", "unmap"}, 0);
   WritePolicyNode::Policy policy;
   policy.detect_zeroes = detect != 0;
@@ -46,7 +47,7 @@ std::shared_ptr<Node> open_write_policy(Graph& graph, const NodeConfig& config, 
     throw base::Error(EINVAL, "option 'detect-zeroes=unmap' needs discard=unmap");
   }
   return std::make_shared<WritePolicyNode>(
-      config, graph.open_child(options, "file", config.read_only), policy);
+      config, opening.open_child(options, "file", config.read_only), policy);
 }
 
 }  // namespace minivmm::block

@@ -29,6 +29,7 @@ class WritePolicyNode final : public FilterNode {
 };
 
 // Throws EINVAL for detect-zeroes=unmap where discard=ignore.
-std::shared_ptr<Node> open_write_policy(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_write_policy(Opening& opening, const NodeConfig& config,
+                                        Options& options);
 
 }  // namespace minivmm::block

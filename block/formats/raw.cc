@@ -10,7 +10,7 @@
 #include "base/checked.h"
 #include "base/error.h"
 #include "block/formats/probe.h"
-#include "block/graph/graph.h"
+#include "block/graph/opening.h"
 
 namespace minivmm::block {
 
@@ -136,8 +136,8 @@ void RawNode::driver_prefetch(uint64_t offset, uint64_t length) {
   file_.prefetch(range_.offset + offset, length);
 }
 
-std::shared_ptr<Node> open_raw(Graph& graph, const NodeConfig& config, Options& options) {
-  auto file = graph.open_child(options, "file", config.read_only);
+std::shared_ptr<Node> open_raw(Opening& opening, const NodeConfig& config, Options& options) {
+  auto file = opening.open_child(options, "file", config.read_only);
   RawRange range;
   range.offset = options.take_size("offset").value_or(0);
   range.size = options.take_size("size");

@@ -61,6 +61,6 @@ class RawNode final : public Node {
   base::FiberMutex beginning_;  // one change of the guarded beginning at a time
 };
 
-std::shared_ptr<Node> open_raw(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_raw(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

@@ -13,7 +13,7 @@
 
 namespace minivmm::block {
 
-class Graph;
+class Opening;
 
 // Common to every driver, taken out of the options before it sees them.
 struct NodeConfig {
@@ -26,12 +26,9 @@ enum class DriverKind { kProtocol, kFormat, kFilter };
 struct Driver {
   const char* name;
   DriverKind kind;
-  // Fiber. Takes what it knows from `options`; the caller reports what is left.
-  std::shared_ptr<Node> (*open)(Graph& graph, const NodeConfig& config, Options& options);
-  // Fiber, before the graph is locked for opening: what may take long and needs no other node (a
-  // server that may not answer). Takes what it knows from `options` and attaches what it made to
-  // them, for open(). Null: there is nothing of that kind.
-  void (*prepare)(Options& options) = nullptr;
+  // Fiber; may wait for as long as it takes (a server), which nobody else waits for. Takes what it
+  // knows from `options`; the caller reports what is left.
+  std::shared_ptr<Node> (*open)(Opening& opening, const NodeConfig& config, Options& options);
 };
 
 std::span<const Driver> drivers();

@@ -9,9 +9,8 @@
 
 #include "base/error.h"
 #include "base/event_loop.h"
-#include "base/fresh_stack.h"
 #include "base/log.h"
-#include "block/graph/driver.h"
+#include "block/graph/opening.h"
 #include "block/graph/root.h"
 
 namespace minivmm::block {
@@ -24,64 +23,22 @@ Graph::~Graph() {
   if (!nodes_.empty()) base::log_error("graph: destroyed with {} nodes open", nodes_.size());
 }
 
-// For a child its parent's name and its own key, so that messages about it tell whose it is.
-std::string Graph::make_name(const char* key) {
-  constexpr size_t kMaxMadeUp = 64;
-  if (key != nullptr && !opening_.empty()) {
-    std::string name = opening_.back().node_name + "." + key;
-    if (name.size() <= kMaxMadeUp && owner_of(name).empty()) return name;
-  }
-  for (;;) {
-    std::string name = fmt::format("#block{}", next_number_++);
-    if (owner_of(name).empty()) return name;
-  }
-}
-
-namespace {
-
-void prepare(Options& options) {
-  options.for_each_level([](Options& level) {
-    const std::string name = level.peek("driver").value_or("");
-    for (const Driver& driver : drivers()) {
-      if (driver.prepare != nullptr && driver.name == name) driver.prepare(level);
-    }
-  });
-}
-
-}  // namespace
-
 std::shared_ptr<Node> Graph::add(Options options) {
-  prepare(options);
-  std::unique_lock editing(editing_);
-  size_t before = 0;
-  {
-    const std::lock_guard lock(mutex_);
-    before = nodes_.size();
-  }
-  try {
-    return open(std::move(options), nullptr);
-  } catch (...) {
-    opening_.clear();
-    Nodes opened;
-    {
-      const std::lock_guard lock(mutex_);
-      for (size_t i = nodes_.size(); i > before; --i) opened.push_back(nodes_[i - 1].node);
-    }
-    take_out(opened);
-    editing.unlock();
-    // What is thrown says more than what comes of closing, which is logged.
-    std::exception_ptr error = std::current_exception();
-    close_taken(std::move(opened), error);
-    throw;
-  }
+  Opening opening(*this, options);
+  return opening.run(std::move(options));
 }
 
-// Who has the name, also of those that are being opened; empty: nobody. Under editing_.
+// Who has the name, also of those that are being opened; empty: nobody. Under mutex_.
 std::string Graph::owner_of(const std::string& name) const {
-  for (const Opening& parent : opening_) {
-    if (parent.node_name == name) return "the node that it is opened for";
+  const auto is_it = [&name](const auto& each) { return each.node_name == name; };
+  for (const Opening* each : openings_) {
+    if (each->name_ == name || std::any_of(each->layers_.begin(), each->layers_.end(), is_it)) {
+      return "a node that is being opened";
+    }
+    for (const auto& opened : each->opened_) {
+      if (opened.node->name() == name) return opened.node->describe() + ", which is being opened";
+    }
   }
-  const std::lock_guard lock(mutex_);
   for (const Entry& entry : nodes_) {
     if (entry.node->name() == name) return entry.node->describe();
   }
@@ -91,6 +48,7 @@ std::string Graph::owner_of(const std::string& name) const {
   return {};
 }
 
+// Under mutex_.
 void Graph::check_name_free(const std::string& name) const {
   const std::string owner = owner_of(name);
   if (owner.empty()) return;
@@ -99,63 +57,9 @@ void Graph::check_name_free(const std::string& name) const {
 
 void Graph::adopt(std::shared_ptr<Node> node) {
   const std::lock_guard editing(editing_);
-  check_name_free(node->name());
   const std::lock_guard lock(mutex_);
+  check_name_free(node->name());
   nodes_.push_back({std::move(node), true});
-}
-
-void Graph::check_depth() const {
-  if (opening_.size() <= kMaxGraphDepth) return;
-  std::vector<std::string> first;
-  for (size_t i = 0; i < 8; ++i) first.push_back(opening_[i].label);
-  throw Error(ELOOP, fmt::format("more than {} layers (a loop of backing files?): {} -> ...",
-                                 kMaxGraphDepth, fmt::join(first, " -> ")));
-}
-
-// Under editing_. `key`: whose child it is of the node that is being opened; null: it is kept by
-// its own name.
-std::shared_ptr<Node> Graph::open(Options options, const char* key) {
-  const std::string driver_name = options.take_string("driver").value_or("");
-  if (driver_name.empty()) {
-    throw Error(EINVAL, "a node needs a 'driver' option (qcow2, raw, file, ...)");
-  }
-  const Driver& driver = find_driver(driver_name);
-  NodeConfig config;
-  config.node_name = options.take_string("node-name").value_or("");
-  if (config.node_name.empty()) config.node_name = make_name(key);
-  config.read_only = options.take_bool("read-only", false);
-  const bool write_through = !options.take_bool("cache.writeback", true);
-  check_name_free(config.node_name);
-  opening_.push_back({config.node_name, options.peek("filename").value_or(config.node_name)});
-  check_depth();
-  std::shared_ptr<Node> node = driver.open(*this, config, options);
-  opening_.pop_back();
-  node->set_write_through(write_through);
-  node->set_corruption_listener(on_corruption_);
-  {
-    const std::lock_guard lock(mutex_);
-    nodes_.push_back({node, key == nullptr});
-  }
-  options.finish(node->describe());  // after registering: a failure is cleaned up like any other
-  return node;
-}
-
-std::shared_ptr<Node> Graph::open_inline(Options options, const char* key) {
-  // Each level on a stack of its own: opening has larger frames than reading.
-  std::shared_ptr<Node> node;
-  base::run_on_fresh_stack([&] { node = open(std::move(options), key); });
-  return node;
-}
-
-std::shared_ptr<Node> Graph::open_child(Options& parent, const char* key, bool inherit_read_only) {
-  auto child = parent.take_child(key);
-  if (!child)
-    throw Error(EINVAL, fmt::format("option '{}' is missing: a node or its options", key));
-  if (!child->options) return find(child->reference);
-  if (inherit_read_only && !child->options->has("read-only")) {
-    child->options->set("read-only", "on");
-  }
-  return open_inline(std::move(*child->options), key);
 }
 
 std::shared_ptr<Node> Graph::find(const std::string& node_name) const {
@@ -170,9 +74,25 @@ std::shared_ptr<Node> Graph::find(const std::string& node_name) const {
                                                   fmt::join(names, ", ")));
 }
 
+// What is being opened has looked at the node, and is not to find it changed. Under mutex_.
+void Graph::refuse_writer(const Node& node, const std::string& user) const {
+  for (const Opening* opening : openings_) {
+    for (const auto& each : opening->references_) {
+      if (&each.edge->node() != &node) continue;
+      throw Error(EBUSY, fmt::format("{}: {} would write to it, which {} does not allow",
+                                     node.describe(), user, opening->describe()));
+    }
+  }
+}
+
 Handle Graph::attach(const std::string& node_name, std::string user, Permissions permissions) {
   const std::lock_guard editing(editing_);
-  auto root = std::make_unique<Handle::Root>(*this, find(node_name), std::move(user), permissions);
+  std::shared_ptr<Node> node = find(node_name);
+  if (permissions.uses != 0) {
+    const std::lock_guard lock(mutex_);
+    refuse_writer(*node, user);
+  }
+  auto root = std::make_unique<Handle::Root>(*this, std::move(node), std::move(user), permissions);
   const std::lock_guard lock(mutex_);
   roots_.push_back(root.get());
   return Handle(std::move(root));
@@ -221,7 +141,7 @@ void Graph::reap(std::unique_ptr<Handle::Root> root) noexcept {
 
 Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(graph) {
   const auto until = base::Clock::now() + deadline;
-  lock_when_none_closes(until);
+  lock_when_none_comes_or_goes(until);
   {
     const std::lock_guard lock(graph_.mutex_);
     held_ = graph_.roots_;
@@ -239,19 +159,24 @@ Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(g
 
 Graph::Drain::~Drain() { let_go(); }
 
-// A node's last writes would meet the edit.
-void Graph::Drain::lock_when_none_closes(base::Clock::time_point until) {
+// A node's last writes, or an opening's, would meet the edit.
+void Graph::Drain::lock_when_none_comes_or_goes(base::Clock::time_point until) {
   for (;;) {
     std::unique_lock editing(graph_.editing_);
     std::unique_lock lock(graph_.mutex_);
-    if (graph_.closing_.empty()) {
+    const auto in_the_way = [this]() -> std::string {
+      if (!graph_.closing_.empty()) return graph_.closing_.front()->describe() + ": closing it";
+      const Opening* const opening = graph_.that_refers();
+      return opening != nullptr ? opening->describe() : "";
+    };
+    if (in_the_way().empty()) {
       (void)editing.release();
       return;
     }
     editing.unlock();
-    if (!graph_.gone_.wait_until(lock, until, "nodes that are being closed") &&
-        !graph_.closing_.empty()) {
-      throw Error(ETIMEDOUT, graph_.closing_.front()->describe() + ": closing it does not end");
+    if (!graph_.gone_.wait_until(lock, until, "nodes that are being opened or closed")) {
+      const std::string what = in_the_way();
+      if (!what.empty()) throw Error(ETIMEDOUT, what + " does not end");
     }
   }
 }
@@ -303,7 +228,15 @@ std::vector<std::string> Graph::describe() const {
       out.push_back(fmt::format("node '{}': {}", node.name(), state));
     }
   }
-  for (const auto& node : closing_) out.push_back("node " + node->describe() + ": closing");
+  const auto add_closing = [&out](const Node& node) {
+    out.push_back("node " + node.describe() + ": closing");
+  };
+  for (const Opening* each : openings_) {
+    out.push_back(each->describe() + " is under way");
+    if (!each->undone_) continue;
+    for (const auto& opened : each->opened_) add_closing(*opened.node);
+  }
+  for (const auto& node : closing_) add_closing(*node);
   lock.unlock();
   for (const User& user : users()) {
     out.push_back(fmt::format("user {} of '{}': {} requests in flight", user.name, user.node_name,

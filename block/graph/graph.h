@@ -2,8 +2,9 @@
 // The graph: nodes by name, and the handles that front ends hold on them.
 //
 // Owned by main (or a test), outlives every handle. All methods run on a fiber unless they say
-// otherwise. Opening and taking out are serialised; requests are not affected by them. What was
-// taken out is closed while others go on: its last flush may wait for a server.
+// otherwise. Edits are serialised; requests are not affected by them. What is being opened comes in
+// when all of it is there (opening.h), and what was taken out is closed while others go on: both
+// may wait for a server.
 #pragma once
 
 #include <string>
@@ -25,10 +26,7 @@
 
 namespace minivmm::block {
 
-// How many layers one add() may open: an image's recorded chain that is longer, or a loop, is
-// refused with the chain. (Requests recurse through the layers and go on with a fresh stack where
-// one is used up.)
-inline constexpr size_t kMaxGraphDepth = 200;
+class Opening;
 
 class Graph {
  public:
@@ -47,9 +45,15 @@ class Graph {
 
   // Opens the node that `options` describe, with its children, and keeps it under its node-name.
   // Where none is given one is made up: "disk0.file" for the child `file` of disk0, "#block0" where
-  // that is taken or long. A server that is part of it is reached before anything else waits for
-  // this. Throws; then nothing is kept.
+  // that is taken or long. Nobody else waits for this or sees any of it before it has succeeded; a
+  // node that it refers to stays until then, and gets no new writers. Throws; then nothing is kept.
+  // ECANCELED: it was given up, ESHUTDOWN: too late.
   std::shared_ptr<Node> add(Options options);
+  // Gives up what is being opened under this name: add() throws ECANCELED. Returns when it has
+  // ended; false: there is no such thing. Throws EBUSY where it does not end.
+  bool give_up_opening(const std::string& node_name);
+  // Gives up all that is being opened, and from then on nothing is. Does not wait.
+  void end_openings();
   // Keeps a node that was made elsewhere (a job's filter, a test's) under its name, as if added.
   // EEXIST if the name is taken.
   void adopt(std::shared_ptr<Node> node);
@@ -62,17 +66,10 @@ class Graph {
   // A front end's hold on a node.
   Handle attach(const std::string& node_name, std::string user, Permissions permissions);
 
-  // For drivers: the child under `key` ("file", "backing"), opened from its inline options or found
-  // by its reference. `inherit_read_only` makes an inline child read-only. Children opened inline
-  // are closed with their parent.
-  std::shared_ptr<Node> open_child(Options& parent, const char* key, bool inherit_read_only);
-  // The same for options that a driver made itself (a recorded backing file).
-  std::shared_ptr<Node> open_inline(Options options, const char* key);
-
   // Holds back new requests of every handle and waits for those in flight: for edits of the live
   // graph, and for nodes that are being closed. Throws ETIMEDOUT naming what is stuck (then nothing
-  // is held back). While it lives nodes are neither opened nor closed by others. On a fiber that
-  // has no request in flight itself.
+  // is held back). While it lives no node comes or goes, and nothing is being opened that refers to
+  // one. On a fiber that has no request in flight itself.
   class Drain {
    public:
     Drain(Graph& graph, std::chrono::milliseconds deadline);
@@ -81,7 +78,7 @@ class Graph {
     Drain& operator=(const Drain&) = delete;
 
    private:
-    void lock_when_none_closes(base::Clock::time_point until);
+    void lock_when_none_comes_or_goes(base::Clock::time_point until);
     void let_go() noexcept;
     Graph& graph_;
     std::vector<Handle::Root*> held_;
@@ -110,20 +107,15 @@ class Graph {
 
  private:
   friend class Handle;
+  friend class Opening;
   struct Entry {
     std::shared_ptr<Node> node;
     bool named;  // kept by its own name; others live with their parent
   };
-  // What is being opened.
-  struct Opening {
-    std::string node_name;
-    std::string label;  // its file name, where it has one
-  };
-  std::shared_ptr<Node> open(Options options, const char* key);
-  std::string make_name(const char* key);
   std::string owner_of(const std::string& name) const;
   void check_name_free(const std::string& name) const;
-  void check_depth() const;
+  void refuse_writer(const Node& node, const std::string& user) const;
+  const Opening* that_refers() const;
   void unregister_root(std::unique_ptr<Handle::Root> root);
   void reap(std::unique_ptr<Handle::Root> root) noexcept;
   // How nodes go (graph_close.cc).
@@ -141,14 +133,15 @@ class Graph {
 
   const OpenPolicy policy_;
   Node::CorruptionListener on_corruption_;
-  base::FiberMutex editing_;      // one open, close or edit at a time; held across I/O
-  std::vector<Opening> opening_;  // outermost first; under editing_
+  base::FiberMutex editing_;  // one edit at a time; held across a drain
   mutable std::mutex mutex_;
   std::vector<Entry> nodes_;          // guarded by mutex_, in order of opening: children first
   Nodes closing_;                     // guarded by mutex_; taken out of nodes_, names still taken
+  std::vector<Opening*> openings_;    // guarded by mutex_
+  bool ending_ = false;               // guarded by mutex_; nothing is opened any more
   std::vector<Handle::Root*> roots_;  // guarded by mutex_
-  base::WaitQueue gone_;              // a node has been closed, or a root has gone
-  unsigned next_number_ = 0;          // under editing_
+  base::WaitQueue gone_;              // a node has been closed, a root or an opening has gone
+  unsigned next_number_ = 0;          // guarded by mutex_
   base::WaitGroup reaping_;
 };
 

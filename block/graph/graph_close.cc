@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How nodes go: they are taken out of the graph under its lock, and closed without it.
+// How nodes go: they are taken out of the graph under its lock, and closed without it; and how what
+// is being opened is given up.
 #include <algorithm>
 #include <cerrno>
 
@@ -11,6 +12,7 @@
 #include "base/log.h"
 #include "block/graph/edge.h"
 #include "block/graph/graph.h"
+#include "block/graph/opening.h"
 #include "block/graph/root.h"
 
 namespace minivmm::block {
@@ -138,8 +140,57 @@ std::shared_ptr<Node> Graph::take_unused() {
   return node;
 }
 
-// Under editing_, which the fibers that it starts rely on.
+// --- nodes that do not come to be ---
+
+// Under mutex_: an opening that uses nodes of the graph already. Null: there is none.
+const Opening* Graph::that_refers() const {
+  const auto found = std::find_if(openings_.begin(), openings_.end(),
+                                  [](const Opening* each) { return !each->references_.empty(); });
+  return found == openings_.end() ? nullptr : *found;
+}
+
+bool Graph::give_up_opening(const std::string& node_name) {
+  const auto until = base::Clock::now() + kUsersPatience;
+  std::unique_lock lock(mutex_);
+  const auto find_it = [&]() -> Opening* {
+    for (Opening* each : openings_) {
+      if (each->name_ == node_name) return each;
+    }
+    return nullptr;
+  };
+  Opening* const opening = find_it();
+  if (opening == nullptr) return false;
+  const std::string why = "the node was deleted meanwhile";
+  const auto calls = opening->give_up(why);
+  lock.unlock();
+  for (const auto& call : calls) call(why);
+  lock.lock();
+  // The name is its alone until it has ended.
+  while (find_it() == opening && !opening->given_up_.empty()) {
+    if (gone_.wait_until(lock, until, "the end of an opening")) continue;
+    throw Error(EBUSY, opening->describe() + " was given up and has not ended yet");
+  }
+  return true;
+}
+
+void Graph::end_openings() {
+  const std::string why = "all nodes are being closed";
+  std::vector<Opening::GiveUp> calls;
+  {
+    const std::lock_guard lock(mutex_);
+    ending_ = true;
+    for (Opening* each : openings_) {
+      for (auto& call : each->give_up(why)) calls.push_back(std::move(call));
+    }
+  }
+  for (const auto& call : calls) call(why);
+}
+
+// --- all of them ---
+
+// Fibers rely on editing_, which this holds meanwhile.
 void Graph::close_side_by_side(std::exception_ptr& first_error) {
+  const std::lock_guard editing(editing_);
   base::WaitGroup group;
   const std::function<void()> go_on = [&] {
     while (std::shared_ptr<Node> node = take_unused()) {
@@ -158,6 +209,7 @@ void Graph::close_side_by_side(std::exception_ptr& first_error) {
 }
 
 void Graph::close() {
+  end_openings();
   {
     // First: handles that are closed in the background may wait for a server.
     const std::lock_guard editing(editing_);
@@ -165,13 +217,15 @@ void Graph::close() {
     for (const Entry& entry : nodes_) entry.node->closing();
   }
   reaping_.wait();
-  {
-    std::unique_lock lock(mutex_);
-    while (!closing_.empty()) gone_.wait(lock, "nodes that are being closed");
-  }
-  const std::lock_guard editing(editing_);
   std::exception_ptr error;
   close_side_by_side(error);
+  {
+    std::unique_lock lock(mutex_);
+    while (!closing_.empty() || !openings_.empty()) {
+      gone_.wait(lock, "nodes that are being opened or closed");
+    }
+  }
+  close_side_by_side(error);  // what those used
   {
     const std::lock_guard lock(mutex_);
     if (!nodes_.empty() && !error) {

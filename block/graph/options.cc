@@ -299,13 +299,6 @@ std::optional<Options::Child> Options::take_child(std::string_view key) {
   return child;
 }
 
-void Options::for_each_level(const std::function<void(Options&)>& use) {
-  use(*this);
-  for (Item& item : items_) {
-    if (item.kind == Item::Kind::kTree) item.tree.for_each_level(use);
-  }
-}
-
 void Options::finish(std::string_view what) const {
   if (items_.empty()) return;
   throw Error(EINVAL, fmt::format("{}: unknown option '{}'", what, items_.front().key));

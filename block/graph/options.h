@@ -10,10 +10,8 @@
 #include <string_view>
 
 #include <cstdint>
-#include <functional>
 #include <memory>
 #include <optional>
-#include <utility>
 #include <vector>
 
 namespace minivmm::block {
@@ -68,13 +66,6 @@ class Options {
   };
   std::optional<Child> take_child(std::string_view key);
 
-  // Calls `use` with this level and with each subtree below it.
-  void for_each_level(const std::function<void(Options&)>& use);
-  // What a driver made of this level ahead of opening the node (Driver::prepare). take_ gives it
-  // away; null: nothing.
-  void attach(std::shared_ptr<void> made) noexcept { attached_ = std::move(made); }
-  std::shared_ptr<void> take_attached() noexcept { return std::exchange(attached_, nullptr); }
-
   // Throws EINVAL if anything is left: "<what>: unknown option 'x'".
   void finish(std::string_view what) const;
 
@@ -89,7 +80,6 @@ class Options {
   // Makes the item at the end of a dotted path; throws if it exists.
   Item& make(std::string_view dotted_key);
   std::vector<Item> items_;
-  std::shared_ptr<void> attached_;
 };
 
 // "64K", "1.5G", "0x1000", "123": bytes, by powers of 1024 as qemu-img reads them. Throws EINVAL

@@ -331,7 +331,7 @@ Facts FileNode::facts() const {
   return facts;
 }
 
-std::shared_ptr<Node> open_file(Graph&, const NodeConfig& config, Options& options) {
+std::shared_ptr<Node> open_file(Opening&, const NodeConfig& config, Options& options) {
   HostFileOptions host;
   host.opener = fmt::format("node '{}'", config.node_name);
   host.writable = !config.read_only;

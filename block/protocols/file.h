@@ -74,6 +74,6 @@ class FileNode final : public Node {
   base::WaitGroup background_;
 };
 
-std::shared_ptr<Node> open_file(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_file(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

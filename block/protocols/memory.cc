@@ -104,7 +104,7 @@ void MemoryNode::driver_truncate(uint64_t new_size) {
   }
 }
 
-std::shared_ptr<Node> open_memory(Graph&, const NodeConfig& config, Options& options) {
+std::shared_ptr<Node> open_memory(Opening&, const NodeConfig& config, Options& options) {
   const auto size = options.take_size("size");
   if (!size) throw Error(EINVAL, "memory: option 'size' is missing");
   return std::make_shared<MemoryNode>(config, *size);

@@ -41,6 +41,6 @@ class MemoryNode final : public Node {
   std::array<std::shared_mutex, kLocks> locks_;
 };
 
-std::shared_ptr<Node> open_memory(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_memory(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

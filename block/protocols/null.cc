@@ -32,7 +32,7 @@ BlockStatus NullNode::driver_block_status(uint64_t, uint64_t length) {
   return {.length = length, .zero = true, .allocated = true};
 }
 
-std::shared_ptr<Node> open_null(Graph&, const NodeConfig& config, Options& options) {
+std::shared_ptr<Node> open_null(Opening&, const NodeConfig& config, Options& options) {
   const uint64_t size = options.take_size("size").value_or(uint64_t{1} << 30);
   if (size > kMaxDiskSize) throw base::Error(EINVAL, "null: size is larger than any disk may be");
   const uint64_t latency = options.take_uint("latency-ns", 0, 0, 3'600'000'000'000);

@@ -27,6 +27,6 @@ class NullNode final : public Node {
   const std::chrono::nanoseconds latency_;
 };
 
-std::shared_ptr<Node> open_null(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_null(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

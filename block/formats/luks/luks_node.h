@@ -57,6 +57,6 @@ class LuksNode final : public Node {
   const std::unique_ptr<crypto::UnlockedLuks> unlocked_;
 };
 
-std::shared_ptr<Node> open_luks(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_luks(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

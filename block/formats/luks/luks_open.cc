@@ -7,7 +7,7 @@
 
 #include "base/error.h"
 #include "block/formats/luks/luks_node.h"
-#include "block/graph/graph.h"
+#include "block/graph/opening.h"
 
 namespace minivmm::block {
 namespace {
@@ -21,8 +21,8 @@ crypto::Luks1Header read_luks_header(Edge& file) {
   return crypto::read_luks1(area, true);
 }
 
-std::shared_ptr<Node> open_luks(Graph& graph, const NodeConfig& config, Options& options) {
-  std::shared_ptr<Node> file = graph.open_child(options, "file", config.read_only);
+std::shared_ptr<Node> open_luks(Opening& opening, const NodeConfig& config, Options& options) {
+  std::shared_ptr<Node> file = opening.open_child(options, "file", config.read_only);
   const crypto::UnlockOptions unlock = crypto::take_unlock_options(options);
   const bool discards = options.take_choice("discard", {"ignore", "unmap"}, 0) == 1;
   try {

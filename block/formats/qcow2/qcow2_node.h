@@ -195,6 +195,6 @@ class Qcow2Node final : public Node {
 // that ask for what is done anyway; snapshot, snapshot-id, snapshot-name (one of the snapshots
 // instead of the disk; read-only); of an encrypted image encrypt.key-secret, encrypt.unlock-time
 // (as the driver `luks`).
-std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_qcow2(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

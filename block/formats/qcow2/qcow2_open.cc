@@ -11,8 +11,8 @@
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/qcow2/repair.h"
 #include "block/formats/qcow2/snapshots/snapshot_view.h"
-#include "block/graph/graph.h"
 #include "block/graph/open_policy.h"
+#include "block/graph/opening.h"
 
 namespace minivmm::block {
 namespace {
@@ -91,10 +91,10 @@ Header choose_snapshot(const NodeConfig& config, const std::shared_ptr<Node>& fi
   }
 }
 
-std::shared_ptr<Node> open_backing(Graph& graph, const NodeConfig& config, Options& options,
+std::shared_ptr<Node> open_backing(Opening& opening, const NodeConfig& config, Options& options,
                                    const Header& header, const Node& file) {
   if (options.take_null("backing")) return nullptr;
-  if (options.has("backing")) return graph.open_child(options, "backing", true);
+  if (options.has("backing")) return opening.open_child(options, "backing", true);
   if (!header.has_backing) return nullptr;
   if (file.filename().empty()) {
     throw Error(EINVAL, fmt::format("{}: the image records the backing file '{}', relative to "
@@ -102,14 +102,14 @@ std::shared_ptr<Node> open_backing(Graph& graph, const NodeConfig& config, Optio
                                     name_of(config, file), header.backing_file));
   }
   Options found = base::Pool::errands().run([&] {
-    return backing_options(graph.policy(), file.filename(), header.backing_file,
+    return backing_options(opening.policy(), file.filename(), header.backing_file,
                            header.backing_format);
   });
   if (!found.has("read-only")) found.set("read-only", "on");
-  return graph.open_inline(std::move(found), "backing");
+  return opening.open_inline(std::move(found), "backing");
 }
 
-std::shared_ptr<Node> open_data_file(Graph& graph, const NodeConfig& config, Options& options,
+std::shared_ptr<Node> open_data_file(Opening& opening, const NodeConfig& config, Options& options,
                                      const Header& header, const Node& file) {
   const std::string name = name_of(config, file);
   if (!header.geometry().external_data) {
@@ -117,7 +117,7 @@ std::shared_ptr<Node> open_data_file(Graph& graph, const NodeConfig& config, Opt
     throw Error(EINVAL,
                 name + ": 'data-file' can only be set for images with an external data file");
   }
-  if (options.has("data-file")) return graph.open_child(options, "data-file", config.read_only);
+  if (options.has("data-file")) return opening.open_child(options, "data-file", config.read_only);
   if (header.data_file.empty()) {
     throw Error(EINVAL, name +
                             ": the image has an external data file and does not say which: "
@@ -129,9 +129,10 @@ std::shared_ptr<Node> open_data_file(Graph& graph, const NodeConfig& config, Opt
                                     name, header.data_file));
   }
   Options found = base::Pool::errands().run([&] {
-    return data_file_options(graph.policy(), file.filename(), header.data_file, !config.read_only);
+    return data_file_options(opening.policy(), file.filename(), header.data_file,
+                             !config.read_only);
   });
-  return graph.open_inline(std::move(found), "data-file");
+  return opening.open_inline(std::move(found), "data-file");
 }
 
 std::unique_ptr<qcow2::Encryption> unlock(const NodeConfig& config, Options& options,
@@ -207,8 +208,8 @@ void take_fixed_options(Options& options, const std::string& name) {
 
 }  // namespace
 
-std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options& options) {
-  std::shared_ptr<Node> file = graph.open_child(options, "file", config.read_only);
+std::shared_ptr<Node> open_qcow2(Opening& opening, const NodeConfig& config, Options& options) {
+  std::shared_ptr<Node> file = opening.open_child(options, "file", config.read_only);
   const std::string name = name_of(config, *file);
   const Header header = choose_snapshot(
       config, file, options, make_clean(config, file, read_supported_header(config, file), name));
@@ -220,8 +221,8 @@ std::shared_ptr<Node> open_qcow2(Graph& graph, const NodeConfig& config, Options
   const auto lazy = take_lazy_refcounts(options, header, name);
   take_fixed_options(options, name);
   Qcow2Node::Children children;
-  children.data = open_data_file(graph, config, options, header, *file);
-  children.backing = open_backing(graph, config, options, header, *file);
+  children.data = open_data_file(opening, config, options, header, *file);
+  children.backing = open_backing(opening, config, options, header, *file);
   children.encryption = unlock(config, options, header, file);
   children.file = std::move(file);
   auto node = std::make_shared<Qcow2Node>(config, std::move(children), header, sizes);

@@ -11,8 +11,8 @@
 
 #include "base/checked.h"
 #include "base/error.h"
-#include "base/event_loop.h"
 #include "base/log.h"
+#include "block/graph/opening.h"
 
 namespace minivmm::block {
 namespace {
@@ -207,49 +207,17 @@ void check_usable(const NbdPool& pool) {
   }
 }
 
-// A pool that is connected and has no node yet; closed in the background if it gets none. On a
-// loop.
-class Connected {
- public:
-  explicit Connected(Options& options)
-      : pool_(std::make_shared<NbdPool>(take_nbd_target(options))) {
-    pool_->open();
-    try {
-      check_usable(*pool_);
-    } catch (...) {
-      pool_->close();
-      throw;
-    }
-  }
-  ~Connected() {
-    if (!pool_) return;
-    try {
-      base::EventLoop::current()->spawn("nbd leave", [pool = pool_] { pool->close(); });
-    } catch (const std::bad_alloc&) {
-      base::log_error("{}: no memory to take leave of the server", pool_->target().uri.text());
-    }
-  }
-  Connected(const Connected&) = delete;
-  Connected& operator=(const Connected&) = delete;
-  std::shared_ptr<NbdPool> take() noexcept { return std::exchange(pool_, nullptr); }
-
- private:
-  std::shared_ptr<NbdPool> pool_;
-};
-
 }  // namespace
 
-void prepare_nbd(Options& options) { options.attach(std::make_shared<Connected>(options)); }
-
-std::shared_ptr<Node> open_nbd(Graph&, const NodeConfig& config, Options& options) {
+std::shared_ptr<Node> open_nbd(Opening& opening, const NodeConfig& config, Options& options) {
   // Meant for files: a server has a cache of its own.
   (void)options.take_bool("cache.direct", false);
   (void)options.take_bool("cache.no-flush", false);
-  auto connected = std::static_pointer_cast<Connected>(options.take_attached());
-  // Where a driver made up its child's options nothing is prepared.
-  if (!connected) connected = std::make_shared<Connected>(options);
-  const std::shared_ptr<NbdPool> pool = connected->take();
+  const auto pool = std::make_shared<NbdPool>(take_nbd_target(options));
+  opening.when_given_up([pool](const std::string& why) { pool->give_up(why); });
+  pool->open();
   try {
+    check_usable(*pool);
     if (pool->info().read_only && !config.read_only) {
       throw Error(EROFS, fmt::format("{}: the server allows reading only: open it with "
                                      "read-only=on",

@@ -50,8 +50,6 @@ class NbdNode final : public Node {
   std::atomic<uint64_t> flushed_{0};
 };
 
-// Connects, so that open_nbd() does not wait for a server.
-void prepare_nbd(Options& options);
-std::shared_ptr<Node> open_nbd(Graph& graph, const NodeConfig& config, Options& options);
+std::shared_ptr<Node> open_nbd(Opening& opening, const NodeConfig& config, Options& options);
 
 }  // namespace minivmm::block

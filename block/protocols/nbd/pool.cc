@@ -7,7 +7,6 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
-#include "base/io.h"
 #include "base/log.h"
 
 namespace minivmm::block {
@@ -37,12 +36,17 @@ void NbdPool::open() {
       watch(*link);
       info_ = link->info();
       const std::lock_guard lock(mutex_);
+      if (closing_) {
+        link->cut();
+        throw Error(ECANCELED, fmt::format("{}: {}", target_.uri.text(), why_));
+      }
       links_.push_back(std::move(link));
       return;
     } catch (const Error&) {
-      if (Clock::now() + pause >= deadline) throw;
+      if (closing_ || Clock::now() + pause >= deadline) throw;
     }
-    (void)base::io::sleep_for(pause);
+    std::unique_lock lock(mutex_);
+    if (!closing_) (void)changed_.wait_until(lock, Clock::now() + pause, "the next attempt");
   }
 }
 
@@ -244,22 +248,28 @@ void NbdPool::watch_silence() {
       before = answers;
       since = now;
     } else if (now - since >= target_.closing_timeout) {
-      return give_up();
+      std::string why = fmt::format("it has not answered for {} ms while the disk is being closed",
+                                    target_.closing_timeout.count());
+      base::log_warning("{}: the server is given up: {}", target_.uri.text(), why);
+      return cut_all(std::move(why));
     }
     (void)changed_.wait_until(lock, now + step, "an NBD server's last answers");
   }
 }
 
 // Under mutex_.
-void NbdPool::give_up() {
+void NbdPool::cut_all(std::string why) noexcept {
   closing_ = true;
-  why_ = fmt::format("it has not answered for {} ms while the disk is being closed",
-                     target_.closing_timeout.count());
-  base::log_warning("{}: the server is given up: {}", target_.uri.text(), why_);
+  why_ = std::move(why);
   given_up_.swap(links_);
   for (const Link& each : given_up_) each->cut();
   if (repeated_) repeated_->cut();
   changed_.notify_all();
+}
+
+void NbdPool::give_up(const std::string& why) {
+  const std::lock_guard lock(mutex_);
+  if (!closing_) cut_all(why);
 }
 
 void NbdPool::close() {

@@ -49,6 +49,9 @@ class NbdPool : public std::enable_shared_from_this<NbdPool> {
   // Fiber. From then on a server that answers nothing, or is away, is waited for no longer than the
   // target's closing timeout: then requests fail. Does not wait.
   void limit_waits() noexcept;
+  // Fiber. Nothing is waited for any more: what is in flight fails, and what comes, which includes
+  // open(). Does not wait.
+  void give_up(const std::string& why);
   // Fiber, once nothing is in flight. Ends every connection.
   void close();
 
@@ -68,7 +71,7 @@ class NbdPool : public std::enable_shared_from_this<NbdPool> {
   void check_same(const NbdExport& now) const;
   void do_unflushed_again(const Link& link);
   void watch_silence();
-  void give_up();
+  void cut_all(std::string why) noexcept;
 
   const NbdTarget target_;
   NbdExport info_;
