@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "control/side_by_side.h"
 
-#include <system_error>
+#include <exception>
 #include <thread>
 
 namespace minivmm::control {
@@ -12,7 +12,7 @@ void run_side_by_side(const std::vector<std::function<void()>>& works) {
   for (const std::function<void()>& work : works) {
     try {
       threads.emplace_back(work);
-    } catch (const std::system_error&) {
+    } catch (const std::exception&) {  // no thread, or no memory for one
       work();
     }
   }

@@ -3,6 +3,7 @@
 // is being opened is given up.
 #include <algorithm>
 #include <cerrno>
+#include <new>
 
 #include <fmt/core.h>
 #include <fmt/ranges.h>
@@ -192,16 +193,23 @@ void Graph::end_openings() {
 void Graph::close_side_by_side(std::exception_ptr& first_error) {
   const std::lock_guard editing(editing_);
   base::WaitGroup group;
+  const auto close_it = [&](std::shared_ptr<Node> node) {
+    std::exception_ptr error = close_one(std::move(node), first_error);
+    if (!first_error) first_error = std::move(error);
+  };
   const std::function<void()> go_on = [&] {
     while (std::shared_ptr<Node> node = take_unused()) {
-      auto close_it = [&, node = std::move(node)]() mutable {
-        std::exception_ptr error = close_one(std::move(node), first_error);
-        if (!first_error) first_error = std::move(error);
-        go_on();  // its children
-        group.done();
-      };
       group.add();
-      base::EventLoop::current()->spawn("close node", std::move(close_it));
+      try {
+        base::EventLoop::current()->spawn("close node", [&, node]() mutable {
+          close_it(std::move(node));
+          go_on();  // its children
+          group.done();
+        });
+      } catch (const std::bad_alloc&) {
+        group.done();
+        close_it(std::move(node));  // here then; its children come next
+      }
     }
   };
   go_on();

@@ -2,9 +2,11 @@
 // Nodes by name, handles, drains, lifetime.
 #include "block/graph/graph.h"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <cstdlib>
 #include <fstream>
 
 #include <gtest/gtest.h>
@@ -293,6 +295,32 @@ TEST_F(GraphTest, WriteThroughMakesEveryFrontEndWriteDurable) {
     EXPECT_EQ(node->fua, 1);
   });
 }
+
+// Sanitizers need address space of their own at any time.
+#if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
+// Each node is closed by a fiber, for which there may be no memory.
+TEST(GraphClose, EndsWithoutMemoryForFibers) {
+  const auto close_without_room = [] {
+    base::EventLoop loop;
+    loop.post("test", [&loop] {
+      Graph graph;
+      constexpr int kNodes = 200;
+      for (int i = 0; i < kNodes; ++i) {
+        graph.add(
+            Options::from_keys("driver=raw,file.driver=null,node-name=n" + std::to_string(i)));
+      }
+      const rlimit none{0, 0};
+      if (::setrlimit(RLIMIT_AS, &none) != 0) std::_Exit(2);
+      graph.close();
+      if (!graph.describe().empty()) std::_Exit(3);
+      loop.stop();
+    });
+    loop.run();
+    std::_Exit(0);
+  };
+  EXPECT_EXIT(close_without_room(), testing::ExitedWithCode(0), "");
+}
+#endif
 
 }  // namespace
 }  // namespace minivmm::block
