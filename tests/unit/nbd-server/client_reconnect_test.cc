@@ -141,7 +141,8 @@ TEST_F(Reconnect, OpeningANodeOnASilentServerHoldsUpNobodyElse) {
   on_fiber([&] { graph_.look([](auto nodes) { EXPECT_TRUE(nodes.empty()); }); });
 }
 
-// What was connected for a node that cannot be is let go of.
+// What was connected for a node that cannot be is let go of, and where that can be seen before,
+// nothing is connected.
 TEST_F(Reconnect, AConnectionForANodeThatCannotBeIsClosed) {
   std::atomic<unsigned> left{0};
   HostileServer server(path_, [&](Peer& peer) {
@@ -153,19 +154,24 @@ TEST_F(Reconnect, AConnectionForANodeThatCannotBeIsClosed) {
     (void)graph_.add(block::Options::from_keys("driver=memory,size=1M,node-name=taken"));
   });
   const std::string file = ",file.driver=nbd,file.uri=nbd+unix:///?socket=" + path_;
-  for (const std::string& keys :
-       {"driver=raw,node-name=top" + file + ",file.nonsense=1", "driver=nosuch" + file,
-        "driver=raw,node-name=taken" + file, "driver=null,node-name=top" + file}) {
-    const unsigned before = left;
+  const auto expect_refused = [&](const std::string& keys, unsigned connections) {
     EXPECT_NE(
         error_number([&] { on_fiber([&] { (void)graph_.add(block::Options::from_keys(keys)); }); }),
         0)
         << keys;
     const auto limit = base::Clock::now() + seconds(10);
-    while (left == before && base::Clock::now() < limit) ::usleep(1000);
-    EXPECT_EQ(left, before + 1) << keys;
+    while (left != connections && base::Clock::now() < limit) ::usleep(1000);
+    EXPECT_EQ(left, connections) << keys;
+    EXPECT_EQ(server.connections(), connections) << keys;
+  };
+  expect_refused("driver=raw,node-name=top" + file + ",file.nonsense=1", 1);
+  expect_refused("driver=raw,node-name=top,nonsense=1" + file, 2);
+  expect_refused("driver=raw,node-name=top" + file + ",size=2M", 3);
+  for (const char* keys :
+       {"driver=nosuch", "driver=raw,node-name=taken",
+        "driver=raw,node-name=top,file.node-name=taken", "driver=null,node-name=top"}) {
+    expect_refused(keys + file, 3);
   }
-  EXPECT_EQ(server.connections(), 4u);
 }
 
 }  // namespace
