@@ -105,12 +105,23 @@ uint32_t Export::preferred_block() const noexcept {
 
 std::string Export::describe() const {
   // Holds the handle for as long as it is looked at.
-  if (!users_.enter()) return fmt::format("NBD export '{}': closing", name_);
+  if (users_.closed() || !lookers_.enter()) return fmt::format("NBD export '{}': closing", name_);
   const char* const how = cloned() ? "a clone for each" : writable() ? "writable" : "read-only";
-  const std::string out = fmt::format("NBD export '{}': {}, {} bytes, {}, {} clients", name_,
-                                      handle_.describe(), size(), how, users_.inside() - 1);
-  users_.leave();
+  std::string out;
+  try {
+    out = fmt::format("NBD export '{}': {}, {} bytes, {}, {} clients", name_, handle_.describe(),
+                      size(), how, clients());
+  } catch (...) {
+    lookers_.leave();
+    throw;
+  }
+  lookers_.leave();
   return out;
+}
+
+void Export::close() {
+  lookers_.close();
+  handle_.close();
 }
 
 ExportUse::ExportUse(std::shared_ptr<Export> target, std::string client)

@@ -67,7 +67,7 @@ class Export {
   // Fiber. Nobody new can use it from then on; false: somebody uses it still at the deadline.
   bool wait_unused(base::Clock::time_point deadline) { return users_.close_until(deadline); }
   // Fiber, once nobody uses it. Flushes and closes the handle; throws what that throws.
-  void close() { handle_.close(); }
+  void close();
 
   // From then on requests are refused.
   void withdraw() noexcept { withdrawn_.store(true, std::memory_order_release); }
@@ -88,6 +88,7 @@ class Export {
   block::Handle handle_;  // stays while somebody is inside users_
   std::unique_ptr<Budgets> memory_;
   mutable base::Gate users_;
+  mutable base::Gate lookers_;  // who describes it: not for long, and no client
   std::atomic<unsigned> sessions_{0};
   std::atomic<bool> withdrawn_{false};
 };

@@ -457,5 +457,25 @@ TEST(Budgets, AShareIsKeptForSmallRequests) {
   EXPECT_EQ(budgets.used(), 0u);
 }
 
+// Who only looks at the state is no client.
+TEST_F(ServerLife, AnExportThatSomebodyDescribesIsNotInUse) {
+  std::atomic<bool> over{false};
+  std::vector<std::thread> lookers;
+  for (int i = 0; i < 2; ++i) {
+    lookers.emplace_back([&] {
+      while (!over) EXPECT_FALSE(server_->describe().empty());
+    });
+  }
+  constexpr int kRounds = 500;
+  for (int i = 0; i < kRounds && !HasFailure(); ++i) {
+    add("disk", "driver=null,size=1M");
+    EXPECT_EQ(
+        error_number([&] { on_fiber([&] { server_->remove_export("disk", soon(), true); }); }), 0);
+    if (!HasFailure()) on_fiber([&] { graph_.remove("node" + std::to_string(nodes_)); });
+  }
+  over = true;
+  for (std::thread& looker : lookers) looker.join();
+}
+
 }  // namespace
 }  // namespace minivmm::nbd
