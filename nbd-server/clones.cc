@@ -22,18 +22,33 @@ bool is_client_name(std::string_view name) noexcept {
          std::all_of(name.begin(), name.end(), fits);
 }
 
+std::shared_ptr<Clones::Named> Clones::enter(const std::string& client) {
+  const std::lock_guard lock(mutex_);
+  std::shared_ptr<Named>& named = named_[client];
+  if (!named) named = std::make_shared<Named>();
+  ++named->interested;
+  return named;
+}
+
+void Clones::leave(const std::string& client) noexcept {
+  const std::lock_guard lock(mutex_);
+  const auto found = named_.find(client);
+  if (--found->second->interested == 0) named_.erase(found);
+}
+
 std::shared_ptr<Export> Clones::take(const std::shared_ptr<Export>& origin,
                                      const std::string& client) {
   if (client.empty()) return make(origin, client);
-  const std::lock_guard lock(mutex_);
-  const auto found = named_.find(client);
-  if (found != named_.end()) {
-    ++found->second.users;
-    return found->second.clone;
+  const std::shared_ptr<Named> named = enter(client);
+  const std::lock_guard changing(named->changing);
+  try {
+    if (!named->clone) named->clone = make(origin, client);
+  } catch (...) {
+    leave(client);
+    throw;
   }
-  std::shared_ptr<Export> clone = make(origin, client);
-  named_.emplace(client, Shared{clone, 1});
-  return clone;
+  ++named->users;
+  return named->clone;
 }
 
 std::shared_ptr<Export> Clones::make(const std::shared_ptr<Export>& origin,
@@ -45,11 +60,17 @@ std::shared_ptr<Export> Clones::make(const std::shared_ptr<Export>& origin,
 void Clones::give_back(std::shared_ptr<Export> clone) noexcept {
   const std::string& client = clone->client();
   if (client.empty()) return close(*clone);
-  const std::lock_guard lock(mutex_);
-  const auto found = named_.find(client);
-  if (--found->second.users > 0) return;
-  close(*clone);
-  named_.erase(found);
+  std::unique_lock lock(mutex_);
+  const std::shared_ptr<Named> named = named_.find(client)->second;
+  lock.unlock();
+  {
+    const std::lock_guard changing(named->changing);
+    if (--named->users == 0) {
+      close(*clone);
+      named->clone.reset();
+    }
+  }
+  leave(client);
 }
 
 void Clones::close(Export& clone) noexcept {

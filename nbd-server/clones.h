@@ -8,6 +8,7 @@
 
 #include <map>
 #include <memory>
+#include <mutex>
 #include <utility>
 
 #include "base/sync.h"
@@ -33,18 +34,22 @@ class Clones {
   void give_back(std::shared_ptr<Export> clone) noexcept;
 
  private:
+  // The disk of clients of one name. It is opened and closed under `changing`: who comes while it
+  // is being closed gets what it was closed with. Other names do not wait for that.
+  struct Named {
+    base::FiberMutex changing;
+    std::shared_ptr<Export> clone;  // under changing
+    unsigned users = 0;             // under changing
+    unsigned interested = 0;        // guarded by mutex_; users, and who is to become one
+  };
   std::shared_ptr<Export> make(const std::shared_ptr<Export>& origin, const std::string& client);
   void close(Export& clone) noexcept;
+  std::shared_ptr<Named> enter(const std::string& client);
+  void leave(const std::string& client) noexcept;
 
   const std::shared_ptr<CloneSource> source_;
-  // Those with a name are opened and closed one after the other: who comes while his disk is being
-  // closed gets what it was closed with.
-  base::FiberMutex mutex_;
-  struct Shared {
-    std::shared_ptr<Export> clone;
-    unsigned users = 0;
-  };
-  std::map<std::string, Shared> named_;  // under mutex_
+  std::mutex mutex_;                                     // held for no more than a look
+  std::map<std::string, std::shared_ptr<Named>> named_;  // guarded by mutex_
 };
 
 }  // namespace minivmm::nbd

@@ -23,6 +23,7 @@ class Zeroes final : public CloneSource {
 
   block::Handle open(const std::string& client) override {
     if (broken) throw base::Error(ENOSPC, "no room for a clone");
+    pass(client);
     const std::string name = "clone" + std::to_string(++made);
     graph_.add(block::Options::from_keys("driver=memory,size=1M,node-name=" + name));
     block::Handle disk = graph_.attach(name, "clone", block::Permissions::front_end(true));
@@ -32,6 +33,7 @@ class Zeroes final : public CloneSource {
   }
   void close(block::Handle disk, const std::string& client) override {
     const std::string name = disk.node_name();
+    pass(client);
     disk.close();
     graph_.remove(name);
     const std::lock_guard lock(mutex_);
@@ -43,13 +45,34 @@ class Zeroes final : public CloneSource {
     return open_[client];
   }
 
+  // Clients of this name are held up from then on, until let_on().
+  void hold_up(const std::string& client) {
+    const std::lock_guard lock(mutex_);
+    held_up_ = client;
+    let_on_.reset();
+  }
+  void let_on() { let_on_.set(); }
+
+  std::atomic<int> waiting{0};
   std::atomic<int> made{0};
   std::atomic<int> closed{0};
   std::atomic<bool> broken{false};
 
  private:
+  void pass(const std::string& client) {
+    {
+      const std::lock_guard lock(mutex_);
+      if (client != held_up_) return;
+    }
+    ++waiting;
+    let_on_.wait();
+    --waiting;
+  }
+
   block::Graph& graph_;
   std::mutex mutex_;
+  std::string held_up_ = "-";  // guarded by mutex_
+  base::Event let_on_;
   std::map<std::string, int> open_;
 };
 
@@ -114,6 +137,41 @@ TEST_F(CloneTest, ANameIsOneDiskForAllItsConnections) {
   expect_closed(1);
   EXPECT_EQ(source_->in_use("alice"), 0);
   EXPECT_EQ(source_->in_use("bob"), 1);
+}
+
+// A disk may be slow to make, or to close, and wait for a server.
+TEST_F(CloneTest, OneNameDoesNotWaitForAnother) {
+  const auto expect_held_up = [&] {
+    const auto until = soon();
+    while (source_->waiting == 0 && base::Clock::now() < until) std::this_thread::yield();
+    EXPECT_EQ(source_->waiting, 1);
+  };
+  source_->hold_up("slow");
+  Client slow = connect();
+  std::thread entering([&] { slow.enter("golden/slow"); });
+  expect_held_up();
+  Client bob = connect();
+  bob.enter("golden/bob");
+  bob.close();
+  expect_closed(1);
+  EXPECT_EQ(source_->waiting, 1);
+  source_->let_on();
+  entering.join();
+
+  // Who comes while his disk is being closed gets another.
+  source_->hold_up("slow");
+  slow.close();
+  expect_held_up();
+  Client again = connect();
+  std::thread coming([&] { again.enter("golden/slow"); });
+  Client carol = connect();
+  carol.enter("golden/carol");
+  EXPECT_EQ(source_->made, 3);
+  EXPECT_EQ(source_->waiting, 1);
+  source_->let_on();
+  coming.join();
+  EXPECT_EQ(source_->made, 4);
+  EXPECT_EQ(source_->in_use("slow"), 1);
 }
 
 TEST_F(CloneTest, LookingAtItMakesNoDisk) {
