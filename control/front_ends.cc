@@ -19,11 +19,24 @@ namespace minivmm::control {
 using base::Error;
 using block::Permissions;
 
+namespace {
+
+// Without symbolic links; it need not be there. May block.
+std::string place_of(const std::string& directory) {
+  std::error_code error;
+  const auto out = std::filesystem::weakly_canonical(directory, error);
+  return error ? directory : out.string();
+}
+
+}  // namespace
+
 FrontEnds::FrontEnds(base::LoopGroup& loops, block::Graph& graph, const Config& config,
                      Callbacks callbacks)
     : loops_(loops), graph_(graph), config_(config), callbacks_(std::move(callbacks)) {
   if (!config_.nbd.empty()) (void)make_nbd();
-  for (const FuseMount& mount : config_.fuse) mounts_.push_back({make_mount(mount)});
+  for (const FuseMount& mount : config_.fuse) {
+    mounts_.push_back({make_mount(mount), place_of(mount.directory)});
+  }
 }
 
 std::shared_ptr<nbd::Server> FrontEnds::nbd() const {
@@ -34,7 +47,9 @@ std::shared_ptr<nbd::Server> FrontEnds::nbd() const {
 FrontEnds::Mounts FrontEnds::mounts() const {
   const std::lock_guard lock(mutex_);
   Mounts out;
-  for (const OwnMount& each : mounts_) out.push_back(each.mount);
+  for (const OwnMount& each : mounts_) {
+    if (each.stage == Stage::kThere) out.push_back(each.mount);
+  }
   return out;
 }
 
@@ -70,27 +85,84 @@ std::shared_ptr<fuse::Mount> FrontEnds::make_mount(const FuseMount& wanted) {
 // --- exports ---
 
 void FrontEnds::publish_configured() {
-  const std::lock_guard changing(changing_);
   for (const Export& wanted : config_.exports) publish(wanted);
 }
 
-void FrontEnds::add(const Export& wanted) {
-  const std::lock_guard changing(changing_);
-  for (const Published& each : published()) {
-    if (each.id == wanted.id) {
-      throw Error(EEXIST, fmt::format("Block export id '{}' is already in use", wanted.id));
-    }
+FrontEnds::Published FrontEnds::description_of(const Export& wanted, bool nbd) {
+  return {.id = wanted.id.empty() ? wanted.name + (nbd ? ".nbd" : ".fuse") : wanted.id,
+          .nbd = nbd,
+          .node_name = wanted.node_name,
+          .name = wanted.name,
+          .writable = wanted.writable || (nbd && wanted.clone.has_value())};
+}
+
+void FrontEnds::publish(const Export& wanted) {
+  if (const auto server = nbd(); wanted.nbd && server) {
+    publish_nbd(wanted, *server);
+    const std::lock_guard lock(mutex_);
+    published_.push_back({description_of(wanted, true), Stage::kThere, server, {}});
   }
-  if (wanted.nbd) {
-    if (!nbd()) throw Error(EINVAL, "NBD server not running: start one with nbd-server-start");
-    publish_nbd(wanted);
-  } else if (!wanted.file.empty()) {
-    publish_file(wanted);
-  } else if (const Mounts all = mounts(); !all.empty()) {
+  if (const Mounts all = mounts(); wanted.fuse && !all.empty()) {
     publish_fuse(wanted, all);
-  } else {
-    throw Error(EINVAL, "there is no FUSE mount: name the file to show with 'mountpoint'");
+    const std::lock_guard lock(mutex_);
+    published_.push_back({description_of(wanted, false), Stage::kThere, nullptr, all});
   }
+}
+
+// Under mutex_. Null: there is none.
+FrontEnds::Entry* FrontEnds::find(const std::string& id) {
+  const auto found = std::find_if(published_.begin(), published_.end(),
+                                  [&](const Entry& each) { return each.what.id == id; });
+  return found == published_.end() ? nullptr : &*found;
+}
+
+// Takes the id. Returns the server that an NBD export is to be one of.
+std::shared_ptr<nbd::Server> FrontEnds::begin_adding(const Export& wanted) {
+  const std::lock_guard lock(mutex_);
+  if (find(wanted.id) != nullptr) {
+    throw Error(EEXIST, fmt::format("Block export id '{}' is already in use", wanted.id));
+  }
+  if (wanted.nbd && !nbd_) {
+    throw Error(EINVAL, "NBD server not running: start one with nbd-server-start");
+  }
+  const auto server = wanted.nbd ? nbd_ : nullptr;
+  published_.push_back({description_of(wanted, wanted.nbd), Stage::kComing, server, {}});
+  return server;
+}
+
+void FrontEnds::end_adding(const std::string& id) {
+  if (stay(id)) return;
+  throw Error(ESHUTDOWN, fmt::format("export '{}': the NBD server was stopped meanwhile", id));
+}
+
+// False: it went with its server, and is forgotten.
+bool FrontEnds::stay(const std::string& id) {
+  const std::lock_guard lock(mutex_);
+  Entry& entry = *find(id);
+  entry.stage = Stage::kThere;
+  if (!entry.server || entry.server == nbd_) return true;
+  std::erase_if(published_, [&](const Entry& each) { return each.what.id == id; });
+  return false;
+}
+
+void FrontEnds::add(const Export& wanted) {
+  const std::shared_ptr<nbd::Server> server = begin_adding(wanted);
+  try {
+    if (server) {
+      publish_nbd(wanted, *server);
+    } else if (!wanted.file.empty()) {
+      publish_file(wanted);
+    } else if (const Mounts all = claim_mounts(wanted.id); !all.empty()) {
+      publish_fuse(wanted, all);
+    } else {
+      throw Error(EINVAL, "there is no FUSE mount: name the file to show with 'mountpoint'");
+    }
+  } catch (...) {
+    const auto until = base::Clock::now() + std::chrono::seconds(1);
+    for (const auto& mount : forget(wanted.id)) drop_mount(mount, until);
+    throw;
+  }
+  end_adding(wanted.id);
 }
 
 block::Handle FrontEnds::attach(const Export& wanted, const char* front_end) {
@@ -98,12 +170,7 @@ block::Handle FrontEnds::attach(const Export& wanted, const char* front_end) {
                        Permissions::front_end(wanted.writable));
 }
 
-void FrontEnds::publish(const Export& wanted) {
-  if (wanted.nbd && nbd()) publish_nbd(wanted);
-  if (wanted.fuse && !mounts_.empty()) publish_fuse(wanted, mounts());
-}
-
-void FrontEnds::publish_nbd(const Export& wanted) {
+void FrontEnds::publish_nbd(const Export& wanted, nbd::Server& server) {
   nbd::ExportOptions options{.description = wanted.description,
                              .writable = wanted.writable,
                              .allow = wanted.allow,
@@ -118,17 +185,10 @@ void FrontEnds::publish_nbd(const Export& wanted) {
                       Permissions::backing());
     auto maker =
         base::Pool::errands().run([&] { return std::make_shared<CloneMaker>(graph_, wanted); });
-    nbd()->add_clone_export(wanted.name, std::move(base), std::move(maker), std::move(options));
+    server.add_clone_export(wanted.name, std::move(base), std::move(maker), std::move(options));
   } else {
-    nbd()->add_export(wanted.name, attach(wanted, "NBD"), std::move(options));
+    server.add_export(wanted.name, attach(wanted, "NBD"), std::move(options));
   }
-  const std::lock_guard lock(mutex_);
-  published_.push_back({{.id = wanted.id.empty() ? wanted.name + ".nbd" : wanted.id,
-                         .nbd = true,
-                         .node_name = wanted.node_name,
-                         .name = wanted.name,
-                         .writable = wanted.writable || wanted.clone.has_value()},
-                        {}});
 }
 
 // In all of the mounts, or in none.
@@ -142,24 +202,38 @@ void FrontEnds::publish_fuse(const Export& wanted, const Mounts& mounts) {
     while (done > 0) mounts[--done]->remove_file(wanted.name, std::chrono::seconds(1));
     throw;
   }
-  const std::lock_guard lock(mutex_);
-  published_.push_back({{.id = wanted.id.empty() ? wanted.name + ".fuse" : wanted.id,
-                         .nbd = false,
-                         .node_name = wanted.node_name,
-                         .name = wanted.name,
-                         .writable = wanted.writable},
-                        mounts});
 }
 
-std::shared_ptr<fuse::Mount> FrontEnds::mount_at(const std::string& directory) const {
-  const Mounts all = mounts();
-  return base::Pool::errands().run([&]() -> std::shared_ptr<fuse::Mount> {
-    const auto wanted = std::filesystem::weakly_canonical(directory);
-    for (const auto& each : all) {
-      if (std::filesystem::weakly_canonical(each->mountpoint()) == wanted) return each;
+// Those that there are; they stay while the file is in them.
+FrontEnds::Mounts FrontEnds::claim_mounts(const std::string& id) {
+  const std::lock_guard lock(mutex_);
+  Entry& entry = *find(id);
+  for (const OwnMount& each : mounts_) {
+    if (each.stage == Stage::kThere) entry.mounts.push_back(each.mount);
+  }
+  return entry.mounts;
+}
+
+// The mount of a directory, and whether it is new: then it is to be started. Waits where another
+// command makes or ends one there.
+std::pair<std::shared_ptr<fuse::Mount>, bool> FrontEnds::claim_mount(const std::string& id,
+                                                                     const FuseMount& wanted) {
+  const std::string place = base::Pool::errands().run([&] { return place_of(wanted.directory); });
+  std::unique_lock lock(mutex_);
+  for (;;) {
+    const auto found = std::find_if(mounts_.begin(), mounts_.end(),
+                                    [&](const OwnMount& each) { return each.place == place; });
+    if (found == mounts_.end()) {
+      mounts_.push_back({make_mount(wanted), place, true, Stage::kComing});
+      find(id)->mounts = {mounts_.back().mount};
+      return {mounts_.back().mount, true};
     }
-    return nullptr;
-  });
+    if (found->stage == Stage::kThere) {
+      find(id)->mounts = {found->mount};
+      return {found->mount, false};
+    }
+    mounts_changed_.wait(lock, "a FUSE mount that comes or goes");
+  }
 }
 
 // Where `wanted.file` says.
@@ -171,61 +245,68 @@ void FrontEnds::publish_file(const Export& wanted) {
     throw Error(EINVAL,
                 fmt::format("{}: names a directory; name the file to show in it", wanted.file));
   }
-  const std::string directory = path.has_parent_path() ? path.parent_path().string() : ".";
-  if (const auto found = mount_at(directory)) {
-    publish_fuse(named, {found});
-    return;
+  {
+    const std::lock_guard lock(mutex_);
+    find(wanted.id)->what.name = named.name;
   }
-  FuseMount mount{directory, {}};
-  mount.options.allow_other = wanted.allow_other;
-  const auto made = make_mount(mount);
-  publish_fuse(named, {made});
-  try {
-    made->start();
-  } catch (...) {
-    forget(wanted.id);
-    (void)made->stop(std::chrono::seconds(1));
-    throw;
-  }
+  FuseMount directory{path.has_parent_path() ? path.parent_path().string() : ".", {}};
+  directory.options.allow_other = wanted.allow_other;
+  const auto [mount, made] = claim_mount(wanted.id, directory);
+  publish_fuse(named, {mount});
+  if (!made) return;
+  mount->start();
   const std::lock_guard lock(mutex_);
-  mounts_.push_back({made, true});
+  for (OwnMount& each : mounts_) {
+    if (each.mount == mount) each.stage = Stage::kThere;
+  }
+  mounts_changed_.notify_all();
 }
 
-void FrontEnds::forget(const std::string& id) {
+// Returns the mounts that it was in.
+FrontEnds::Mounts FrontEnds::forget(const std::string& id) {
   const std::lock_guard lock(mutex_);
+  Entry* const entry = find(id);
+  if (entry == nullptr) return {};
+  Mounts out = std::move(entry->mounts);
   std::erase_if(published_, [&](const Entry& each) { return each.what.id == id; });
+  return out;
+}
+
+FrontEnds::Entry FrontEnds::begin_removing(const std::string& id) {
+  const std::lock_guard lock(mutex_);
+  Entry* const entry = find(id);
+  if (entry == nullptr || entry->stage == Stage::kComing) {
+    throw Error(ENOENT, fmt::format("Export '{}' is not found", id));
+  }
+  if (entry->stage == Stage::kGoing) {
+    throw Error(EBUSY, fmt::format("Export '{}' is already shutting down", id));
+  }
+  entry->stage = Stage::kGoing;
+  return *entry;
 }
 
 void FrontEnds::remove(const std::string& id, bool only_unused, base::Clock::time_point deadline) {
-  const std::lock_guard changing(changing_);
-  Entry entry;
-  {
-    const std::lock_guard lock(mutex_);
-    const auto found = std::find_if(published_.begin(), published_.end(),
-                                    [&](const Entry& each) { return each.what.id == id; });
-    if (found == published_.end()) {
-      throw Error(ENOENT, fmt::format("Export '{}' is not found", id));
-    }
-    entry = *found;
-  }
+  const Entry entry = begin_removing(id);
   try {
     withdraw(entry, only_unused, deadline);
   } catch (const Error& e) {
-    if (e.err() == EBUSY && only_unused) {
+    if (e.err() == EBUSY && only_unused && stay(id)) {
       throw Error(EBUSY, fmt::format("export '{}' still in use: {}; mode 'hard' cuts its users off",
                                      id, e.what()));
     }
-    forget(id);
+    (void)forget(id);
+    throw;
+  } catch (...) {
+    (void)forget(id);
     throw;
   }
-  forget(id);
-  for (const auto& mount : entry.mounts) drop_mount(mount, deadline);
+  for (const auto& mount : forget(id)) drop_mount(mount, deadline);
   if (callbacks_.export_deleted) callbacks_.export_deleted(id);
 }
 
 void FrontEnds::withdraw(const Entry& entry, bool only_unused, base::Clock::time_point deadline) {
   if (entry.what.nbd) {
-    nbd()->remove_export(entry.what.name, deadline, only_unused);
+    entry.server->remove_export(entry.what.name, deadline, only_unused);
     return;
   }
   const auto left = [deadline] {
@@ -239,35 +320,33 @@ void FrontEnds::withdraw(const Entry& entry, bool only_unused, base::Clock::time
   }
 }
 
-bool FrontEnds::in_use(const std::shared_ptr<fuse::Mount>& mount) const {
-  const std::lock_guard lock(mutex_);
-  return std::any_of(published_.begin(), published_.end(), [&](const Entry& each) {
-    return std::find(each.mounts.begin(), each.mounts.end(), mount) != each.mounts.end();
-  });
-}
-
 // Once it shows nothing any more, if a command made it.
 void FrontEnds::drop_mount(const std::shared_ptr<fuse::Mount>& mount,
                            base::Clock::time_point deadline) {
-  if (in_use(mount)) return;
   {
     const std::lock_guard lock(mutex_);
-    const auto found = std::find_if(mounts_.begin(), mounts_.end(), [&](const OwnMount& each) {
-      return each.made_here && each.mount == mount;
+    const bool in_use = std::any_of(published_.begin(), published_.end(), [&](const Entry& each) {
+      return std::find(each.mounts.begin(), each.mounts.end(), mount) != each.mounts.end();
     });
-    if (found == mounts_.end()) return;
-    mounts_.erase(found);
+    const auto found = std::find_if(mounts_.begin(), mounts_.end(), [&](const OwnMount& each) {
+      return each.made_here && each.mount == mount && each.stage != Stage::kGoing;
+    });
+    if (in_use || found == mounts_.end()) return;
+    found->stage = Stage::kGoing;
   }
   const auto left = deadline - base::Clock::now();
   for (const std::string& line : mount->stop(std::chrono::ceil<std::chrono::milliseconds>(left))) {
     base::log_warning("{}", line);
   }
+  const std::lock_guard lock(mutex_);
+  std::erase_if(mounts_, [&](const OwnMount& each) { return each.mount == mount; });
+  mounts_changed_.notify_all();
 }
 
 // --- listeners and mounts ---
 
 void FrontEnds::open() {
-  const std::lock_guard changing(changing_);
+  const std::lock_guard serving(serving_);
   for (const auto& mount : mounts()) mount->start();
   const bool writable = std::any_of(config_.exports.begin(), config_.exports.end(),
                                     [](const Export& e) { return e.writable && e.nbd; });
@@ -305,36 +384,39 @@ std::string FrontEnds::listen(nbd::Server& server, const NbdListener& wanted, bo
 }
 
 std::string FrontEnds::start_nbd(const NbdListener& wanted) {
-  const std::lock_guard changing(changing_);
+  const std::lock_guard serving(serving_);
   const auto there = nbd();
   const auto server = there ? there : make_nbd();
   try {
     return listen(*server, wanted, false);
   } catch (...) {
-    if (!there) {
-      const std::lock_guard lock(mutex_);
-      nbd_.reset();
-    }
+    const std::lock_guard lock(mutex_);
+    const bool used = std::any_of(published_.begin(), published_.end(),
+                                  [&](const Entry& each) { return each.server == server; });
+    if (!there && !used) nbd_.reset();
     throw;
   }
 }
 
 void FrontEnds::stop_nbd(base::Clock::time_point deadline) {
-  const std::lock_guard changing(changing_);
+  const std::lock_guard serving(serving_);
   std::shared_ptr<nbd::Server> server;
   std::vector<std::string> ids;
   {
     const std::lock_guard lock(mutex_);
     server = std::move(nbd_);
     nbd_.reset();
-    for (const Entry& each : published_) {
-      if (each.what.nbd) ids.push_back(each.what.id);
+    // Those that come or go just now find out themselves.
+    for (Entry& each : published_) {
+      if (!server || each.server != server || each.stage != Stage::kThere) continue;
+      each.stage = Stage::kGoing;
+      ids.push_back(each.what.id);
     }
   }
   if (!server) throw Error(ENOENT, "NBD server not running");
   const std::vector<std::string> problems = server->stop(deadline);
   for (const std::string& id : ids) {
-    forget(id);
+    (void)forget(id);
     if (callbacks_.export_deleted) callbacks_.export_deleted(id);
   }
   if (!problems.empty()) throw Error(EIO, fmt::format("{}", fmt::join(problems, "; ")));
@@ -345,7 +427,11 @@ void FrontEnds::stop_nbd(base::Clock::time_point deadline) {
 std::vector<FrontEnds::Published> FrontEnds::published() const {
   const std::lock_guard lock(mutex_);
   std::vector<Published> out;
-  for (const Entry& each : published_) out.push_back(each.what);
+  for (const Entry& each : published_) {
+    if (each.stage == Stage::kComing) continue;
+    out.push_back(each.what);
+    out.back().going = each.stage == Stage::kGoing;
+  }
   return out;
 }
 

@@ -3,7 +3,7 @@
 // command line at the start, and by the control socket while clients come and go.
 //
 // Owned by the daemon; loops and graph outlive it. Methods run on fibers, unless they say
-// otherwise; changes wait for each other.
+// otherwise. An export that comes or goes may wait for its clients; others do not wait for it.
 #pragma once
 
 #include <string>
@@ -12,10 +12,12 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "base/loop_group.h"
 #include "base/sync.h"
+#include "base/wait_queue.h"
 #include "block/graph/graph.h"
 #include "control/config.h"
 #include "fuse/mount.h"
@@ -41,11 +43,13 @@ class FrontEnds {
 
   // Publishes through one front end: NBD, or FUSE, where `wanted.file` is the path at which the
   // file is to be seen; in a directory that no mount of ours has a new one is made, which goes with
-  // its last file. Throws EEXIST for an id or name that is taken, EINVAL, what attaching throws.
+  // its last file. Throws EEXIST for an id or name that is taken (an id is until its export has
+  // gone), EINVAL, what attaching throws.
   void add(const Export& wanted);
   // Withdraws one. `only_unused`: throws EBUSY where a client uses it, or has it open; otherwise
-  // requests in flight get until the deadline, and then clients are cut off. Throws ENOENT;
-  // ETIMEDOUT, or what flushing threw: it is withdrawn then all the same.
+  // requests in flight get until the deadline, and then clients are cut off. Throws ENOENT; EBUSY
+  // where somebody else withdraws it; ETIMEDOUT, or what flushing threw: it is withdrawn then all
+  // the same.
   void remove(const std::string& id, bool only_unused, base::Clock::time_point deadline);
 
   // Another listener of NBD; the first makes the server. Returns its URI.
@@ -60,6 +64,7 @@ class FrontEnds {
     std::string node_name;
     std::string name;
     bool writable = false;
+    bool going = false;  // is being withdrawn
   };
   // Any thread.
   std::vector<Published> published() const;
@@ -76,26 +81,39 @@ class FrontEnds {
 
  private:
   using Mounts = std::vector<std::shared_ptr<fuse::Mount>>;
+  // Who comes or goes is its command's alone: nobody else changes it.
+  enum class Stage { kComing, kThere, kGoing };
   struct Entry {
     Published what;
-    Mounts mounts;  // of a FUSE file
+    Stage stage = Stage::kComing;
+    std::shared_ptr<nbd::Server> server;  // of an NBD export
+    Mounts mounts;                        // of a FUSE file
   };
   // `made_here`: by a command, and goes with its last file.
   struct OwnMount {
     std::shared_ptr<fuse::Mount> mount;
+    std::string place;  // its directory, without symbolic links
     bool made_here = false;
+    Stage stage = Stage::kThere;
   };
   std::shared_ptr<nbd::Server> make_nbd();
+  static Published description_of(const Export& wanted, bool nbd);
   void publish(const Export& wanted);
-  void publish_nbd(const Export& wanted);
+  void publish_nbd(const Export& wanted, nbd::Server& server);
   void publish_fuse(const Export& wanted, const Mounts& mounts);
   void publish_file(const Export& wanted);
+  std::shared_ptr<nbd::Server> begin_adding(const Export& wanted);
+  void end_adding(const std::string& id);
+  Entry begin_removing(const std::string& id);
+  bool stay(const std::string& id);
   std::shared_ptr<fuse::Mount> make_mount(const FuseMount& wanted);
-  std::shared_ptr<fuse::Mount> mount_at(const std::string& directory) const;
+  Mounts claim_mounts(const std::string& id);
+  std::pair<std::shared_ptr<fuse::Mount>, bool> claim_mount(const std::string& id,
+                                                            const FuseMount& wanted);
   void withdraw(const Entry& entry, bool only_unused, base::Clock::time_point deadline);
   void drop_mount(const std::shared_ptr<fuse::Mount>& mount, base::Clock::time_point deadline);
-  bool in_use(const std::shared_ptr<fuse::Mount>& mount) const;
-  void forget(const std::string& id);
+  Entry* find(const std::string& id);
+  Mounts forget(const std::string& id);
   Mounts mounts() const;
   block::Handle attach(const Export& wanted, const char* front_end);
   bool serve_connected(const NbdListener& wanted);
@@ -106,9 +124,10 @@ class FrontEnds {
   block::Graph& graph_;
   const Config& config_;
   const Callbacks callbacks_;
-  base::FiberMutex changing_;  // held while something is published or withdrawn
+  base::FiberMutex serving_;  // held while the NBD server, or a listener of it, comes or goes
 
   mutable std::mutex mutex_;  // guards what follows; not held while anything is done with it
+  base::WaitQueue mounts_changed_;
   std::shared_ptr<nbd::Server> nbd_;
   std::vector<OwnMount> mounts_;
   std::vector<Entry> published_;

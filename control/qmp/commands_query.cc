@@ -38,7 +38,7 @@ Json exports(Target& target, const Arguments&) {
     out.push_back({{"id", each.id},
                    {"type", each.nbd ? "nbd" : "fuse"},
                    {"node-name", each.node_name},
-                   {"shutting-down", false},
+                   {"shutting-down", each.going},
                    {"name", each.name},
                    {"writable", each.writable}});
   }

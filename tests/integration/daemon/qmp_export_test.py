@@ -348,6 +348,37 @@ class Fuse(ExportScene):
                 f.read(512)
         self.ended()
 
+    def test_files_of_one_directory_come_and_go_at_once(self):
+        """The first makes the mount, the last takes it away, whoever that is."""
+        self.serve(*UNIX, "--export", "disk0,writable")
+        clients = [Qmp(self.path("c.sock")) for _ in range(3)]
+        for client in clients:
+            self.addCleanup(client.close)
+
+        def all_at_once(name, arguments):
+            for number, client in enumerate(clients):
+                client.begin(name, **arguments(number))
+            self.assertEqual([client.answer() for client in clients], [{"return": {}}] * 3)
+
+        for _ in range(5):
+            all_at_once("block-export-add", lambda n: {
+                "type": "fuse", "id": f"f{n}", "node_name": "disk0",
+                "mountpoint": self.path(f"late/{n}.img")})
+            self.assertEqual(sorted(os.listdir(self.path("late"))), ["0.img", "1.img", "2.img"])
+            all_at_once("block-export-del", lambda n: {"id": f"f{n}"})
+            self.assertFalse(os.path.exists(self.path("late")))
+        # One comes while the last goes.
+        for _ in range(5):
+            clients[0].command("block-export-add", type="fuse", id="a", node_name="disk0",
+                               mountpoint=self.path("late/a.img"))
+            clients[0].begin("block-export-del", id="a")
+            clients[1].command("block-export-add", type="fuse", id="b", node_name="disk0",
+                               mountpoint=self.path("late/b.img"))
+            self.assertEqual(clients[0].answer(), {"return": {}})
+            self.assertEqual(os.listdir(self.path("late")), ["b.img"])
+            clients[1].command("block-export-del", id="b")
+        self.ended()
+
     def test_mounts_are_made_where_there_are_none(self):
         self.serve(*UNIX, "--export", "disk0,writable")
         self.refuses("there is no FUSE mount", "block-export-add", type="fuse", id="a",

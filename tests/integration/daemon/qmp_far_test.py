@@ -4,6 +4,7 @@
 up no other client of the control socket."""
 
 import os
+import select
 import signal
 import sys
 import time
@@ -91,6 +92,43 @@ class Far(ControlScene):
         self.assertIn("8192 bytes that the server acknowledged were not flushed", error)
         self.assertEqual(self.nodes(self.other), ["near.file", "near"])
         self.ended()
+
+    def test_an_export_that_goes_slowly_holds_up_no_other(self):
+        self.add_far()
+        self.qmp.command("block-export-add", type="nbd", id="far", node_name="far", writable=True)
+        client = self.nbd("far")
+        client.write(0, b"z" * 4096)
+        client.close()
+        self.hang()
+        began = time.monotonic()
+        while True:
+            # Its client has left, which the server may not have noticed yet.
+            self.qmp.begin("block-export-del", id="far")
+            wait_until(lambda: self.going(self.other, "far") or self.has_answer(), 20,
+                       "the export goes")
+            if self.going(self.other, "far"):
+                break
+            self.assertIn("still in use", self.qmp.answer()["error"]["desc"])
+        self.use_the_graph()
+        self.other.begin("block-export-add", type="nbd", id="far", node_name="near")
+        self.assertIn("already in use", self.other.answer()["error"]["desc"])
+        self.other.begin("block-export-del", id="far", mode="hard")
+        self.assertIn("already shutting down", self.other.answer()["error"]["desc"])
+        if time.monotonic() - began < 7:  # the flush is waited for longer than that
+            self.assert_unanswered(self.qmp)
+        self.far.send(signal.SIGCONT)
+        self.assertEqual(self.qmp.answer(), {"return": {}})
+        self.other.begin("block-export-del", id="far")
+        self.assertIn("is not found", self.other.answer()["error"]["desc"])
+        self.ended()
+
+    def has_answer(self):
+        return bool(select.select([self.qmp.socket], [], [], 0)[0])
+
+    @staticmethod
+    def going(client, export):
+        return any(each["id"] == export and each["shutting-down"]
+                   for each in client.command("query-block-exports"))
 
 
 if __name__ == "__main__":
