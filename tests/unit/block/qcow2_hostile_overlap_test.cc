@@ -13,11 +13,10 @@
 namespace minivmm::block {
 namespace {
 
-// A shared table that is not there: a copy of it would be empty, and the disk with it.
-TEST_F(Qcow2Hostile, ATablePastTheEndIsNotCopied) {
-  on_fiber([&] {
-    Bytes image = good_image();
-    put(image, l1_offset(image), uint64_t{1} << 40);
+class Qcow2FarTable : public Qcow2Hostile {
+ protected:
+  // The file after a write was refused and the image, which is corrupt then, was closed.
+  static Bytes after_refused_write(const Bytes& image) {
     auto file = std::make_shared<TestFile>();
     file->set_content(image);
     auto node = open_test_image(file);
@@ -29,29 +28,27 @@ TEST_F(Qcow2Hostile, ATablePastTheEndIsNotCopied) {
               EIO);
     node->close();
     EXPECT_EQ(get(file->content(), 72), qcow2::kIncompatCorrupt);
-    EXPECT_EQ(get(file->content(), l1_offset(image)), uint64_t{1} << 40);
+    return file->content();
+  }
+};
+
+// A shared table that is not there: a copy of it would be empty, and the disk with it.
+TEST_F(Qcow2FarTable, IsNotCopied) {
+  on_fiber([&] {
+    Bytes image = good_image();
+    put(image, l1_offset(image), uint64_t{1} << 40);
+    EXPECT_EQ(get(after_refused_write(image), l1_offset(image)), uint64_t{1} << 40);
   });
 }
 
 // The file grows until data would lie where the table is said to be: the guest would write its own
 // entries.
-TEST_F(Qcow2Hostile, ATablePastTheEndIsNotWrittenOver) {
+TEST_F(Qcow2FarTable, IsNotWrittenOver) {
   on_fiber([&] {
     Bytes image = good_image();
     image.resize(base::align_up<uint64_t>(image.size(), kCluster));
     put(image, l1_offset(image) + 8, image.size() | qcow2::kFlagCopied);
-    auto file = std::make_shared<TestFile>();
-    file->set_content(image);
-    auto node = open_test_image(file);
-    const Bytes data(kCluster, std::byte{9});
-    EXPECT_EQ(error_number([&] {
-                Edge(node, "guest", Permissions::front_end(true))
-                    .write(kCluster, base::SingleBuffer(std::span(data)));
-              }),
-              EIO);
-    node->close();
-    EXPECT_EQ(get(file->content(), 72), qcow2::kIncompatCorrupt);
-    EXPECT_EQ(file->content().size(), image.size());
+    EXPECT_EQ(after_refused_write(image).size(), image.size());
   });
 }
 

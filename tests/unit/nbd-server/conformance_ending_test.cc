@@ -89,9 +89,13 @@ class Ending : public ServerTest, public testing::WithParamInterface<std::tuple<
     }
     return reply.error;
   }
-  void begin_held(Client& c) {
-    c.send(request(c, kRead, kSlow, kHeld, 512));
+  // A client whose request is not done before it is allowed.
+  Client with_held() {
+    Client out = connect();
+    enter(out);
+    out.send(request(out, kRead, kSlow, kHeld, 512));
     EXPECT_TRUE(begun_.try_acquire_for(std::chrono::seconds(10)));
+    return out;
   }
   void expect_held_done(Client& c) {
     if (way() == Way::kSimple) {
@@ -121,6 +125,13 @@ class Ending : public ServerTest, public testing::WithParamInterface<std::tuple<
       }
       return out;
     });
+  }
+  // The held request is done, and with it what was begun by begin_end().
+  void finish(Client& c, std::future<std::string> ended) {
+    allowed_.set();
+    expect_held_done(c);
+    EXPECT_TRUE(c.closed());
+    EXPECT_EQ(ended.get(), "");
   }
   // Until the client's session knows of it. A TRIM of nothing does nothing.
   void wait_until_it_ends(Client& c) {
@@ -165,9 +176,7 @@ INSTANTIATE_TEST_SUITE_P(EveryWay, Ending,
 
 TEST_P(Ending, WhatIsInFlightIsFinishedAndWhatComesIsRefused) {
   enter_other();
-  Client client = connect();
-  enter(client);
-  begin_held(client);
+  Client client = with_held();
   auto ended = begin_end();
   wait_until_it_ends(client);
   for (int round = 0; round < 2; ++round) {
@@ -193,33 +202,23 @@ TEST_P(Ending, WhatIsInFlightIsFinishedAndWhatComesIsRefused) {
   }
   check_others();
   EXPECT_EQ(ended.wait_for(std::chrono::seconds(0)), std::future_status::timeout);
-  allowed_.set();
-  expect_held_done(client);
-  EXPECT_TRUE(client.closed());
-  EXPECT_EQ(ended.get(), "");
+  finish(client, std::move(ended));
 }
 
 // As it MUST do when it is told so; what is in flight is answered first.
 TEST_P(Ending, AClientThatLeavesThenIsLetGo) {
   enter_other();
-  Client client = connect();
-  enter(client);
-  begin_held(client);
+  Client client = with_held();
   auto ended = begin_end();
   wait_until_it_ends(client);
   client.send(request(client, kDisc, 9, 0, 0));
-  allowed_.set();
-  expect_held_done(client);
-  EXPECT_TRUE(client.closed());
-  EXPECT_EQ(ended.get(), "");
+  finish(client, std::move(ended));
   check_others();
 }
 
 // A write whose data are on their way was accepted before.
 TEST_P(Ending, AWriteThatIsHalfThereIsFinished) {
-  Client client = connect();
-  enter(client);
-  begin_held(client);
+  Client client = with_held();
   client.send(join({request(client, kWrite, 5, 0, 8192), Bytes(4096)}));
   // Nothing that could be asked tells that it has begun: what was sent before is what counts.
   ::usleep(20'000);
@@ -230,19 +229,14 @@ TEST_P(Ending, AWriteThatIsHalfThereIsFinished) {
   EXPECT_EQ(reply.cookie, 5u);
   EXPECT_EQ(reply.error, 0u);
   EXPECT_EQ(error_of(client, kTrim, 0, 0), kShutdown);
-  allowed_.set();
-  expect_held_done(client);
-  EXPECT_TRUE(client.closed());
-  EXPECT_EQ(ended.get(), "");
+  finish(client, std::move(ended));
 }
 
 // Many at once, more than a session takes in a turn, behind one that is in flight: each is
 // answered, in whatever way.
 TEST_P(Ending, WhateverIsThereIsAnswered) {
   constexpr uint64_t kMany = 2000;
-  Client client = connect();
-  enter(client);
-  begin_held(client);
+  Client client = with_held();
   auto ended = begin_end();
   Bytes all;
   for (uint64_t i = 0; i < kMany; ++i) all = join({all, request(client, kTrim, i, 0, 0)});
@@ -255,10 +249,7 @@ TEST_P(Ending, WhateverIsThereIsAnswered) {
     }
   }
   wait_until_it_ends(client);
-  allowed_.set();
-  expect_held_done(client);
-  EXPECT_TRUE(client.closed());
-  EXPECT_EQ(ended.get(), "");
+  finish(client, std::move(ended));
 }
 
 }  // namespace
