@@ -1,36 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nbd-server/buffer_pool.h"
 
-#include <algorithm>
-#include <bit>
-
 namespace minivmm::nbd {
 
 size_t BufferPool::class_of(size_t size) noexcept {
-  const size_t rounded = std::max(size, kSmallest);
-  return static_cast<size_t>(std::bit_width((rounded - 1) / kSmallest));
+  return static_cast<size_t>(std::countr_zero(room_for(std::max(size, kSmallest)) / kSmallest));
 }
 
-base::Buffer BufferPool::take(size_t size) {
+base::Pages BufferPool::take(size_t size) {
   const size_t c = class_of(size);
-  if (c >= kClasses) return base::Buffer(size);
+  if (c >= kClasses) return base::Pages(size);
   auto& list = free_[c];
   if (list.empty()) {
     if (all_.bytes() > KeptBuffers::kAlways && all_.too_much()) {
       trim();
       all_.trim_all();
     }
-    return base::Buffer(kSmallest << c);
+    return base::Pages(kSmallest << c);
   }
-  base::Buffer out = std::move(list.back());
+  base::Pages out = std::move(list.back());
   list.pop_back();
   kept_ -= out.size();
   count();
   return out;
 }
 
-void BufferPool::give_back(base::Buffer buffer) noexcept {
-  if (buffer.data() == nullptr || kept_ + buffer.size() > kMaxKept) return;
+void BufferPool::give_back(base::Pages buffer) noexcept {
+  if (buffer.data() == nullptr || kept_ + buffer.size() > kMaxKept ||
+      all_.bytes() + buffer.size() > KeptBuffers::kMost) {
+    return;
+  }
   const size_t c = class_of(buffer.size());
   if (c >= kClasses || buffer.size() != kSmallest << c) return;
   try {

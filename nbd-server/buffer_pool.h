@@ -7,13 +7,15 @@
 // may be, a pool that has to ask the system for memory has all of them give theirs back.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-#include "base/buffer.h"
+#include "base/pages.h"
 
 namespace minivmm::nbd {
 
@@ -22,6 +24,7 @@ class KeptBuffers {
  public:
   // Not worth any trouble.
   static constexpr uint64_t kAlways = uint64_t{4} << 20;
+  static constexpr uint64_t kMost = uint64_t{32} << 20;
 
   void add(uint64_t bytes) noexcept { bytes_.fetch_add(bytes, std::memory_order_relaxed); }
   void remove(uint64_t bytes) noexcept { bytes_.fetch_sub(bytes, std::memory_order_relaxed); }
@@ -49,9 +52,13 @@ class BufferPool {
   BufferPool& operator=(const BufferPool&) = delete;
   ~BufferPool() { trim(); }
 
+  // What take() brings for so many bytes.
+  static constexpr size_t room_for(size_t size) noexcept {
+    return size == 0 ? 0 : std::bit_ceil(std::max(size, kSmallest));
+  }
   // At least `size` bytes, aligned to 4096; the content is undefined. Throws std::bad_alloc.
-  base::Buffer take(size_t size);
-  void give_back(base::Buffer buffer) noexcept;
+  base::Pages take(size_t size);
+  void give_back(base::Pages buffer) noexcept;
 
   // Gives what is kept back to the system.
   void trim() noexcept;
@@ -67,7 +74,7 @@ class BufferPool {
   void count() noexcept;
 
   KeptBuffers& all_;
-  std::array<std::vector<base::Buffer>, kClasses> free_;
+  std::array<std::vector<base::Pages>, kClasses> free_;
   size_t kept_ = 0;     // bytes in free_
   size_t counted_ = 0;  // of these, in the shared count: up to a step more or less
 };

@@ -191,6 +191,7 @@ void Commands::fail(Request& request, ErrorCode error, std::string_view reason) 
   Request::Piece& piece = request.reply;
   request.more.clear();
   request.rereadable = false;
+  request.error = error;
   piece.data_size = 0;
   if (!agreed_.structured()) {
     wire::encode_simple_reply(piece.header.data(), error, head.cookie);
@@ -266,22 +267,38 @@ bool Commands::read_with_holes(Request& request) {
 
 // --- replies without their memory ---
 
-void Commands::shed(Request& request) noexcept {
+bool Commands::shed(Request& request, bool begun) noexcept {
   const auto forget = [&request](Request::Piece& piece) {
     if (piece.data_size == 0) return;
     piece.at = static_cast<size_t>(piece.data - request.buffer.data());
     piece.data = nullptr;
   };
-  // Texts and tables are small, and are not made twice.
-  const bool has_data = request.reply.data_size > 0 || !request.more.empty();
-  if (has_data && !request.rereadable) return;
-  forget(request.reply);
-  for (Request::Piece& piece : request.more) forget(piece);
+  const bool many_parts = !request.is_read() || !request.more.empty();
+  if (request.rereadable && many_parts && !begun) {
+    // A table, or a list of parts, that may be longer than what a request may keep.
+    request.redo = true;
+    request.reply.header_size = request.reply.data_size = 0;
+    request.more.clear();
+  } else if (request.rereadable) {
+    if (!request.is_read()) return false;
+    forget(request.reply);
+    for (Request::Piece& piece : request.more) forget(piece);
+  } else if (request.reply.data_size > 0) {
+    if (begun) return false;
+    fail(request, request.error, {});  // without its text
+  }
+  if (request.more.empty()) std::vector<Request::Piece>().swap(request.more);  // its room goes, too
   // To the system: whoever waits for the memory may do so on another loop.
-  const base::Buffer gone = std::move(request.buffer);
+  const base::Pages gone = std::move(request.buffer);
+  return true;
 }
 
 bool Commands::restore(Request& request) noexcept {
+  if (std::exchange(request.redo, false)) {
+    request.rereadable = false;
+    (void)run_one(request);
+    return true;
+  }
   if (!request.rereadable) return true;
   const wire::Request& head = request.head;
   try {

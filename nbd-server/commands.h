@@ -24,10 +24,14 @@ class Commands {
   // `next`: those reach the node as one. Returns how many failed.
   unsigned run(Request& first) noexcept;
 
-  // Gives the buffer of a complete reply back where it is not needed or can be filled again.
-  void shed(Request& request) noexcept;
-  // Makes the reply whole again, with what the node has by now: a READ whose reply has not been
-  // read may find either. False: that failed, and the client may have got a part.
+  // The most that a BLOCK_STATUS may need for its reply.
+  uint64_t room_for_status(const wire::Request& head) const noexcept;
+
+  // Leaves of a complete reply what cannot be had again. `begun`: a part of it is out, so that the
+  // rest has to fit. False: then it needs all that it has.
+  bool shed(Request& request, bool begun) noexcept;
+  // Makes the reply whole again, with what the node has by now: who has not got his answer may get
+  // either. False: that failed, and the client may have got a part.
   bool restore(Request& request) noexcept;
 
   // An error reply. `reason` is for the client's user; only structured replies carry it.

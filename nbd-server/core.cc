@@ -313,6 +313,7 @@ void Server::Core::run_client(Connection& client, base::EventLoop& loop) {
     clients_.erase(client.id());
     last = clients_.empty();
   }
+  if (last && kept_.bytes() > KeptBuffers::kAlways) kept_.trim_all();
   if (last && options_.on_last_left) options_.on_last_left(client.entered());
 }
 

@@ -101,7 +101,7 @@ void Input::park() noexcept {
   }
   try {
     auto fresh = std::make_unique<InputBlock>();
-    fresh->memory = base::Buffer(size());
+    fresh->memory = base::Pages(size());
     std::memcpy(fresh->memory.data(), data(), size());
     end_ = size();
     begin_ = 0;

@@ -13,7 +13,7 @@
 #include <cstdint>
 #include <span>
 
-#include "base/buffer.h"
+#include "base/pages.h"
 #include "nbd-server/budget.h"
 #include "nbd-server/resources.h"
 #include "nbd-server/wire.h"
@@ -21,7 +21,7 @@
 namespace minivmm::nbd {
 
 struct InputBlock {
-  base::Buffer memory;
+  base::Pages memory;
   unsigned writes = 0;     // that read from it
   uint64_t charge = 0;     // taken from the budget
   bool abandoned = false;  // no longer received into: goes with its last write

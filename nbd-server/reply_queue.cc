@@ -64,7 +64,7 @@ void ReplyQueue::push(Request& request) noexcept {
   (tail_ != nullptr ? tail_->next : head_) = &request;
   tail_ = &request;
   // Whoever waits to be restored holds nothing meanwhile: or all might wait for each other.
-  if (shed_ > 0) shed(request);
+  if (shed_ > 0) (void)shed(request);
 }
 
 void ReplyQueue::flush() noexcept {
@@ -124,7 +124,7 @@ void ReplyQueue::advance(size_t sent) noexcept {
   bytes_ -= sent;
   sent_ += sent;
   front_sent_ += sent;
-  while (head_ != nullptr) {
+  while (head_ != nullptr && !head_->shed) {
     const size_t size = size_of(*head_);
     if (front_sent_ < size) return;
     front_sent_ -= size;
@@ -148,24 +148,27 @@ void ReplyQueue::drop_all() noexcept {
   front_sent_ = 0;
 }
 
-void ReplyQueue::shed(Request& request) noexcept {
-  owner_.on_shed(request);
+bool ReplyQueue::shed(Request& request) noexcept {
+  const size_t size = size_of(request);
+  if (!owner_.on_shed(request, &request == head_ && front_sent_ > 0)) return false;
+  bytes_ = bytes_ - size + size_of(request);
   request.shed = true;
   ++shed_;
+  return true;
 }
 
 void ReplyQueue::shed_all() noexcept {
   bool any = false;
   for (Request* r = head_; r != nullptr; r = r->next) {
-    if (r->shed) continue;
-    shed(*r);
-    any = true;
+    if (!r->shed && shed(*r)) any = true;
   }
   if (any) patience_ = std::min(2 * patience_, kMostPatience);
 }
 
 bool ReplyQueue::restore_front() noexcept {
+  const size_t size = size_of(*head_);
   const bool whole = owner_.on_restore(*head_);
+  bytes_ = bytes_ - size + size_of(*head_);
   if (!head_->shed) --shed_;
   return whole;
 }

@@ -31,10 +31,11 @@ class ReplyQueue {
     virtual bool on_stall(std::chrono::nanoseconds stalled) noexcept = 0;
     // Others wait for memory.
     virtual bool memory_is_wanted() const noexcept = 0;
-    // Gives up what a queued request holds.
-    virtual void on_shed(Request& request) noexcept = 0;
-    // Fiber: makes it whole again, and no longer `shed` once it holds anything. False: the client
-    // cannot be served further.
+    // Gives up what a queued request holds, of whose reply a part is out if it has `begun`. False:
+    // it cannot be without it.
+    virtual bool on_shed(Request& request, bool begun) noexcept = 0;
+    // Fiber: makes it whole again, and no longer `shed` once it holds anything. A reply that had
+    // not begun may be another one then. False: the client cannot be served further.
     virtual bool on_restore(Request& request) noexcept = 0;
 
    protected:
@@ -78,7 +79,7 @@ class ReplyQueue {
   void drop_all() noexcept;
   void send_rest() noexcept;
   bool wait_for_room() noexcept;
-  void shed(Request& request) noexcept;
+  bool shed(Request& request) noexcept;
   void shed_all() noexcept;
   bool restore_front() noexcept;
   void pop_front() noexcept;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "base/buffer.h"
+#include "base/pages.h"
 #include "nbd-server/wire.h"
 
 namespace minivmm::nbd {
@@ -34,16 +34,19 @@ struct Request {
 
   // What a READ fills, what a WRITE brought (unless it lies in `block`), and the texts and tables
   // of replies.
-  base::Buffer buffer;
+  base::Pages buffer;
   std::byte* payload = nullptr;  // of a WRITE
   InputBlock* block = nullptr;   // where `payload` lies, if not in `buffer`; held until the end
 
   Piece reply;
   std::vector<Piece> more;  // further parts, in order
-  // A complete reply of data in the buffer: it can be read again.
+  // A complete reply of what the node says, in the buffer: the node can be asked again.
   bool rereadable = false;
+  wire::ErrorCode error = wire::ErrorCode::kNone;  // of an error's reply
   // It waits to be sent without its memory, and without its charge.
   bool shed = false;
+  // Nothing is left of that reply: the request is run again.
+  bool redo = false;
 
   wire::Command command() const noexcept { return static_cast<wire::Command>(head.type); }
   bool is_read() const noexcept { return command() == wire::Command::kRead; }

@@ -26,7 +26,7 @@ void Resources::give_back(Request& request) noexcept {
     delete &request;
     return;
   }
-  request.buffer = base::Buffer();
+  request.buffer = base::Pages();
   request.payload = nullptr;
   request.block = nullptr;
   request.charge = 0;
@@ -35,6 +35,7 @@ void Resources::give_back(Request& request) noexcept {
   request.more.clear();
   request.rereadable = false;
   request.shed = false;
+  request.redo = false;
   request.next = free_;
   free_ = &request;
   ++kept_;

@@ -119,8 +119,11 @@ bool Session::take_request() {
   const bool is_write = head->type == static_cast<uint16_t>(wire::Command::kWrite);
   const bool is_read = head->type == static_cast<uint16_t>(wire::Command::kRead);
   // A write that is here completely is written from where it lies.
+  const bool is_status = head->type == static_cast<uint16_t>(wire::Command::kBlockStatus);
   const bool own_buffer = is_read || (is_write && input_.size() < head->length);
-  Admitted request = admit(*head, own_buffer ? head->length : 0);
+  Admitted request = admit(*head, own_buffer  ? BufferPool::room_for(head->length)
+                                  : is_status ? commands_.room_for_status(*head)
+                                              : 0);
   if (!request || (is_write && !take_payload(*request))) return false;
   if (is_read || is_write) extend_group(*request);
   start(*request.release());
@@ -157,7 +160,8 @@ bool Session::take_status_query(const wire::Request& head) {
   if (!agreed_.extended() || head.payload > most) {
     return take_refused(head, {wire::ErrorCode::kInval, "more contexts than were agreed on"});
   }
-  Admitted request = admit(head, head.payload);
+  // The query goes before there is an answer.
+  Admitted request = admit(head, commands_.room_for_status(head));
   if (!request || !take_payload(*request)) return false;
   Request& query = *request.release();
   const auto decoded = wire::decode_status_query({query.payload, query.head.payload});
@@ -246,7 +250,7 @@ Request* Session::take_adjacent(const Request& last, const Request& first) {
   }
   const bool is_write = first.command() == wire::Command::kWrite;
   if (is_write && input_.size() < header_size_ + head->length) return nullptr;
-  const uint64_t charge = kOverhead + (is_write ? 0 : head->length);
+  const uint64_t charge = kOverhead + (is_write ? 0 : BufferPool::room_for(head->length));
   if (holds_too_much(charge) || !account_.try_take(charge)) return nullptr;
   Request* const out = make_request(*head, charge).release();
   input_.consume(header_size_);
@@ -309,12 +313,13 @@ void Session::give_back_charge(const Request& request) noexcept {
 
 // Who holds nothing is in nobody's way.
 bool Session::on_stall(std::chrono::nanoseconds stalled) noexcept {
-  return stalled >= options_.stall_limit && account_.used() > 0 && memory_is_wanted();
+  return stalled >= options_.stall_limit && account_.used() > 0 && account_.budgets().contended();
 }
 
-void Session::on_shed(Request& request) noexcept {
-  commands_.shed(request);
+bool Session::on_shed(Request& request, bool begun) noexcept {
+  if (!commands_.shed(request, begun)) return false;
   give_back_charge(request);
+  return true;
 }
 
 bool Session::on_restore(Request& request) noexcept {

@@ -60,6 +60,10 @@ class Session final : private ReplyQueue::Owner {
  private:
   // What a client that does not read its replies may hold in any case.
   static constexpr uint64_t kUnread = 32 << 10;
+  // Nor may it have more requests in hand, whose objects stay when their memory goes. Those who
+  // asked for up to twice as much at once, before that was known, can be without their memory;
+  // others keep it until they take their replies, or are cut off.
+  static constexpr size_t kMostUnread = 64;
   // What a request costs beside its payload: its objects, and a stack when it must wait.
   static constexpr uint64_t kOverhead = 16 << 10;
   // Replies are sent when so much has gathered (see also send_pace.h), though more requests wait:
@@ -146,8 +150,11 @@ class Session final : private ReplyQueue::Owner {
 
   void on_sent(Request& request) noexcept override;
   bool on_stall(std::chrono::nanoseconds stalled) noexcept override;
-  bool memory_is_wanted() const noexcept override { return account_.budgets().contended(); }
-  void on_shed(Request& request) noexcept override;
+  bool memory_is_wanted() const noexcept override {
+    return in_hand() <= 2 * kMostUnread && account_.budgets().contended();
+  }
+  size_t in_hand() const noexcept { return in_flight_ + replies_.gathered(); }
+  bool on_shed(Request& request, bool begun) noexcept override;
   bool on_restore(Request& request) noexcept override;
   void give_back_charge(const Request& request) noexcept;
 

@@ -44,6 +44,7 @@ bool Session::holds_too_much(uint64_t bytes) noexcept {
   if (account_.used() == 0) return false;
   if (bytes > kLargeRequest && large_ > 0 && large_ + bytes > kMostLarge) return true;
   if (!replies_.blocked()) return false;
+  if (in_hand() >= kMostUnread) return true;
   return account_.used() + bytes > std::max(kUnread, account_.budgets().open().spare() / 2);
 }
 

@@ -61,6 +61,13 @@ void ask_bitmap(block::Handle& node, const Request& request, size_t most, Extent
 
 }  // namespace
 
+uint64_t Commands::room_for_status(const wire::Request& head) const noexcept {
+  const size_t contexts = std::max<size_t>(agreed_.contexts.size(), 1);
+  const bool one = (head.flags & wire::kReqOne) != 0;
+  const size_t most = one ? contexts : std::min(contexts * kMaxExtents, kMaxAllExtents);
+  return BufferPool::room_for(most * wire::extent_size(agreed_.extended()));
+}
+
 void Commands::block_status(Request& request) {
   std::vector<Extents> all;
   bool allocation = false;
@@ -98,6 +105,7 @@ void Commands::block_status(Request& request) {
       out += extent_size;
     }
   }
+  request.rereadable = true;
 }
 
 }  // namespace minivmm::nbd

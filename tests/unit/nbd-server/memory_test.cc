@@ -91,24 +91,46 @@ TEST(NbdBufferPool, GivesBackWhatItKeepsWhenMemoryIsTight) {
   Kept kept;
   BufferPool pool(kept);
   for (int i = 0; i < 2; ++i) {
-    base::Buffer buffers[6];
-    for (base::Buffer& each : buffers) each = pool.take(kMiB);
-    for (base::Buffer& each : buffers) pool.give_back(std::move(each));
+    base::Pages buffers[6];
+    for (base::Pages& each : buffers) each = pool.take(kMiB);
+    for (base::Pages& each : buffers) pool.give_back(std::move(each));
     EXPECT_EQ(pool.kept(), 6 * kMiB);
     EXPECT_EQ(kept.bytes(), 6 * kMiB);
     EXPECT_EQ(kept.trims, 0);
   }
   kept.tight = true;
-  base::Buffer same = pool.take(kMiB);  // of those that it has
+  base::Pages same = pool.take(kMiB);  // of those that it has
   EXPECT_EQ(pool.kept(), 5 * kMiB);
   EXPECT_EQ(kept.trims, 0);
-  base::Buffer other = pool.take(2 * kMiB);
+  base::Pages other = pool.take(2 * kMiB);
   EXPECT_EQ(pool.kept(), 0u);
   EXPECT_EQ(kept.bytes(), 0u);
   EXPECT_EQ(kept.trims, 1);
   pool.give_back(std::move(other));
   (void)pool.take(8 * kMiB);  // little is kept: it stays
   EXPECT_EQ(pool.kept(), 2 * kMiB);
+}
+
+TEST(NbdBufferPool, KeepsNoMoreThanAllPoolsMay) {
+  Kept kept;
+  kept.add(KeptBuffers::kMost - kMiB / 2);
+  BufferPool pool(kept);
+  pool.give_back(pool.take(kMiB));
+  EXPECT_EQ(pool.kept(), 0u);
+  kept.remove(kMiB / 2);
+  pool.give_back(pool.take(kMiB));
+  EXPECT_EQ(pool.kept(), kMiB);
+}
+
+// What a request is charged for is what it gets.
+TEST(NbdBufferPool, SaysHowMuchItGives) {
+  Kept kept;
+  BufferPool pool(kept);
+  EXPECT_EQ(BufferPool::room_for(0), 0u);
+  for (const size_t size :
+       {size_t{1}, size_t{4096}, size_t{4097}, size_t{65536}, size_t{1000001}, size_t{32} << 20}) {
+    EXPECT_EQ(pool.take(size).size(), BufferPool::room_for(size)) << size;
+  }
 }
 
 class ParkedInput : public testing::Test {
