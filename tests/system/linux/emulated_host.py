@@ -70,7 +70,14 @@ class EmulatedHost:
     def run(self, limit):
         """Runs it from a new disk to its end, at most `limit` seconds; returns the lines of its first
         serial line, which it prints as they come, so that whoever ends this sees how far it was. Prints
-        what its kernel said."""
+        what its kernel said. If the emulator hangs, once more."""
+        try:
+            return self._run(limit)
+        except EmulatorHung as e:
+            print(f"The emulated host hung, which shows nothing about us: {e}. Once more.", flush=True)
+            return self._run(limit)
+
+    def _run(self, limit):
         self.tree.write_ext4(self.disk, self.size)
         said_by_kernel = os.path.join(self.folder, "kernel.log")
         command = [
