@@ -21,6 +21,7 @@ base::Pages BufferPool::take(size_t size) {
   base::Pages out = std::move(list.back());
   list.pop_back();
   kept_ -= out.size();
+  unused_ = std::min(unused_, kept_);
   count();
   return out;
 }
@@ -53,9 +54,24 @@ void BufferPool::count() noexcept {
   counted_ = kept_;
 }
 
+void BufferPool::shrink() noexcept {
+  if (unused_ > KeptBuffers::kAlways) {
+    const size_t goal = kept_ - unused_;
+    for (size_t c = kClasses; c-- > 0;) {
+      while (!free_[c].empty() && kept_ >= goal + free_[c].back().size()) {
+        kept_ -= free_[c].back().size();
+        free_[c].pop_back();
+      }
+    }
+    count();
+  }
+  unused_ = kept_;
+}
+
 void BufferPool::trim() noexcept {
   for (auto& list : free_) list.clear();
   kept_ = 0;
+  unused_ = 0;
   all_.remove(counted_);
   counted_ = 0;
 }

@@ -62,6 +62,8 @@ class BufferPool {
 
   // Gives what is kept back to the system.
   void trim() noexcept;
+  // The same with as much as has not been needed since it was called last, if that is much.
+  void shrink() noexcept;
 
   size_t kept() const noexcept { return kept_; }
 
@@ -76,7 +78,8 @@ class BufferPool {
   KeptBuffers& all_;
   std::array<std::vector<base::Pages>, kClasses> free_;
   size_t kept_ = 0;     // bytes in free_
-  size_t counted_ = 0;  // of these, in the shared count: up to a step more or less
+  size_t unused_ = 0;   // of these, since the last shrink(): what was there all the time
+  size_t counted_ = 0;  // of kept_, in the shared count: up to a step more or less
 };
 
 }  // namespace minivmm::nbd

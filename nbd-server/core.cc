@@ -306,7 +306,9 @@ void Server::Core::serve(base::UniqueFd connected, Connection::Terms terms,
 }
 
 void Server::Core::run_client(Connection& client, base::EventLoop& loop) {
-  client.run({options_, exports_, *resources_[loop.index()], budgets_});
+  Resources& resources = *resources_[loop.index()];
+  client.run({options_, exports_, resources, budgets_});
+  resources.buffers().shrink();
   bool last = false;
   {
     const std::lock_guard lock(mutex_);

@@ -176,10 +176,19 @@ class SilentClients(Scene):
             self.assertLessEqual(after, 64 * KIB)
         return clients, after - before
 
+    def given_back(self, before):
+        """They have left, and with them the memory that they cost."""
+        limit = time.monotonic() + LIMIT
+        while (now := self.pss()) > before + 24 * KIB and time.monotonic() < limit:
+            time.sleep(0.05)
+        print(f"{now} KiB when they have left", flush=True)
+        if not SANITIZED:
+            self.assertLessEqual(now, before + 24 * KIB)
+
     # Of the 48 MiB for all clients a part is set aside for each connection, so that with more of
-    # them there is less for their requests. What they cost was 57 MiB and more for a thousand,
-    # and 88 MiB with TLS: 47 and 52 for as many as here.
+    # them there is less for their requests.
     def bounded(self, count, most):
+        before = self.pss()
         if SLOW:
             for what, said in KINDS.items():
                 print(what, flush=True)
@@ -187,12 +196,16 @@ class SilentClients(Scene):
                 self.others_are_served(4 * KIB, 64 * KIB)
                 for client in clients:
                     client.close()
+                self.given_back(before)
         clients, more = self.stall(count, [KINDS["1 MiB reads"]])
         if not SANITIZED and not SLOW:  # then pools keep something of the earlier ones
             self.assertLessEqual(more, most)
         self.others_are_served(4 * KIB, 64 * KIB, MIB)
         for client in clients[:2] + clients[-2:]:
             self.late(client)
+        for client in clients:
+            client.close()
+        self.given_back(before)
 
     def others_are_served(self, *lengths):
         """One request at a time, while the others do not read."""

@@ -4,6 +4,7 @@
 #include <string>
 
 #include <cstring>
+#include <vector>
 
 #include <gtest/gtest.h>
 
@@ -120,6 +121,28 @@ TEST(NbdBufferPool, KeepsNoMoreThanAllPoolsMay) {
   kept.remove(kMiB / 2);
   pool.give_back(pool.take(kMiB));
   EXPECT_EQ(pool.kept(), kMiB);
+}
+
+TEST(NbdBufferPool, GivesBackWhatWasNotNeededFromOneTimeToTheNext) {
+  Kept kept;
+  BufferPool pool(kept);
+  const auto use = [&](size_t count) {
+    std::vector<base::Pages> all;
+    for (size_t i = 0; i < count; ++i) all.push_back(pool.take(kMiB));
+    for (base::Pages& each : all) pool.give_back(std::move(each));
+  };
+  use(12);
+  pool.shrink();
+  EXPECT_EQ(pool.kept(), 12 * kMiB);
+  use(5);
+  pool.shrink();
+  EXPECT_EQ(pool.kept(), 5 * kMiB);
+  EXPECT_EQ(kept.bytes(), 5 * kMiB);
+  use(2);
+  pool.shrink();
+  EXPECT_EQ(pool.kept(), 5 * kMiB);  // little: it stays
+  pool.shrink();
+  EXPECT_EQ(pool.kept(), 0u);
 }
 
 // What a request is charged for is what it gets.
