@@ -4,7 +4,8 @@
 
 #include <algorithm>
 #include <cerrno>
-#include <mutex>
+#include <utility>
+#include <vector>
 
 #include <fmt/core.h>
 
@@ -50,9 +51,9 @@ Json resize(Target& target, const Arguments& given) {
     throw Failure("One of the parameters 'device' and 'node-name' is expected");
   }
   const uint64_t size = given.integer("size", 0, block::kMaxDiskSize);
-  const std::lock_guard changing(target.changing());
-  Held held(target, given.text("node-name", given.text("device")), "block_resize",
-            Permissions::resizer());
+  const std::string node = given.text("node-name", given.text("device"));
+  const NodeLocks::Hold changing(target.changing(), {node});
+  Held held(target, node, "block_resize", Permissions::resizer());
   held.handle().truncate(size);
   held.close();  // flushes
   return Json::object();
@@ -78,7 +79,7 @@ constexpr Parameter kBitmapMerge[] = {
 // Runs `change(bitmaps, name)`.
 template <typename Change>
 Json change_bitmap(Target& target, const Arguments& given, const char* command, Change change) {
-  const std::lock_guard changing(target.changing());
+  const NodeLocks::Hold changing(target.changing(), {given.text("node")});
   Held held(target, given.text("node"), command);
   change(bitmaps_of(held.node()), given.text("name"));
   held.close();
@@ -127,27 +128,37 @@ struct Source {
   std::string name;
 };
 
-Source source_of(Target& target, const Json& each, const std::string& node) {
-  Source out;
-  std::string from = node;
-  if (each.is_string()) {
-    out.name = each.get<std::string>();
-  } else {
-    const Arguments named(kBitmap, each.is_object() ? each : Json::object());
-    from = named.text("node");
-    out.name = named.text("name");
+// The node and the name of each.
+std::vector<std::pair<std::string, std::string>> sources_of(const Arguments& given) {
+  std::vector<std::pair<std::string, std::string>> out;
+  for (const Json& each : given.json("bitmaps")) {
+    if (each.is_string()) {
+      out.emplace_back(given.text("node"), each.get<std::string>());
+    } else {
+      const Arguments named(kBitmap, each.is_object() ? each : Json::object());
+      out.emplace_back(named.text("node"), named.text("name"));
+    }
   }
+  return out;
+}
+
+Source source_of(Target& target, const std::string& from, const std::string& name) {
+  Source out;
+  out.name = name;
   out.held = std::make_unique<Held>(target, from, "block-dirty-bitmap-merge");
   (void)bitmaps_of(out.held->node()).status(out.name, 0, out.held->node().size());
   return out;
 }
 
 Json bitmap_merge(Target& target, const Arguments& given) {
-  const std::lock_guard changing(target.changing());
+  const auto wanted = sources_of(given);
+  std::vector<std::string> nodes{given.text("node")};
+  for (const auto& [node, name] : wanted) nodes.push_back(node);
+  const NodeLocks::Hold changing(target.changing(), std::move(nodes));
   Held held(target, given.text("node"), "block-dirty-bitmap-merge");
   std::vector<Source> sources;
-  for (const Json& each : given.json("bitmaps")) {
-    sources.push_back(source_of(target, each, given.text("node")));
+  for (const auto& [node, name] : wanted) {
+    sources.push_back(source_of(target, node, name));
     const uint64_t size = sources.back().held->node().size();
     if (size < held.node().size()) {
       throw Failure(
@@ -183,7 +194,7 @@ block::Snapshots& snapshots_of(Node& node) {
 Json snapshot_create(Target& target, const Arguments& given) {
   const std::string name = given.text("name");
   if (name.empty()) throw Failure("Name is empty");
-  const std::lock_guard changing(target.changing());
+  const NodeLocks::Hold changing(target.changing(), {given.text("device")});
   Held held(target, given.text("device"), "blockdev-snapshot-internal-sync");
   block::Snapshots& snapshots = snapshots_of(held.node());
   for (const auto& each : snapshots.list()) {
@@ -203,7 +214,7 @@ Json snapshot_delete(Target& target, const Arguments& given) {
   const std::string id = given.text("id");
   const std::string name = given.text("name");
   if (id.empty() && name.empty()) throw Failure("Name or id must be provided");
-  const std::lock_guard changing(target.changing());
+  const NodeLocks::Hold changing(target.changing(), {given.text("device")});
   Held held(target, given.text("device"), "blockdev-snapshot-delete-internal-sync");
   block::Snapshots& snapshots = snapshots_of(held.node());
   const auto list = snapshots.list();

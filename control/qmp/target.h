@@ -8,9 +8,9 @@
 
 #include <vector>
 
-#include "base/sync.h"
 #include "block/graph/graph.h"
 #include "control/front_ends.h"
+#include "control/qmp/node_locks.h"
 
 namespace minivmm::control::qmp {
 
@@ -19,8 +19,8 @@ class Target {
   virtual ~Target() = default;
   virtual block::Graph& graph() = 0;
   virtual FrontEnds& front_ends() = 0;
-  // Held by commands that change what is inside a node: they wait for each other.
-  base::FiberMutex& changing() noexcept { return changing_; }
+  // Held by commands that change what is inside a node.
+  NodeLocks& changing() noexcept { return changing_; }
   // What SIGUSR1 prints.
   virtual std::vector<std::string> state() = 0;
 
@@ -37,7 +37,7 @@ class Target {
   virtual void quit() = 0;
 
  private:
-  base::FiberMutex changing_;
+  NodeLocks changing_;
 };
 
 }  // namespace minivmm::control::qmp

@@ -122,6 +122,28 @@ class Far(ControlScene):
         self.assertIn("is not found", self.other.answer()["error"]["desc"])
         self.ended()
 
+    def open_image(self, *bitmaps):
+        """A qcow2 image on the server: the node q."""
+        self.create("image.qcow2", 4 * MIB, "-f", "qcow2")
+        for name in bitmaps:
+            self.tool("bitmap", "--add", self.path("image.qcow2"), name)
+        self.far.send(signal.SIGTERM)
+        self.far.wait(30)
+        self.far = self.daemon("serve", "--disk", "image.qcow2,id=far,format=raw", "--export",
+                               "far,writable", "--nbd", "nbd+unix:///?socket=far.sock")
+        self.qmp.command("blockdev-add", driver="qcow2", node_name="q", file={
+            "driver": "nbd", "node-name": "far", "uri": "nbd+unix:///far?socket=far.sock"})
+
+    def test_changes_of_a_disk_wait_for_none_of_another(self):
+        self.open_image()
+        self.hang()
+        self.qmp.begin("block_resize", node_name="q", size=8 * MIB)
+        self.other.command("block_resize", node_name="near", size=8 * MIB)
+        self.assert_unanswered(self.qmp)
+        self.far.send(signal.SIGCONT)
+        self.assertEqual(self.qmp.answer(), {"return": {}})
+        self.ended()
+
     def has_answer(self):
         return bool(select.select([self.qmp.socket], [], [], 0)[0])
 
