@@ -159,25 +159,27 @@ Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(g
 
 Graph::Drain::~Drain() { let_go(); }
 
-// A node's last writes, or an opening's, would meet the edit.
+// Whose requests would meet an edit: nodes that are being closed, openings, lookers. Under mutex_.
+std::string Graph::in_the_way() const {
+  if (!closing_.empty()) return closing_.front()->describe() + ": closing it";
+  if (const Opening* const opening = that_refers()) return opening->describe();
+  return looks_.empty() ? "" : "a look at the nodes";
+}
+
 void Graph::Drain::lock_when_none_comes_or_goes(base::Clock::time_point until) {
   for (;;) {
     std::unique_lock editing(graph_.editing_);
     std::unique_lock lock(graph_.mutex_);
-    const auto in_the_way = [this]() -> std::string {
-      if (!graph_.closing_.empty()) return graph_.closing_.front()->describe() + ": closing it";
-      const Opening* const opening = graph_.that_refers();
-      return opening != nullptr ? opening->describe() : "";
-    };
-    if (in_the_way().empty()) {
+    if (graph_.in_the_way().empty()) {
       (void)editing.release();
       return;
     }
     editing.unlock();
-    if (!graph_.gone_.wait_until(lock, until, "nodes that are being opened or closed")) {
-      const std::string what = in_the_way();
-      if (!what.empty()) throw Error(ETIMEDOUT, what + " does not end");
+    if (graph_.gone_.wait_until(lock, until, "nodes that are being opened, closed or looked at")) {
+      continue;
     }
+    const std::string what = graph_.in_the_way();
+    if (!what.empty()) throw Error(ETIMEDOUT, what + " does not end");
   }
 }
 
@@ -192,15 +194,45 @@ void Graph::replace_node(Handle& handle, const std::string& node_name) {
   handle.root_->edge.replace(std::move(node));
 }
 
-void Graph::look(const std::function<void(std::span<const std::shared_ptr<Node>>)>& look) {
-  const std::lock_guard editing(editing_);
-  std::vector<std::shared_ptr<Node>> nodes;
-  {
-    const std::lock_guard lock(mutex_);
-    nodes.reserve(nodes_.size());
-    for (const Entry& entry : nodes_) nodes.push_back(entry.node);
+// The nodes that somebody looks at.
+class Graph::Look {
+ public:
+  explicit Look(Graph& graph) : graph_(graph) {
+    const std::lock_guard editing(graph_.editing_);  // no drain is under way
+    const std::lock_guard lock(graph_.mutex_);
+    for (const Entry& entry : graph_.nodes_) nodes_.push_back(entry.node);
+    for (const auto& node : nodes_) which_.push_back(node.get());
+    graph_.looks_.push_back(this);
   }
-  look(nodes);
+  ~Look() {
+    nodes_.clear();  // before whoever closes one goes on: its file is to be free then
+    const std::lock_guard lock(graph_.mutex_);
+    std::erase(graph_.looks_, this);
+    graph_.gone_.notify_all();
+  }
+  Look(const Look&) = delete;
+  Look& operator=(const Look&) = delete;
+
+  const Nodes& nodes() const noexcept { return nodes_; }
+  bool has(const Node* node) const noexcept {
+    return std::find(which_.begin(), which_.end(), node) != which_.end();
+  }
+
+ private:
+  Graph& graph_;
+  Nodes nodes_;
+  std::vector<const Node*> which_;
+};
+
+void Graph::look(const std::function<void(std::span<const std::shared_ptr<Node>>)>& look) {
+  const Look all(*this);
+  look(all.nodes());
+}
+
+// Under mutex_.
+bool Graph::looked_at(const Node* node) const {
+  return std::any_of(looks_.begin(), looks_.end(),
+                     [node](const Look* each) { return each->has(node); });
 }
 
 std::vector<Graph::User> Graph::users() const {

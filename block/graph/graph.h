@@ -68,8 +68,8 @@ class Graph {
 
   // Holds back new requests of every handle and waits for those in flight: for edits of the live
   // graph, and for nodes that are being closed. Throws ETIMEDOUT naming what is stuck (then nothing
-  // is held back). While it lives no node comes or goes, and nothing is being opened that refers to
-  // one. On a fiber that has no request in flight itself.
+  // is held back). While it lives no node comes or goes, nothing is being opened that refers to
+  // one, and nobody looks at them. On a fiber that has no request in flight itself.
   class Drain {
    public:
     Drain(Graph& graph, std::chrono::milliseconds deadline);
@@ -91,9 +91,9 @@ class Graph {
   // everything.
   void close();
 
-  // Calls `look` with all nodes, children first, while none is opened or taken out: who keeps one
-  // that is being removed keeps its file open and locked, so nothing of them may outlive the call.
-  // Fiber.
+  // Calls `look` with all nodes, children first; it may wait for what they say. Nobody else waits
+  // for it but a drain, and who removes one of them: it is closed when nobody looks at it any more.
+  // Nothing of them may outlive the call. Fiber.
   void look(const std::function<void(std::span<const std::shared_ptr<Node>>)>& look);
   // Who uses nodes from outside. Any thread.
   struct User {
@@ -116,10 +116,13 @@ class Graph {
   void check_name_free(const std::string& name) const;
   void refuse_writer(const Node& node, const std::string& user) const;
   const Opening* that_refers() const;
+  std::string in_the_way() const;
   void unregister_root(std::unique_ptr<Handle::Root> root);
   void reap(std::unique_ptr<Handle::Root> root) noexcept;
   // How nodes go (graph_close.cc).
   using Nodes = std::vector<std::shared_ptr<Node>>;
+  class Look;
+  bool looked_at(const Node* node) const;
   Nodes going_with(const std::shared_ptr<Node>& node) const;
   bool only_ending_users(const Node& node) const;
   std::shared_ptr<Node> wait_for_users(std::unique_lock<base::FiberMutex>& editing,
@@ -138,10 +141,11 @@ class Graph {
   std::vector<Entry> nodes_;          // guarded by mutex_, in order of opening: children first
   Nodes closing_;                     // guarded by mutex_; taken out of nodes_, names still taken
   std::vector<Opening*> openings_;    // guarded by mutex_
+  std::vector<Look*> looks_;          // guarded by mutex_
   bool ending_ = false;               // guarded by mutex_; nothing is opened any more
   std::vector<Handle::Root*> roots_;  // guarded by mutex_
-  base::WaitQueue gone_;              // a node has been closed, a root or an opening has gone
-  unsigned next_number_ = 0;          // guarded by mutex_
+  base::WaitQueue gone_;      // a node has been closed; a root, an opening or a look has gone
+  unsigned next_number_ = 0;  // guarded by mutex_
   base::WaitGroup reaping_;
 };
 

@@ -93,6 +93,11 @@ void Graph::take_out(const Nodes& going) {
 // says that there is an error already.
 std::exception_ptr Graph::close_one(std::shared_ptr<Node> node,
                                     const std::exception_ptr& first) noexcept {
+  {
+    // What a look waits for ends: the node was told that it is closing.
+    std::unique_lock lock(mutex_);
+    while (looked_at(node.get())) gone_.wait(lock, "those who look at a node");
+  }
   std::exception_ptr error;
   try {
     node->close();

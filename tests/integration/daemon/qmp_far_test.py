@@ -122,6 +122,24 @@ class Far(ControlScene):
         self.assertIn("is not found", self.other.answer()["error"]["desc"])
         self.ended()
 
+    def test_who_asks_for_what_the_server_has_waits_alone(self):
+        """The bitmap is read when somebody asks for it."""
+        self.open_image("b0")
+        self.hang()
+        self.qmp.begin("query-named-block-nodes")
+        self.other.command("blockdev-add", driver="memory", node_name="m", size=MIB)
+        self.other.command("block-export-add", type="nbd", id="m", node_name="m", writable=True)
+        self.nbd("m").write(0, b"x" * 4096)
+        self.other.command("block-export-del", id="m", mode="hard")
+        self.other.command("blockdev-del", node_name="m")
+        self.assert_unanswered(self.qmp)
+        self.other.begin("blockdev-del", node_name="q")  # waits for it, and is not refused
+        self.far.send(signal.SIGCONT)
+        names = [each["node-name"] for each in self.qmp.answer()["return"]]
+        self.assertEqual(names, ["near.file", "near", "far", "q"])
+        self.assertEqual(self.other.answer(), {"return": {}})
+        self.ended()
+
     def open_image(self, *bitmaps):
         """A qcow2 image on the server: the node q."""
         self.create("image.qcow2", 4 * MIB, "-f", "qcow2")

@@ -296,6 +296,46 @@ TEST_F(GraphTest, WriteThroughMakesEveryFrontEndWriteDurable) {
   });
 }
 
+// It may wait for what a node says, which others do not care about.
+TEST_F(GraphTest, WhoLooksHoldsUpOnlyWhoClosesOrDrains) {
+  base::Event go_on;
+  std::atomic<bool> removed{false};
+  base::WaitGroup group;
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=memory,size=1M,node-name=seen"));
+    base::Event looking;
+    group.add(2);
+    loops_.loop(1).post("looker", [&] {
+      graph_.look([&](std::span<const std::shared_ptr<Node>> all) {
+        EXPECT_EQ(all.size(), 1U);
+        looking.set();
+        go_on.wait();
+        EXPECT_EQ(all[0]->name(), "seen");
+        EXPECT_FALSE(removed);
+      });
+      group.done();
+    });
+    looking.wait();
+    graph_.look([](auto all) { EXPECT_EQ(all.size(), 1U); });
+    graph_.add(Options::from_keys("driver=memory,size=1M,node-name=other"));
+    graph_.attach("other", "tester", Permissions::front_end(true)).close();
+    graph_.remove("other");
+    EXPECT_NE(error_text([&] { const Graph::Drain drain(graph_, milliseconds(20)); }).find("look"),
+              std::string::npos);
+    loops_.loop(0).spawn("remover", [&] {
+      graph_.remove("seen");  // is not "in use"
+      removed = true;
+      group.done();
+    });
+    base::io::sleep_for(milliseconds(10));
+    graph_.look([](auto all) { EXPECT_TRUE(all.empty()); });
+    go_on.set();
+    group.wait();
+    const Graph::Drain drain(graph_, milliseconds(10'000));
+  });
+  EXPECT_TRUE(removed);
+}
+
 // Sanitizers need address space of their own at any time.
 #if !defined(__SANITIZE_ADDRESS__) && !defined(__SANITIZE_THREAD__)
 // Each node is closed by a fiber, for which there may be no memory.
