@@ -34,6 +34,7 @@ class Epoch {
     Pin(Pin&& o) noexcept : epoch_(o.epoch_), slot_(o.slot_) { o.epoch_ = nullptr; }
     Pin& operator=(Pin&& o) noexcept;
     ~Pin() { release(); }
+    explicit operator bool() const noexcept { return epoch_ != nullptr; }
     void release() noexcept {
       if (epoch_ != nullptr) epoch_->leave(slot_);
       epoch_ = nullptr;

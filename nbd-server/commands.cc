@@ -20,6 +20,8 @@ using wire::ErrorCode;
 
 // Below this a READ is not asked for holes: the question costs as much as the data.
 constexpr uint32_t kHoleThreshold = 64 << 10;
+// Larger ones are as fast with a copy, which stays in the processor's cache.
+constexpr uint32_t kMostLent = 64 << 10;
 // Bounds for one reply, however fragmented the node is.
 constexpr size_t kMaxReadPieces = 64;
 
@@ -41,6 +43,21 @@ ErrorCode code_for(const Request& request, int err) noexcept {
 }
 
 }  // namespace
+
+bool Commands::asks_for_holes(const Request& request) const noexcept {
+  return agreed_.structured() && request.head.length >= kHoleThreshold && !request.has(wire::kDf);
+}
+
+bool Commands::borrow(Request& request) noexcept {
+  const wire::Request& head = request.head;
+  if (request.no_loan || head.length == 0 || head.length > kMostLent || asks_for_holes(request)) {
+    return false;
+  }
+  if (!node().lend(head.offset, head.length, request.loan)) return false;
+  request.bare = false;
+  reply_data(request, request.loan.data());
+  return true;
+}
 
 unsigned Commands::run(Request& first) noexcept {
   if (first.next != nullptr) {
@@ -74,7 +91,7 @@ void Commands::run_group(Request& first) {
   }
   for (Request* r = &first; r != nullptr; r = r->next) {
     if (reads) {
-      reply_data(*r);
+      reply_data(*r, r->buffer.data());
     } else {
       reply_done(*r);
     }
@@ -86,20 +103,23 @@ bool Commands::run_one(Request& request) noexcept {
     dispatch(request);
     return true;
   } catch (...) {
-    const auto error = std::current_exception();
-    const int err = base::errno_of(error);
-    // A zeroing that would not be fast is an answer, not a failure.
-    const bool expected = err == EOPNOTSUPP && request.has(wire::kFastZero);
-    try {
-      if (!expected) log_failure(request, *agreed_.target, base::text_of(error));
-      // The full text names files of this host: it is for the log.
-      fail(request, code_for(request, err),
-           fmt::format("{} of {} bytes at {}: {}", wire::command_name(request.command()),
-                       request.head.length, request.head.offset, base::errno_text(err)));
-    } catch (const std::exception&) {
-      fail(request, code_for(request, err), {});
-    }
+    fail(request, std::current_exception());
     return false;
+  }
+}
+
+void Commands::fail(Request& request, const std::exception_ptr& error) noexcept {
+  const int err = base::errno_of(error);
+  // A zeroing that would not be fast is an answer, not a failure.
+  const bool expected = err == EOPNOTSUPP && request.has(wire::kFastZero);
+  try {
+    if (!expected) log_failure(request, *agreed_.target, base::text_of(error));
+    // The full text names files of this host: it is for the log.
+    fail(request, code_for(request, err),
+         fmt::format("{} of {} bytes at {}: {}", wire::command_name(request.command()),
+                     request.head.length, request.head.offset, base::errno_text(err)));
+  } catch (const std::exception&) {
+    fail(request, code_for(request, err), {});
   }
 }
 
@@ -108,15 +128,12 @@ void Commands::dispatch(Request& request) {
   const bool fua = request.has(wire::kFua);
   // Ranges of no bytes are valid and do nothing; a node is never asked for them.
   if (head.length == 0 && request.command() != Command::kFlush) {
-    if (request.command() == Command::kRead) return reply_data(request);
+    if (request.command() == Command::kRead) return reply_data(request, nullptr);
     return reply_done(request);
   }
   switch (request.command()) {
     case Command::kRead:
-      if (agreed_.structured() && head.length >= kHoleThreshold && !request.has(wire::kDf) &&
-          read_with_holes(request)) {
-        return;
-      }
+      if (asks_for_holes(request) && read_with_holes(request)) return;
       return read(request);
     case Command::kWrite:
       node().write(head.offset, base::SingleBuffer(request.payload, head.length), {.fua = fua});
@@ -150,10 +167,10 @@ void Commands::read(Request& request) {
     request.buffer = resources_.buffers().take(request.head.length);
   }
   node().read(request.head.offset, base::SingleBuffer(request.buffer.data(), request.head.length));
-  reply_data(request);
+  reply_data(request, request.buffer.data());
 }
 
-void Commands::reply_data(Request& request) noexcept {
+void Commands::reply_data(Request& request, const std::byte* data) noexcept {
   const wire::Request& head = request.head;
   Request::Piece& piece = request.reply;
   if (!agreed_.structured()) {
@@ -167,7 +184,7 @@ void Commands::reply_data(Request& request) noexcept {
         wire::encode_data_chunk(piece.header.data(), answered(request), wire::kChunkDone,
                                 head.offset, static_cast<uint32_t>(head.length)));
   }
-  piece.data = request.buffer.data();
+  piece.data = data;
   piece.data_size = static_cast<uint32_t>(head.length);
   request.rereadable = true;
 }
@@ -192,6 +209,7 @@ void Commands::fail(Request& request, ErrorCode error, std::string_view reason) 
   request.more.clear();
   request.rereadable = false;
   request.error = error;
+  request.bare = false;
   piece.data_size = 0;
   if (!agreed_.structured()) {
     wire::encode_simple_reply(piece.header.data(), error, head.cookie);
@@ -268,6 +286,8 @@ bool Commands::read_with_holes(Request& request) {
 // --- replies without their memory ---
 
 bool Commands::shed(Request& request, bool begun) noexcept {
+  if (request.loan.data() != nullptr) request.end_loan();
+  if (request.bare) return true;
   const auto forget = [&request](Request::Piece& piece) {
     if (piece.data_size == 0) return;
     piece.at = static_cast<size_t>(piece.data - request.buffer.data());
@@ -283,6 +303,7 @@ bool Commands::shed(Request& request, bool begun) noexcept {
     if (!request.is_read()) return false;
     forget(request.reply);
     for (Request::Piece& piece : request.more) forget(piece);
+    request.bare = true;
   } else if (request.reply.data_size > 0) {
     if (begun) return false;
     fail(request, request.error, {});  // without its text
@@ -293,13 +314,13 @@ bool Commands::shed(Request& request, bool begun) noexcept {
   return true;
 }
 
-bool Commands::restore(Request& request) noexcept {
+bool Commands::restore(Request& request, bool begun) noexcept {
   if (std::exchange(request.redo, false)) {
     request.rereadable = false;
     (void)run_one(request);
     return true;
   }
-  if (!request.rereadable) return true;
+  if (!request.bare) return true;
   const wire::Request& head = request.head;
   try {
     request.buffer = resources_.buffers().take(head.length);
@@ -311,14 +332,11 @@ bool Commands::restore(Request& request) noexcept {
     };
     read(request.reply);
     for (Request::Piece& piece : request.more) read(piece);
+    request.bare = false;
     return true;
   } catch (...) {
-    try {
-      log_failure(request, *agreed_.target, base::text_of(std::current_exception()));
-    } catch (const std::exception&) {
-      // There is no memory for the words either.
-    }
-    return false;
+    fail(request, std::current_exception());
+    return !begun;
   }
 }
 

@@ -6,6 +6,8 @@
 
 #include <string_view>
 
+#include <exception>
+
 #include "nbd-server/negotiation.h"
 #include "nbd-server/request.h"
 #include "nbd-server/resources.h"
@@ -20,6 +22,10 @@ class Commands {
   Commands(const Agreement& agreed, Resources& resources) noexcept
       : agreed_(agreed), resources_(resources) {}
 
+  // Answers a READ with the bytes where the node has them in memory: nothing is copied here. Does
+  // not wait. False: it has to be run.
+  bool borrow(Request& request) noexcept;
+
   // One request, or a group of READs or WRITEs that follow each other without a gap, linked by
   // `next`: those reach the node as one. Returns how many failed.
   unsigned run(Request& first) noexcept;
@@ -31,8 +37,8 @@ class Commands {
   // rest has to fit. False: then it needs all that it has.
   bool shed(Request& request, bool begun) noexcept;
   // Makes the reply whole again, with what the node has by now: who has not got his answer may get
-  // either. False: that failed, and the client may have got a part.
-  bool restore(Request& request) noexcept;
+  // either. It may become an error reply: false if it has `begun`, which nothing mends.
+  bool restore(Request& request, bool begun) noexcept;
 
   // An error reply. `reason` is for the client's user; only structured replies carry it.
   void fail(Request& request, wire::ErrorCode error, std::string_view reason) noexcept;
@@ -44,7 +50,9 @@ class Commands {
   void read(Request& request);
   bool read_with_holes(Request& request);
   void block_status(Request& request);
-  void reply_data(Request& request) noexcept;
+  void fail(Request& request, const std::exception_ptr& error) noexcept;
+  bool asks_for_holes(const Request& request) const noexcept;
+  void reply_data(Request& request, const std::byte* data) noexcept;
   void reply_done(Request& request) noexcept;
   wire::Answered answered(const Request& request) const noexcept {
     return {request.head.cookie, request.head.offset, agreed_.extended()};

@@ -98,7 +98,8 @@ void ReplyQueue::flush_soon() noexcept {
 
 size_t ReplyQueue::gather() noexcept {
   Gatherer gatherer(resources_.iovecs(), front_sent_);
-  for (const Request* r = head_; r != nullptr && !r->shed && !gatherer.full(); r = r->next) {
+  for (const Request* r = head_; r != nullptr && !r->shed && !r->bare && !gatherer.full();
+       r = r->next) {
     gatherer.add(*r);
   }
   return gatherer.count();
@@ -109,15 +110,32 @@ ReplyQueue::Sent ReplyQueue::send_some() noexcept {
     const size_t count = gather();
     // With nothing to send, too, the stream says what it had kept of earlier sends.
     const int64_t n = stream_.try_send(std::span(resources_.iovecs()).first(count));
-    if (n == -EAGAIN) return Sent::kBlocked;
+    if (n == -EAGAIN) {
+      (void)end_loans(false);
+      return Sent::kBlocked;
+    }
+    // Lent bytes are not there any more: the file was cut, or its device failed.
+    if (n == -EFAULT && end_loans(true)) continue;
     if (n < 0) {
       drop_all();
       return Sent::kAll;
     }
-    if (n == 0 && count == 0) return Sent::kShed;
+    if (n == 0 && count == 0) return Sent::kBare;
     advance(static_cast<size_t>(n));
   }
   return Sent::kAll;
+}
+
+// `for_good`: nothing is borrowed for them again. False: there are none.
+bool ReplyQueue::end_loans(bool for_good) noexcept {
+  bool any = false;
+  for (Request* r = head_; r != nullptr; r = r->next) {
+    if (r->loan.data() == nullptr) continue;
+    r->end_loan();
+    r->no_loan = for_good;
+    any = true;
+  }
+  return any;
 }
 
 void ReplyQueue::advance(size_t sent) noexcept {
@@ -166,15 +184,36 @@ void ReplyQueue::shed_all() noexcept {
 }
 
 bool ReplyQueue::restore_front() noexcept {
+  const bool was_shed = head_->shed;
   const size_t size = size_of(*head_);
-  const bool whole = owner_.on_restore(*head_);
-  bytes_ = bytes_ - size + size_of(*head_);
-  if (!head_->shed) --shed_;
+  const bool whole = owner_.on_restore(*head_, front_sent_ > 0);
+  if (was_shed && !head_->shed) --shed_;
+  bytes_ = bytes_ - size + size_of(*head_);  // it may have become an error
   return whole;
 }
 
+// The first reply has to get its data again, once there is room for it. While anything is borrowed
+// nothing is waited for: so either replies are borrowed, or one is read.
+bool ReplyQueue::refill() noexcept {
+  if (head_->shed) {
+    (void)stream_.wait_writable(nullptr);
+    const bool whole = restore_front();
+    progress_ = base::Clock::now();
+    return whole;
+  }
+  bool room = false;
+  if (!wait_for_room(room)) return false;
+  if (!room || head_->shed) return true;
+  size_t bytes = 0;
+  for (Request* r = head_; r != nullptr && r->bare && !r->shed && bytes < kRefill; r = r->next) {
+    if (!owner_.on_borrow(*r)) break;
+    bytes += size_of(*r);
+  }
+  return bytes > 0 || restore_front();
+}
+
 // False: the client is given up.
-bool ReplyQueue::wait_for_room() noexcept {
+bool ReplyQueue::wait_for_room(bool& room) noexcept {
   constexpr std::chrono::nanoseconds kTick = std::chrono::seconds(1);
   const auto now = base::Clock::now();
   if (sent_ != sent_then_) progress_ = now;
@@ -182,7 +221,7 @@ bool ReplyQueue::wait_for_room() noexcept {
   const std::chrono::nanoseconds stalled = now - progress_;
   if (stalled >= patience_ && owner_.memory_is_wanted()) shed_all();
   if (stalled >= kTick && owner_.on_stall(stalled)) return false;
-  (void)stream_.wait_writable(nullptr, now + std::min(kTick, patience_));
+  room = stream_.wait_writable(nullptr, now + std::min(kTick, patience_)) == Stream::Wait::kReady;
   return true;
 }
 
@@ -190,14 +229,8 @@ void ReplyQueue::send_rest() noexcept {
   progress_ = base::Clock::now();
   sent_then_ = sent_;
   for (Sent sent = Sent::kBlocked; (sent = send_some()) != Sent::kAll;) {
-    bool goes_on = true;
-    if (sent == Sent::kShed) {
-      (void)stream_.wait_writable(nullptr);
-      goes_on = restore_front();
-      progress_ = base::Clock::now();
-    } else {
-      goes_on = wait_for_room();
-    }
+    bool room = false;
+    const bool goes_on = sent == Sent::kBare ? refill() : wait_for_room(room);
     if (!goes_on) {
       stream_.shutdown();
       drop_all();

@@ -6,6 +6,9 @@
 // A client that does not read while others wait for memory has its replies shed: they give up
 // their memory, and are made again one by one when the socket has room. So it can neither hold the
 // memory nor need be cut off.
+//
+// Replies made of what a node lends (block/graph/loan.h) are sent at once or not at all: what the
+// socket does not take is given back, and borrowed or read again when it has room.
 #pragma once
 
 #include <chrono>
@@ -34,9 +37,11 @@ class ReplyQueue {
     // Gives up what a queued request holds, of whose reply a part is out if it has `begun`. False:
     // it cannot be without it.
     virtual bool on_shed(Request& request, bool begun) noexcept = 0;
+    // Makes it whole again if that needs neither memory nor waiting.
+    virtual bool on_borrow(Request& request) noexcept = 0;
     // Fiber: makes it whole again, and no longer `shed` once it holds anything. A reply that had
     // not begun may be another one then. False: the client cannot be served further.
-    virtual bool on_restore(Request& request) noexcept = 0;
+    virtual bool on_restore(Request& request, bool begun) noexcept = 0;
 
    protected:
     ~Owner() = default;
@@ -72,15 +77,20 @@ class ReplyQueue {
   static constexpr std::chrono::nanoseconds kPatience = std::chrono::milliseconds(100);
   static constexpr std::chrono::nanoseconds kMostPatience = std::chrono::milliseconds(500);
 
-  enum class Sent { kAll, kBlocked, kShed };  // kShed: the first reply has to be restored
+  // How much of what is borrowed again goes out in one call.
+  static constexpr size_t kRefill = 256 << 10;
+
+  enum class Sent { kAll, kBlocked, kBare };  // kBare: the first reply has to get its data again
   Sent send_some() noexcept;
   size_t gather() noexcept;
   void advance(size_t sent) noexcept;
   void drop_all() noexcept;
   void send_rest() noexcept;
-  bool wait_for_room() noexcept;
+  bool wait_for_room(bool& room) noexcept;
+  bool end_loans(bool for_good) noexcept;
   bool shed(Request& request) noexcept;
   void shed_all() noexcept;
+  bool refill() noexcept;
   bool restore_front() noexcept;
   void pop_front() noexcept;
   void after() noexcept;

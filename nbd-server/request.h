@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "base/pages.h"
+#include "block/graph/loan.h"
 #include "nbd-server/wire.h"
 
 namespace minivmm::nbd {
@@ -38,18 +39,32 @@ struct Request {
   std::byte* payload = nullptr;  // of a WRITE
   InputBlock* block = nullptr;   // where `payload` lies, if not in `buffer`; held until the end
 
+  // What a READ sends from where the node has it, instead of the buffer.
+  block::Loan loan;
+
   Piece reply;
   std::vector<Piece> more;  // further parts, in order
-  // A complete reply of what the node says, in the buffer: the node can be asked again.
+  // A complete reply of what the node says, in the buffer or lent: the node can be asked again.
   bool rereadable = false;
   wire::ErrorCode error = wire::ErrorCode::kNone;  // of an error's reply
+  // It waits to be sent without its data, which have to be read first.
+  bool bare = false;
   // It waits to be sent without its memory, and without its charge.
   bool shed = false;
   // Nothing is left of that reply: the request is run again.
   bool redo = false;
+  // What was lent could not be sent: it is read to be sent.
+  bool no_loan = false;
 
   wire::Command command() const noexcept { return static_cast<wire::Command>(head.type); }
   bool is_read() const noexcept { return command() == wire::Command::kRead; }
+  // The reply stays, without its data.
+  void end_loan() noexcept {
+    loan.give_back();
+    reply.data = nullptr;
+    reply.at = 0;
+    bare = true;
+  }
   bool has(wire::CommandFlag flag) const noexcept { return (head.flags & flag) != 0; }
   uint64_t end() const noexcept { return head.offset + head.length; }
 };

@@ -21,6 +21,7 @@ Request& Resources::take_request() {
 }
 
 void Resources::give_back(Request& request) noexcept {
+  request.loan.give_back();
   buffers_.give_back(std::move(request.buffer));
   if (kept_ >= kMaxKept) {
     delete &request;
@@ -34,8 +35,10 @@ void Resources::give_back(Request& request) noexcept {
   request.reply.header_size = 0;
   request.more.clear();
   request.rereadable = false;
+  request.bare = false;
   request.shed = false;
   request.redo = false;
+  request.no_loan = false;
   request.next = free_;
   free_ = &request;
   ++kept_;

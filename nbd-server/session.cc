@@ -260,7 +260,22 @@ Request* Session::take_adjacent(const Request& last, const Request& first) {
 
 // --- running ---
 
-void Session::start(Request& first) noexcept {
+// Answers what can be answered without a fiber and without a copy. The rest, if any.
+Request* Session::answer_borrowed(Request* first) noexcept {
+  // TLS looks at the bytes; and what is borrowed while nothing can be sent is given back unused.
+  if (!first->is_read() || stream_.tls() != nullptr || replies_.blocked()) return first;
+  while (first != nullptr && commands_.borrow(*first)) {
+    Request* const next = first->next;
+    replies_.push(*first);
+    first = next;
+  }
+  return first;
+}
+
+void Session::start(Request& all) noexcept {
+  Request* const rest = answer_borrowed(&all);
+  if (rest == nullptr) return;
+  Request& first = *rest;
   for (const Request* r = &first; r != nullptr; r = r->next) {
     ++in_flight_;
     written_ += r->head.payload;
@@ -322,13 +337,15 @@ bool Session::on_shed(Request& request, bool begun) noexcept {
   return true;
 }
 
-bool Session::on_restore(Request& request) noexcept {
-  if (!account_.try_take(request.charge) && !account_.wait(request.charge, given_up_)) {
-    return false;
+bool Session::on_restore(Request& request, bool begun) noexcept {
+  if (request.shed) {
+    if (!account_.try_take(request.charge) && !account_.wait(request.charge, given_up_)) {
+      return false;
+    }
+    if (request.charge > kLargeRequest) large_ += request.charge;
+    request.shed = false;
   }
-  if (request.charge > kLargeRequest) large_ += request.charge;
-  request.shed = false;
-  return commands_.restore(request);
+  return commands_.restore(request, begun);
 }
 
 void Session::send_replies() noexcept {

@@ -117,7 +117,8 @@ class Session final : private ReplyQueue::Owner {
   bool skip_payload(uint64_t length);
   void extend_group(Request& first) noexcept;
   Request* take_adjacent(const Request& last, const Request& first);
-  void start(Request& first) noexcept;
+  void start(Request& all) noexcept;
+  Request* answer_borrowed(Request* first) noexcept;
   void finish_group(Request& first, unsigned failed) noexcept;
 
   // How a payload comes in whose memory is set aside already.
@@ -155,7 +156,8 @@ class Session final : private ReplyQueue::Owner {
   }
   size_t in_hand() const noexcept { return in_flight_ + replies_.gathered(); }
   bool on_shed(Request& request, bool begun) noexcept override;
-  bool on_restore(Request& request) noexcept override;
+  bool on_borrow(Request& request) noexcept override { return commands_.borrow(request); }
+  bool on_restore(Request& request, bool begun) noexcept override;
   void give_back_charge(const Request& request) noexcept;
 
   base::EventLoop& loop_;

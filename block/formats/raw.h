@@ -45,6 +45,9 @@ class RawNode final : public Node {
   void driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take) override {
     file_.copy_out(range_.offset + offset, length, take);
   }
+  bool driver_lend(uint64_t offset, uint64_t length, Loan& to) noexcept override {
+    return file_.lend(range_.offset + offset, length, to);
+  }
   void driver_prefetch(uint64_t offset, uint64_t length) override;
   void driver_start_writeback(uint64_t offset, uint64_t length) noexcept override {
     file_.start_writeback(range_.offset + offset, length);

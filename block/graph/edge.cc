@@ -416,4 +416,10 @@ void Edge::prefetch(uint64_t offset, uint64_t length) {
   base::run_with_stack([&] { node_->driver_prefetch(offset, std::min(length, size - offset)); });
 }
 
+// What is not a plain range of the disk is read, and errors are found by that.
+bool Edge::lend(uint64_t offset, uint64_t length, Loan& to) noexcept {
+  return length > 0 && base::range_fits(offset, length, node_->size()) && aligned(offset, length) &&
+         !base::stack_is_low() && node_->driver_lend(offset, length, to);
+}
+
 }  // namespace minivmm::block

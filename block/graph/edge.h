@@ -59,6 +59,8 @@ class Edge {
   void copy_out(uint64_t offset, uint64_t length, const Node::TakePiece& take);
   void write_compressed(uint64_t offset, IoSpan from);
   void prefetch(uint64_t offset, uint64_t length);
+  // See Node::driver_lend. The loan may hold pins also where this is false.
+  bool lend(uint64_t offset, uint64_t length, Loan& to) noexcept;
   // See Node::driver_start_writeback.
   void start_writeback(uint64_t offset, uint64_t length) noexcept {
     node_->driver_start_writeback(offset, length);

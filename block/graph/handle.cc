@@ -23,6 +23,13 @@ base::Epoch::Pin Handle::Root::enter() {
   return pin;
 }
 
+base::Epoch::Pin Handle::Root::try_enter() noexcept {
+  base::Epoch::Pin pin(in_flight_);
+  if (held_.load(std::memory_order_seq_cst) != 0) [[unlikely]]
+    pin.release();
+  return pin;
+}
+
 // At each moment it is parked or has a pin: finish() sees the one or the other.
 base::Epoch::Pin Handle::Root::park(base::Epoch::Pin entered) {
   std::unique_lock lock(mutex_);
@@ -141,6 +148,14 @@ BlockStatus Handle::block_status(uint64_t offset, uint64_t length) {
 void Handle::prefetch(uint64_t offset, uint64_t length) {
   const auto pin = root_->enter();
   root_->edge.prefetch(offset, length);
+}
+
+bool Handle::lend(uint64_t offset, uint64_t length, Loan& to) noexcept {
+  base::Epoch::Pin pin = root_->try_enter();
+  if (pin && to.pin(std::move(pin)) && root_->edge.lend(offset, length, to)) [[likely]]
+    return true;
+  to.give_back();
+  return false;
 }
 
 void Handle::truncate(uint64_t new_size) {

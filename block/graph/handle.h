@@ -18,6 +18,7 @@
 #include "base/epoch.h"
 #include "block/graph/dirty_bitmaps.h"
 #include "block/graph/edge.h"
+#include "block/graph/loan.h"
 #include "block/graph/types.h"
 
 namespace minivmm::block {
@@ -41,6 +42,9 @@ class Handle {
   void flush();
   BlockStatus block_status(uint64_t offset, uint64_t length);
   void prefetch(uint64_t offset, uint64_t length);
+  // The bytes of a range where they lie in memory, if they do (loan.h); any holder of a handle may
+  // ask at any time. Does not wait. False: nothing is lent; read it. On a loop, fiber or not.
+  bool lend(uint64_t offset, uint64_t length, Loan& to) noexcept;
   void truncate(uint64_t new_size);
   // The node's dirty bitmaps (Node::dirty_bitmaps); none where it keeps none.
   std::vector<DirtyBitmaps::Info> dirty_bitmaps();

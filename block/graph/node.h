@@ -43,6 +43,7 @@ namespace minivmm::block {
 
 class DirtyBitmaps;
 class Edge;
+class Loan;
 class Snapshots;
 
 class Node : public std::enable_shared_from_this<Node> {
@@ -177,6 +178,9 @@ class Node : public std::enable_shared_from_this<Node> {
   virtual void driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take);
   // Stores a cluster compressed. Default: ENOTSUP.
   virtual void driver_write_compressed(uint64_t offset, IoSpan from);
+  // Where the bytes of a range lie in memory, if they do and reading would give just them; for that
+  // the loan has to pin what keeps them there. Does not wait. False: to be read. Default: that.
+  virtual bool driver_lend(uint64_t, uint64_t, Loan&) noexcept { return false; }
   // Brings a range near (page cache, copy-on-read). A hint. Default: does nothing.
   virtual void driver_prefetch(uint64_t offset, uint64_t length);
   // A hint: what was written there is not going to be written again soon, so that it may as well be

@@ -20,6 +20,8 @@ class Handle::Root {
 
   // A request's hold: waits while the handle is drained.
   base::Epoch::Pin enter();
+  // The same for who cannot wait: empty while it is drained.
+  base::Epoch::Pin try_enter() noexcept;
 
   // Drain: hold() keeps new requests out, wait_idle waits for those inside, let_go lets them in.
   void hold() noexcept { held_.fetch_add(1, std::memory_order_seq_cst); }

@@ -24,6 +24,7 @@
 #include "base/log.h"
 #include "base/pool.h"
 #include "block/graph/edge.h"
+#include "block/graph/loan.h"
 
 namespace minivmm::block {
 
@@ -286,6 +287,13 @@ void FileNode::copy_from(Node& node, uint64_t from_offset, uint64_t offset, uint
   });
   if (err == ENOTSUP) throw Error(ENOTSUP, "copy range: not between these files");
   if (err != 0) fail(-err, "copy", offset, length);
+}
+
+bool FileNode::driver_lend(uint64_t offset, uint64_t length, Loan& to) noexcept {
+  CachedPages* const cached = file_->cached_pages();
+  if (cached == nullptr) return false;
+  to.lend(cached->find(offset, length));
+  return to.data() != nullptr;
 }
 
 void FileNode::driver_prefetch(uint64_t offset, uint64_t length) {

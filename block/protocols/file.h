@@ -45,6 +45,7 @@ class FileNode final : public Node {
   // From files of this host: by copy_file_range, which shares blocks where the file system does.
   void driver_copy_range(uint64_t offset, uint64_t length, Edge& from,
                          uint64_t from_offset) override;
+  bool driver_lend(uint64_t offset, uint64_t length, Loan& to) noexcept override;
   void driver_prefetch(uint64_t offset, uint64_t length) override;
   void driver_start_writeback(uint64_t offset, uint64_t length) noexcept override;
 

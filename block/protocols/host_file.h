@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "base/unique_fd.h"
+#include "block/protocols/cached_pages.h"
 
 struct stat;
 
@@ -50,6 +51,9 @@ class HostFile {
   uint32_t memory_alignment() const noexcept { return memory_alignment_; }
   uint32_t offset_alignment() const noexcept { return offset_alignment_; }
 
+  // Its pages in the page cache; null where it has none, or none can be known.
+  CachedPages* cached_pages() const noexcept { return cached_pages_.get(); }
+
   // Bytes now, by the kernel. Throws.
   uint64_t query_size() const;
 
@@ -82,6 +86,7 @@ class HostFile {
   static std::shared_ptr<HostFile> opened_by(std::shared_ptr<HostFile> file, std::string opener);
 
   base::UniqueFd fd_;
+  std::unique_ptr<CachedPages> cached_pages_;
   std::string filename_;
   Key key_{};
   bool writable_ = false;

@@ -113,7 +113,8 @@ SliceRange GuestMap::entry_in(uint64_t table, uint64_t cluster) const noexcept {
   return {table + (position - in_slice), in_slice};
 }
 
-Extent GuestMap::lookup(uint64_t offset, uint64_t max) {
+template <typename ReadSlice>
+std::optional<Extent> GuestMap::find(uint64_t offset, uint64_t max, ReadSlice&& read_slice) {
   const Geometry& g = image_.geometry();
   const uint64_t l1_index = offset >> g.l1_shift();
   const uint64_t l1_entry = l1_.get(l1_index);
@@ -132,10 +133,11 @@ Extent GuestMap::lookup(uint64_t offset, uint64_t max) {
   const SliceRange place = entry_in(table_of(l1_index, l1_entry), cluster);
   RawL2 raw;
   uint64_t count = 0;
-  l2_.read(place.slice, [&](const std::byte* slice) {
+  const bool known = read_slice(place.slice, [&](const std::byte* slice) {
     raw = load_l2(slice + place.position, g);
     count = run_length(slice + place.position, most, offset, g);
   });
+  if (!known) return std::nullopt;
   const L2Entry entry = decode_l2(raw, g, offset - in_cluster);
   if (entry.problem != nullptr) throw invalid_entry(offset, raw, entry.problem);
   Extent out = extent_of(entry, offset, std::min(max, (count << g.subcluster_bits()) - in_sub), g);
@@ -146,6 +148,18 @@ Extent GuestMap::lookup(uint64_t offset, uint64_t max) {
     out.length = std::min(out.length, (inside << g.cluster_bits) - in_cluster);
   }
   return out;
+}
+
+Extent GuestMap::lookup(uint64_t offset, uint64_t max) {
+  return *find(offset, max, [this](uint64_t slice, auto&& visitor) {
+    l2_.read(slice, visitor);
+    return true;
+  });
+}
+
+std::optional<Extent> GuestMap::lookup_cached(uint64_t offset, uint64_t max) {
+  return find(offset, max,
+              [this](uint64_t slice, auto&& visitor) { return l2_.read_cached(slice, visitor); });
 }
 
 Extent GuestMap::lookup_long(uint64_t offset, uint64_t max) {

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "block/formats/qcow2/allocator.h"
 #include "block/formats/qcow2/claims.h"
@@ -48,6 +49,8 @@ class GuestMap {
   // What is at `offset`, for at most `max` bytes (both inside the disk). Never longer than what
   // one slice describes.
   Extent lookup(uint64_t offset, uint64_t max);
+  // The same where the metadata is cached; nullopt: it is not. Does not wait.
+  std::optional<Extent> lookup_cached(uint64_t offset, uint64_t max);
   // The same, going on over slices while the kind stays and the data is contiguous.
   Extent lookup_long(uint64_t offset, uint64_t max);
 
@@ -74,6 +77,9 @@ class GuestMap {
   base::Error invalid_entry(uint64_t guest_offset, RawL2 raw, const char* problem) const;
 
  private:
+  // `read_slice(offset, visitor)` as MetadataCache::read_cached.
+  template <typename ReadSlice>
+  std::optional<Extent> find(uint64_t offset, uint64_t max, ReadSlice&& read_slice);
   uint64_t table_of(uint64_t l1_index, uint64_t l1_entry) const;
   // The same, and throws EIO if other metadata lies there. Before a table is changed or freed.
   uint64_t known_table(uint64_t l1_index, uint64_t l1_entry) const;

@@ -45,6 +45,14 @@ class MetadataCache {
     });
   }
 
+  // The same for a slice that is in the cache; false: it is not. Does not wait.
+  template <typename Visitor>
+  bool read_cached(uint64_t offset, Visitor&& visitor) {
+    return visit_cached(shard_of(offset), offset, [&](Slice& slice, Shard&) {
+      visitor(static_cast<const std::byte*>(slice.bytes.data()));
+    });
+  }
+
   // The same for changing it: bool visitor(std::byte* slice) returns whether it did.
   template <typename Visitor>
   void change(uint64_t offset, Visitor&& visitor) {
@@ -100,18 +108,17 @@ class MetadataCache {
   template <typename Visitor>
   void visit(uint64_t offset, Visitor&& visitor) {
     Shard& shard = shard_of(offset);
-    for (;;) {
-      {
-        const std::lock_guard lock(shard.mutex);
-        const auto it = shard.slices.find(offset);
-        if (it != shard.slices.end() && it->second->ready) {
-          it->second->referenced = true;
-          visitor(*it->second, shard);
-          return;
-        }
-      }
-      load(shard, offset);
-    }
+    while (!visit_cached(shard, offset, visitor)) load(shard, offset);
+  }
+
+  template <typename Visitor>
+  bool visit_cached(Shard& shard, uint64_t offset, Visitor&& visitor) {
+    const std::lock_guard lock(shard.mutex);
+    const auto it = shard.slices.find(offset);
+    if (it == shard.slices.end() || !it->second->ready) return false;
+    it->second->referenced = true;
+    visitor(*it->second, shard);
+    return true;
   }
 
   Shard& shard_of(uint64_t offset) noexcept {

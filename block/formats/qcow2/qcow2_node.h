@@ -73,6 +73,7 @@ class Qcow2Node final : public Node {
   void driver_write_zeroes(uint64_t offset, uint64_t length, ZeroFlags flags) override;
   void driver_discard(uint64_t offset, uint64_t length) override;
   void driver_flush() override;
+  bool driver_lend(uint64_t offset, uint64_t length, Loan& to) noexcept override;
   BlockStatus driver_block_status(uint64_t offset, uint64_t length) override;
   // While the disk is in use. What it grows by reads as zeroes. EINVAL unless a multiple of 512.
   void driver_truncate(uint64_t new_size) override;

@@ -10,6 +10,7 @@
 #include "block/formats/qcow2/decompress.h"
 #include "block/formats/qcow2/qcow2_node.h"
 #include "block/formats/qcow2/stored_blocks.h"
+#include "block/graph/loan.h"
 
 namespace minivmm::block {
 
@@ -66,6 +67,22 @@ void Qcow2Node::read_compressed(const Extent& extent, uint64_t guest_offset, IoS
   }
   base::copy_to(to, 0,
                 plain.span().subspan(geometry().offset_in_cluster(guest_offset), to.bytes()));
+}
+
+// Of one extent. Zeroes are not lent: what is made of them is no copy.
+bool Qcow2Node::driver_lend(uint64_t offset, uint64_t length, Loan& to) noexcept {
+  if (image_.encryption() != nullptr || !to.pin(base::Epoch::Pin(epoch_))) return false;
+  try {
+    const auto extent = image_.map().lookup_cached(offset, length);
+    if (!extent || extent->length < length) return false;
+    if (extent->kind == ClusterKind::kData) {
+      return image_.data().lend(extent->host_offset, length, to);
+    }
+    return extent->kind == ClusterKind::kUnallocated && backing_ &&
+           backing_->lend(offset, length, to);
+  } catch (const std::exception&) {
+    return false;  // reading says what is wrong
+  }
 }
 
 void Qcow2Node::driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take) {

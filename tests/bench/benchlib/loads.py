@@ -45,7 +45,7 @@ def _load(command, seconds, running):
     after = running.child.cpu_seconds() if running.child else 0
     result = json.loads(out)
     result["server_cpu_seconds"] = after - before
-    result["server_peak_mib"] = running.child.peak_mib() if running.child else 0
+    result.update(running.child.memory() if running.child else {})
     return result
 
 
@@ -68,7 +68,7 @@ def copy(_tools, case, running, _seconds, _ramp, _seed):
     blocks = size / case.block
     return {"value": size / seconds / 1e6, "unit": "MB/s", "errors": 0, "seconds": seconds,
             "requests": blocks, "server_cpu_seconds": running.child.cpu_seconds() - before,
-            "server_peak_mib": running.child.peak_mib(), "ramp": 0}
+            **running.child.memory(), "ramp": 0}
 
 
 def file(tools, case, running, seconds, ramp, seed):

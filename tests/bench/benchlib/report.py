@@ -18,7 +18,8 @@ class Summary:
     p50_us: float = 0.0
     server_us: float = 0.0  # server CPU a request
     unit: str = "iops"
-    peak_mib: float = 0.0  # the server's memory at its most
+    peak_mib: float = 0.0   # the server's memory at its most, without files' pages
+    files_mib: float = 0.0  # these
 
 
 def _median_of(results, key):
@@ -46,7 +47,8 @@ def summarise(results):
     return Summary(statistics.median(values), low, high, len(values),
                    _median_of(results, lambda r: r.get("latency_us", {}).get("p50")),
                    _median_of(results, _server_us), results[0].get("unit", "iops"),
-                   _median_of(results, lambda r: r.get("server_peak_mib")))
+                   _median_of(results, lambda r: r.get("server_peak_mib")),
+                   _median_of(results, lambda r: r.get("server_files_mib")))
 
 
 @dataclasses.dataclass
@@ -100,7 +102,7 @@ def print_table(table):
             if s.server_us:
                 extra += f"  server {s.server_us:6.2f} us CPU a request"
             if s.peak_mib:
-                extra += f", {s.peak_mib:.0f} MiB"
+                extra += f", {s.peak_mib:.0f} MiB and {s.files_mib:.0f} MiB of files"
             print(f"  {entry:24} {s.median:12,.{digits}f}  [{s.low:,.{digits}f} .. "
                   f"{s.high:,.{digits}f}]{extra}")
 

@@ -18,8 +18,11 @@ class Confined(Scene):
     def confined(self, vm):
         found = set()
         for task in glob.glob(f"/proc/{vm.pid}/task/*"):
-            with open(task + "/status", encoding="ascii") as f:
-                status = dict(line.split(":", 1) for line in f)
+            try:
+                with open(task + "/status", encoding="ascii") as f:
+                    status = dict(line.split(":", 1) for line in f)
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has ended
             if status["Seccomp"].strip() == "2":
                 found.add(status["Name"].strip())
         return found

@@ -1,0 +1,53 @@
+// SPDX-License-Identifier: Apache-2.0
+// A host file's pages in the page cache, mapped: where the bytes of a range lie, if they are in
+// memory.
+//
+// What is mapped counts as resident memory of this process, though it is the kernel's and is given
+// up when memory is short. So it is bounded, for all files of the process together, to a part of
+// the machine's memory: the files share a table of windows of 2 MiB, and one that is not in the
+// table is not lent from. A window gives way to another at most once in a few milliseconds: a disk
+// that is used all over, and is larger than the table, is read as if this were not here.
+//
+// What is known of a window's pages is at most two seconds old. A page that has left the memory
+// meanwhile is fetched while its reader waits: rare, and not wrong.
+#pragma once
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+
+namespace minivmm::block {
+
+class CachedPages {
+ public:
+  // Null where the kernel maps no such file, or does not tell this user which of its pages are in
+  // memory (a file of somebody else's that may only be read), and for file systems of several
+  // hosts, where the cache is only looked after by reads. `size`: bytes now; it may grow.
+  static std::unique_ptr<CachedPages> map(int fd, uint64_t size) noexcept;
+  CachedPages(const CachedPages&) = delete;
+  CachedPages& operator=(const CachedPages&) = delete;
+  // Nobody uses what find() gave any more.
+  ~CachedPages();
+
+  // Null: not all of it is known to be in memory. For system calls' arguments only (loan.h). Any
+  // thread; does not wait.
+  const std::byte* find(uint64_t offset, uint64_t length) noexcept;
+
+  // What all files of the process together have mapped at most, in bytes.
+  static uint64_t bound() noexcept;
+
+ private:
+  class Table;
+  struct Window;
+  CachedPages(std::byte* base, uint64_t length) noexcept;
+  bool resident(uint64_t first_page, uint64_t last_page) noexcept;
+  bool look(Window& window, uint64_t index) noexcept;
+
+  std::byte* const base_;
+  const uint64_t length_;  // of the mapping; may reach past the end of the file
+  const uint64_t id_;      // never that of another file
+  uint64_t first_ = 0;     // where its windows begin in the table
+};
+
+}  // namespace minivmm::block

@@ -1,0 +1,362 @@
+// SPDX-License-Identifier: Apache-2.0
+// What nodes lend: the bytes where they lie, only where reading would give just them, and nothing
+// moves under a loan.
+#include "block/graph/loan.h"
+
+#include <fcntl.h>
+#include <sys/mman.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include <atomic>
+
+#include "base/io.h"
+#include "base/sync.h"
+#include "base/unique_fd.h"
+#include "block/protocols/cached_pages.h"
+#include "qcow2_fixture.h"
+
+namespace minivmm::block {
+namespace {
+
+constexpr uint64_t kCluster = 65536;
+constexpr uint64_t kMiB = uint64_t{1} << 20;
+using ByteVector = std::vector<std::byte>;
+
+class Loans : public Qcow2Test {
+ protected:
+  // What is lent, read by the kernel, as those who borrow do; empty: nothing is lent.
+  ByteVector lent(Handle& handle, uint64_t offset, uint64_t length) {
+    Loan loan;
+    if (!handle.lend(offset, length, loan)) {
+      EXPECT_EQ(loan.data(), nullptr);
+      return {};
+    }
+    ByteVector out = through_pipe(loan.data(), length);
+    loan.give_back();
+    return out;
+  }
+  static ByteVector through_pipe(const std::byte* data, size_t length) {
+    int ends[2];
+    EXPECT_EQ(::pipe2(ends, O_CLOEXEC), 0);
+    const base::UniqueFd out(ends[0]), in(ends[1]);
+    ByteVector result(length);
+    size_t done = 0;
+    while (done < length) {
+      const ssize_t n = ::write(in.get(), data + done, std::min<size_t>(length - done, 4096));
+      if (n <= 0) return {};
+      EXPECT_EQ(::read(out.get(), result.data() + done, static_cast<size_t>(n)), n);
+      done += static_cast<size_t>(n);
+    }
+    return result;
+  }
+  // A file that is in the page cache.
+  void make_file(const std::string& name, const ByteVector& content) {
+    std::ofstream(path(name), std::ios::binary)
+        .write(reinterpret_cast<const char*>(content.data()),
+               static_cast<std::streamsize>(content.size()));
+  }
+  Handle attach(const std::string& keys, bool writable = true) {
+    graph_.add(Options::from_keys(keys));
+    return graph_.attach("disk", "test", Permissions::front_end(writable));
+  }
+};
+
+TEST_F(Loans, ARawDisksBytesAreLentAtEveryOffset) {
+  const ByteVector content = pattern_bytes(5 * kMiB, 1);
+  make_file("raw", content);
+  on_fiber([&] {
+    Handle handle = attach(
+        "driver=raw,node-name=disk,offset=4096,size=4M,file.driver=file,"
+        "file.filename=" +
+        path("raw"));
+    for (const uint64_t offset : {0UL, 512UL, 4095UL, 2 * kMiB - 100, 4 * kMiB - 1000}) {
+      EXPECT_EQ(lent(handle, offset, 1000),
+                ByteVector(content.begin() + static_cast<long>(4096 + offset),
+                           content.begin() + static_cast<long>(4096 + offset + 1000)));
+    }
+    // Outside the disk nothing is lent, though the file goes on there.
+    EXPECT_TRUE(lent(handle, 4 * kMiB - 999, 1000).empty());
+    EXPECT_TRUE(lent(handle, 0, 0).empty());
+    EXPECT_TRUE(lent(handle, ~uint64_t{0}, 2).empty());
+    handle.close();
+  });
+}
+
+TEST_F(Loans, ALoanShowsWhatIsWrittenAndWhatTheDiskHasGrownBy) {
+  make_file("raw", pattern_bytes(kMiB, 1));
+  on_fiber([&] {
+    Handle handle =
+        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    EXPECT_EQ(lent(handle, 0, 4096), pattern_bytes(4096, 1));
+    write_bytes(handle, 0, pattern_bytes(4096, 2));
+    EXPECT_EQ(lent(handle, 0, 4096), pattern_bytes(4096, 2));
+    handle.truncate(2 * kMiB);
+    write_bytes(handle, kMiB + 4096, pattern_bytes(4096, 3));
+    // What was not in memory when it was looked at is seen a moment later.
+    ByteVector found;
+    for (int i = 0; i < 200 && found.empty(); ++i) {
+      found = lent(handle, kMiB + 4096, 4096);
+      base::io::sleep_for(std::chrono::milliseconds(10));
+    }
+    EXPECT_EQ(found, pattern_bytes(4096, 3));
+    handle.close();
+  });
+}
+
+TEST_F(Loans, WhatIsNotInMemoryIsNotLent) {
+  make_file("raw", pattern_bytes(kMiB, 1));
+  const base::UniqueFd fd(::open(path("raw").c_str(), O_RDWR | O_CLOEXEC));
+  ASSERT_EQ(::fdatasync(fd.get()), 0);
+  ASSERT_EQ(::posix_fadvise(fd.get(), 0, 0, POSIX_FADV_DONTNEED), 0);
+  ByteVector before(1);
+  const iovec one{before.data(), 1};
+  if (::preadv2(fd.get(), &one, 1, 0, RWF_NOWAIT) == 1) {
+    GTEST_SKIP() << "the temporary directory's files never leave the memory";
+  }
+  on_fiber([&] {
+    Handle handle =
+        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    EXPECT_TRUE(lent(handle, 512 << 10, 4096).empty());
+    handle.close();
+  });
+}
+
+TEST_F(Loans, AFileWithoutThePageCacheLendsNothing) {
+  make_file("raw", pattern_bytes(kMiB, 1));
+  on_fiber([&] {
+    const std::string why = error_text([&] {
+      graph_.add(
+          Options::from_keys("driver=raw,node-name=disk,file.driver=file,"
+                             "file.cache.direct=on,file.filename=" +
+                             path("raw")));
+    });
+    if (!why.empty()) GTEST_SKIP() << "no O_DIRECT: " << why;
+    Handle handle = graph_.attach("disk", "test", Permissions::front_end(true));
+    EXPECT_TRUE(lent(handle, 0, 4096).empty());
+    handle.close();
+  });
+}
+
+// Of a cut file the kernel says EFAULT; nobody dies.
+TEST_F(Loans, ACutFilesBytesAreAnErrorOfTheCallThatUsesThem) {
+  make_file("raw", pattern_bytes(kMiB, 1));
+  on_fiber([&] {
+    Handle handle =
+        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    Loan loan;
+    ASSERT_TRUE(handle.lend(kMiB / 2, 4096, loan));
+    ASSERT_EQ(::truncate(path("raw").c_str(), 4096), 0);
+    EXPECT_TRUE(through_pipe(loan.data(), 4096).empty());
+    loan.give_back();
+    handle.close();
+  });
+}
+
+TEST_F(Loans, AQcow2DiskLendsItsDataAndItsBackingFilesAndNoZeroes) {
+  make_file("base", pattern_bytes(kMiB, 1));
+  create("overlay", {.size = kMiB, .backing_file = path("base"), .backing_format = "raw"});
+  on_fiber([&] {
+    Handle handle =
+        attach("driver=qcow2,node-name=disk,file.driver=file,file.filename=" + path("overlay") +
+               ",backing.driver=raw,backing.file.driver=file,"
+               "backing.file.filename=" +
+               path("base"));
+    EXPECT_EQ(lent(handle, 0, 4096), pattern_bytes(4096, 1));  // no L2 table is needed to know it
+    write_bytes(handle, kCluster, pattern_bytes(kCluster, 2));
+    handle.write_zeroes(2 * kCluster, kCluster);
+    EXPECT_EQ(lent(handle, kCluster, 4096), pattern_bytes(4096, 2));
+    EXPECT_EQ(lent(handle, 0, 4096), pattern_bytes(4096, 1));
+    EXPECT_TRUE(lent(handle, 2 * kCluster, 4096).empty());
+    // Where one thing ends and another begins.
+    EXPECT_TRUE(lent(handle, kCluster - 512, 1024).empty());
+    EXPECT_TRUE(lent(handle, 2 * kCluster - 512, 1024).empty());
+    handle.close();
+  });
+}
+
+TEST_F(Loans, EncryptedAndCompressedClustersAndUnknownTablesAreNotLent) {
+  create("compressed", {.size = kMiB});
+  on_fiber([&] {
+    graph_.add(Options::from_keys("driver=qcow2,node-name=disk,file.driver=file,file.filename=" +
+                                  path("compressed")));
+    {
+      const ByteVector same(kCluster, std::byte{7});
+      Edge edge(graph_.find("disk"), "compresses", Permissions::format_file(true));
+      edge.write_compressed(0, base::SingleBuffer(std::span<const std::byte>(same)));
+    }
+    Handle handle = graph_.attach("disk", "test", Permissions::front_end(true));
+    write_bytes(handle, kCluster, pattern_bytes(kCluster, 1));
+    EXPECT_TRUE(lent(handle, 0, 4096).empty());
+    EXPECT_FALSE(lent(handle, kCluster, 4096).empty());
+    close(handle);
+    handle = open("compressed");
+    // Its L2 table has not been read yet: to find it would be waiting.
+    EXPECT_TRUE(lent(handle, kCluster, 4096).empty());
+    (void)read_bytes(handle, kCluster, 512);
+    EXPECT_FALSE(lent(handle, kCluster, 4096).empty());
+    close(handle);
+  });
+}
+
+TEST_F(Loans, FiltersBetweenAreNotGonePast) {
+  make_file("raw", pattern_bytes(kMiB, 1));
+  on_fiber([&] {
+    Handle handle = attach(
+        "driver=fault,node-name=disk,file.driver=raw,file.file.driver=file,"
+        "file.file.filename=" +
+        path("raw"));
+    EXPECT_TRUE(lent(handle, 0, 4096).empty());
+    handle.close();
+  });
+}
+
+// A drain waits for loans, and lends nothing while it lasts.
+TEST_F(Loans, ADrainWaitsForALoanAndNothingIsLentMeanwhile) {
+  make_file("raw", pattern_bytes(kMiB, 1));
+  on_fiber([&] {
+    Handle handle =
+        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    Loan loan;
+    ASSERT_TRUE(handle.lend(0, 4096, loan));
+    std::atomic<bool> drained{false};
+    base::WaitGroup group;
+    group.add(1);
+    loops_.loop(0).spawn("drain", [&] {
+      {
+        const Graph::Drain drain(graph_, std::chrono::seconds(10));
+        drained = true;
+      }
+      group.done();
+    });
+    base::io::sleep_for(std::chrono::milliseconds(20));
+    EXPECT_FALSE(drained);
+    Loan other;
+    EXPECT_FALSE(handle.lend(0, 4096, other));
+    loan.give_back();
+    group.wait();
+    EXPECT_TRUE(drained);
+    EXPECT_TRUE(handle.lend(0, 4096, other));
+    other.give_back();
+    handle.close();
+  });
+}
+
+// A discarded cluster is not used for other data while its old bytes are lent.
+TEST_F(Loans, AFreedClusterIsNotUsedAgainWhileItIsLent) {
+  create("image", {.size = 64 * kMiB});
+  on_fiber([&] {
+    Handle handle = open("image");
+    write_bytes(handle, 0, pattern_bytes(kCluster, 1));
+    Loan loan;
+    ASSERT_TRUE(handle.lend(0, 4096, loan));
+    base::WaitGroup group;
+    group.add(1);
+    loops_.loop(0).spawn("writer", [&] {
+      handle.discard(0, kCluster);
+      for (uint64_t i = 1; i < 200; ++i) {
+        write_bytes(handle, i * kCluster, pattern_bytes(kCluster, 100 + i));
+        if (i % 20 == 0) handle.flush();
+      }
+      group.done();
+    });
+    for (int i = 0; i < 50; ++i) {
+      base::io::sleep_for(std::chrono::milliseconds(1));
+      const ByteVector now = through_pipe(loan.data(), 4096);
+      // As it was, or a hole: never another cluster's.
+      EXPECT_TRUE(now == pattern_bytes(4096, 1) || now == ByteVector(4096)) << i;
+    }
+    loan.give_back();
+    group.wait();
+    close(handle);
+  });
+}
+
+TEST_F(Loans, AnImageThatIsClosedIsNotMappedAnyMore) {
+  make_file("raw", pattern_bytes(kMiB, 1));
+  const auto mapped = [&] {
+    std::ifstream maps("/proc/self/maps");
+    const std::string all{std::istreambuf_iterator<char>(maps), {}};
+    return all.find(path("raw")) != all.npos;
+  };
+  on_fiber([&] {
+    Handle handle =
+        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    EXPECT_FALSE(lent(handle, 0, 4096).empty());
+    EXPECT_TRUE(mapped());
+    handle.close();
+    graph_.remove("disk");
+    EXPECT_FALSE(mapped());
+  });
+}
+
+// --- the bound ---
+
+class CachedPagesTest : public testing::Test {
+ protected:
+  // Of anonymous memory, which is always there.
+  static base::UniqueFd memory(uint64_t size) {
+    base::UniqueFd fd(::memfd_create("pages", MFD_CLOEXEC));
+    EXPECT_EQ(::ftruncate(fd.get(), static_cast<off_t>(size)), 0);
+    return fd;
+  }
+  static void fill(int fd, uint64_t offset, uint64_t length) {
+    const ByteVector bytes = pattern_bytes(length, offset);
+    EXPECT_EQ(::pwrite(fd, bytes.data(), length, static_cast<off_t>(offset)),
+              static_cast<ssize_t>(length));
+  }
+};
+
+TEST_F(CachedPagesTest, AFileLargerThanTheTableHasOnlySoMuchMappedAtATime) {
+  const uint64_t bound = CachedPages::bound();
+  ASSERT_GE(bound, 16 * kMiB);
+  // A sparse file, of which a page in each window is there.
+  const uint64_t size = 2 * bound;
+  const base::UniqueFd fd = memory(size);
+  for (uint64_t at = 0; at < size; at += 2 * kMiB) fill(fd.get(), at, 4096);
+  const auto pages = CachedPages::map(fd.get(), size);
+  ASSERT_NE(pages, nullptr);
+  uint64_t found = 0;
+  for (uint64_t at = 0; at < size; at += 2 * kMiB) {
+    if (pages->find(at, 4096) != nullptr) ++found;
+    EXPECT_EQ(pages->find(at + 4096, 4096), nullptr);  // a hole is not in memory
+  }
+  // The first half took all windows; of the second a few got one.
+  EXPECT_GE(found, bound / (2 * kMiB));
+  EXPECT_LT(found, size / (2 * kMiB) * 3 / 4);
+  // Nobody's windows are lost for ever: who asks long enough gets one.
+  const std::byte* late = nullptr;
+  for (int i = 0; i < 1000 && late == nullptr; ++i) {
+    late = pages->find(size - 2 * kMiB, 4096);
+    ::usleep(1000);
+  }
+  EXPECT_NE(late, nullptr);
+}
+
+TEST_F(CachedPagesTest, FilesThatFitTogetherDoNotTakeEachOthersWindows) {
+  const base::UniqueFd a = memory(4 * kMiB), b = memory(4 * kMiB);
+  fill(a.get(), 0, 4 * kMiB);
+  fill(b.get(), 0, 4 * kMiB);
+  const auto first = CachedPages::map(a.get(), 4 * kMiB),
+             second = CachedPages::map(b.get(), 4 * kMiB);
+  for (int i = 0; i < 3; ++i) {
+    for (uint64_t at = 0; at < 4 * kMiB; at += kMiB) {
+      EXPECT_NE(first->find(at, 65536), nullptr);
+      EXPECT_NE(second->find(at, 65536), nullptr);
+    }
+  }
+}
+
+TEST_F(CachedPagesTest, PastTheMappingThereIsNothing) {
+  const base::UniqueFd fd = memory(kMiB);
+  fill(fd.get(), 0, kMiB);
+  const auto pages = CachedPages::map(fd.get(), kMiB);
+  ASSERT_NE(pages, nullptr);
+  EXPECT_NE(pages->find(kMiB - 4096, 4096), nullptr);
+  EXPECT_EQ(pages->find(kMiB - 4096, 8192), nullptr);
+  EXPECT_EQ(pages->find(uint64_t{1} << 50, 4096), nullptr);
+  EXPECT_EQ(pages->find(~uint64_t{0} - 100, 200), nullptr);
+}
+
+}  // namespace
+}  // namespace minivmm::block
