@@ -13,6 +13,7 @@
 #include "base/pool.h"
 #include "control/clone_maker.h"
 #include "control/readiness.h"
+#include "fuse/mountpoint.h"
 
 namespace minivmm::control {
 
@@ -21,11 +22,13 @@ using block::Permissions;
 
 namespace {
 
-// Without symbolic links; it need not be there. May block.
+// Where it is, whether it is there or not. May block.
 std::string place_of(const std::string& directory) {
-  std::error_code error;
-  const auto out = std::filesystem::weakly_canonical(directory, error);
-  return error ? directory : out.string();
+  try {
+    return fuse::resolve_mountpoint(directory);
+  } catch (const Error&) {
+    return directory;  // mounting says what is wrong with it
+  }
 }
 
 }  // namespace

@@ -90,31 +90,6 @@ std::filesystem::path link_target(const std::filesystem::path& path) {
   return target;
 }
 
-// Resolves all but the last component: that one may be a dead mount, which nothing can look into.
-// What comes before ".." may be a link, so that is for the system to resolve, not for the text.
-std::string resolve(const std::string& path) {
-  namespace fs = std::filesystem;
-  std::error_code error;
-  fs::path given = without_tail(fs::absolute(path, error));
-  if (error) throw Error(error.value(), path + ": not a usable path");
-  constexpr int kMostLinks = 40;
-  for (int i = 0; i < kMostLinks; ++i) {
-    const fs::path target = link_target(given);
-    if (target.empty()) break;
-    given = without_tail(given.parent_path() / target);
-  }
-  if (given.filename() == ".." || !given.has_relative_path()) {
-    given = fs::canonical(given, error);
-    if (error) throw errno_error(error.value(), "FUSE mountpoint " + path);
-  }
-  const fs::path parent = fs::canonical(given.parent_path(), error);
-  if (error) {
-    throw errno_error(error.value(), "FUSE mountpoint " + path + ": its parent directory " +
-                                         given.parent_path().string());
-  }
-  return (parent / given.filename()).string();
-}
-
 // True if the process that made the mount has been killed and is on its way out. It may never
 // get there while somebody in the kernel waits for an answer that only it could have given.
 bool owner_is_dying(const MountEntry& mount) {
@@ -213,8 +188,34 @@ bool is_mount_of_this_process(const std::string& path) {
          mounts.back().source == mount_source();
 }
 
+// All but the last component is resolved: that one may be a dead mount, which nothing can look
+// into. What comes before ".." may be a link, so that is for the system to resolve, not for the
+// text.
+std::string resolve_mountpoint(const std::string& path) {
+  namespace fs = std::filesystem;
+  std::error_code error;
+  fs::path given = without_tail(fs::absolute(path, error));
+  if (error) throw Error(error.value(), path + ": not a usable path");
+  constexpr int kMostLinks = 40;
+  for (int i = 0; i < kMostLinks; ++i) {
+    const fs::path target = link_target(given);
+    if (target.empty()) break;
+    given = without_tail(given.parent_path() / target);
+  }
+  if (given.filename() == ".." || !given.has_relative_path()) {
+    given = fs::canonical(given, error);
+    if (error) throw errno_error(error.value(), "FUSE mountpoint " + path);
+  }
+  const fs::path parent = fs::canonical(given.parent_path(), error);
+  if (error) {
+    throw errno_error(error.value(), "FUSE mountpoint " + path + ": its parent directory " +
+                                         given.parent_path().string());
+  }
+  return (parent / given.filename()).string();
+}
+
 Mountpoint prepare_mountpoint(const std::string& path) {
-  Mountpoint out{.path = resolve(path)};
+  Mountpoint out{.path = resolve_mountpoint(path)};
   clean_dead_mounts(out.path);
   struct stat info {};
   if (::stat(out.path.c_str(), &info) != 0) {

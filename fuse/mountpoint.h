@@ -34,6 +34,10 @@ struct Mountpoint {
   bool created = false;  // by us, to be removed at the end
 };
 
+// `path` absolute and without symbolic links; what lies there is not looked at. Throws base::Error
+// where its parent directory is not there.
+std::string resolve_mountpoint(const std::string& path);
+
 // Resolves `path`, detaches dead mounts of ours, and makes sure that an empty directory is there,
 // making it if need be. Waits up to some seconds for a mount that does not answer. Throws
 // base::Error: EBUSY for a mount that is alive or not ours, ENOTDIR, ENOTEMPTY, what the system
