@@ -189,6 +189,7 @@ TEST_F(Roomy, TheClientsOfAnExportShareItsMemory) {
     hogs.back().enter("small");
     hogs.back().send(hogs.back().request(kRead, 1, 0, 30 << 20));
   }
+  for (int i = 0; i < 1000 && used() < uint64_t{30} << 20; ++i) ::usleep(10'000);
   ::usleep(100'000);
   EXPECT_LE(used(), uint64_t{45} << 20);
   EXPECT_GE(used(), uint64_t{30} << 20);
