@@ -35,7 +35,7 @@ constexpr uint64_t kLeastLength = 1ULL << 30;
 constexpr uint64_t kMostLength = 1ULL << 44;
 // Milliseconds: how old what is known may be, and how soon one looks again for what was not there.
 constexpr uint32_t kFresh = 2000;
-constexpr uint32_t kLookAgain = 100;
+constexpr uint32_t kLookAgain = 1000;
 
 // Cheap, and some milliseconds coarse.
 uint32_t milliseconds() noexcept {
