@@ -60,6 +60,9 @@ class Loans : public Qcow2Test {
     graph_.add(Options::from_keys(keys));
     return graph_.attach("disk", "test", Permissions::front_end(writable));
   }
+  Handle raw_disk() {
+    return attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+  }
 };
 
 TEST_F(Loans, ARawDisksBytesAreLentAtEveryOffset) {
@@ -86,8 +89,7 @@ TEST_F(Loans, ARawDisksBytesAreLentAtEveryOffset) {
 TEST_F(Loans, ALoanShowsWhatIsWrittenAndWhatTheDiskHasGrownBy) {
   make_file("raw", pattern_bytes(kMiB, 1));
   on_fiber([&] {
-    Handle handle =
-        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    Handle handle = raw_disk();
     EXPECT_EQ(lent(handle, 0, 4096), pattern_bytes(4096, 1));
     write_bytes(handle, 0, pattern_bytes(4096, 2));
     EXPECT_EQ(lent(handle, 0, 4096), pattern_bytes(4096, 2));
@@ -115,8 +117,7 @@ TEST_F(Loans, WhatIsNotInMemoryIsNotLent) {
     GTEST_SKIP() << "the temporary directory's files never leave the memory";
   }
   on_fiber([&] {
-    Handle handle =
-        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    Handle handle = raw_disk();
     EXPECT_TRUE(lent(handle, 512 << 10, 4096).empty());
     handle.close();
   });
@@ -142,8 +143,7 @@ TEST_F(Loans, AFileWithoutThePageCacheLendsNothing) {
 TEST_F(Loans, ACutFilesBytesAreAnErrorOfTheCallThatUsesThem) {
   make_file("raw", pattern_bytes(kMiB, 1));
   on_fiber([&] {
-    Handle handle =
-        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    Handle handle = raw_disk();
     Loan loan;
     ASSERT_TRUE(handle.lend(kMiB / 2, 4096, loan));
     ASSERT_EQ(::truncate(path("raw").c_str(), 4096), 0);
@@ -215,8 +215,7 @@ TEST_F(Loans, FiltersBetweenAreNotGonePast) {
 TEST_F(Loans, ADrainWaitsForALoanAndNothingIsLentMeanwhile) {
   make_file("raw", pattern_bytes(kMiB, 1));
   on_fiber([&] {
-    Handle handle =
-        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    Handle handle = raw_disk();
     Loan loan;
     ASSERT_TRUE(handle.lend(0, 4096, loan));
     std::atomic<bool> drained{false};
@@ -280,8 +279,7 @@ TEST_F(Loans, AnImageThatIsClosedIsNotMappedAnyMore) {
     return all.find(path("raw")) != all.npos;
   };
   on_fiber([&] {
-    Handle handle =
-        attach("driver=raw,node-name=disk,file.driver=file,file.filename=" + path("raw"));
+    Handle handle = raw_disk();
     EXPECT_FALSE(lent(handle, 0, 4096).empty());
     EXPECT_TRUE(mapped());
     handle.close();
