@@ -4,6 +4,7 @@
 
 #include <fmt/core.h>
 
+#include "block/crypto/tls_object.h"
 #include "cli/command.h"
 #include "cli/nbd_commands.h"
 
@@ -42,8 +43,34 @@ ImageSyntax nbd_syntax(const char* usage, std::initializer_list<ImageOption> opt
   return out;
 }
 
-base::NbdUri nbd_address(const std::string& text) {
-  return base::parse_nbd_uri(base::is_nbd_uri(text) ? text : "nbd://" + text);
+ImageSyntax nbd_server_syntax(const char* usage, std::initializer_list<ImageOption> options) {
+  ImageSyntax out;
+  out.usage = usage;
+  add_options(out.options, options);
+  add_options(
+      out.options,
+      {{"object", "TYPE,id=ID,...",
+        "tls-creds-x509 or tls-creds-psk, with endpoint=client,dir=DIR: how we prove who "
+        "we are, and whom we believe. A URI can say the same: "
+        "nbds://HOST/EXPORT?tls-certificates=DIR or tls-psk-file=PATH"},
+       {"tls-creds", "ID", "talk TLS, with this object"},
+       {"tls-hostname", "NAME", "whom the server's certificate has to be for; HOST if not said"},
+       {"help,h", nullptr, "this text"}});
+  return out;
+}
+
+base::NbdUri nbd_server(const boost::program_options::variables_map& values,
+                        const std::string& text) {
+  base::NbdUri out = base::parse_nbd_uri(base::is_nbd_uri(text) ? text : "nbd://" + text);
+  if (const auto id = optional_text(values, "tls-creds")) {
+    const auto& objects = block::crypto::tls_objects();
+    block::crypto::use_tls_object(objects.get(*id, /*server=*/false), out);
+  }
+  if (const auto name = optional_text(values, "tls-hostname")) {
+    if (!out.tls) throw UsageError{"--tls-hostname goes with TLS: nbds in the URI, or --tls-creds"};
+    out.tls_hostname = *name;
+  }
+  return out;
 }
 
 int run_nbd(const std::vector<std::string>& arguments) {

@@ -21,6 +21,7 @@
 
 #include "base/bytes.h"
 #include "base/error.h"
+#include "cli/nbd_channel.h"
 #include "nbd-server/wire.h"
 
 namespace minivmm::cli {
@@ -30,6 +31,7 @@ using base::Error;
 using base::NbdUri;
 using base::UniqueFd;
 namespace wire = nbd::wire;
+using Credentials = std::shared_ptr<const nbd::TlsCredentials>;
 
 constexpr uint32_t kMaxAnswer = 64 << 10;
 
@@ -67,6 +69,8 @@ UniqueFd connect_tcp(const NbdUri& uri, std::chrono::seconds limit) {
   if (!out) return out;
   const int one = 1;
   (void)::setsockopt(out.get(), IPPROTO_TCP, TCP_NODELAY, &one, sizeof one);
+  // A server whose host died is noticed in the end.
+  (void)::setsockopt(out.get(), SOL_SOCKET, SO_KEEPALIVE, &one, sizeof one);
   return out;
 }
 
@@ -96,40 +100,27 @@ UniqueFd connect(const NbdUri& uri, std::chrono::seconds limit) {
 // The handshake, step by step.
 class Handshake {
  public:
-  Handshake(int fd, const NbdUri& uri) : fd_(fd), uri_(uri) {}
+  Handshake(NbdChannel& channel, const NbdUri& uri) : channel_(channel), uri_(uri) {}
 
-  void run(NbdAttachment& out) {
+  void run(NbdAttachment& out, const Credentials& credentials) {
     greet();
+    if (credentials) start_tls(credentials);
     ask(wire::Option::kGo);
     while (!take_answer(out)) {
     }
   }
 
  private:
-  [[noreturn]] void fail(int err, const std::string& why) const {
-    throw Error(err, fmt::format("{}: {}", uri_.text(), why));
-  }
+  [[noreturn]] void fail(int err, const std::string& why) const { channel_.fail(err, why); }
 
-  void receive(std::span<std::byte> to) {
-    while (!to.empty()) {
-      const ssize_t n = ::recv(fd_, to.data(), to.size(), 0);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) fail(errno, errno == EAGAIN ? "no answer in time" : base::errno_text(errno));
-      if (n == 0) fail(ECONNRESET, "the server ended the handshake");
-      to = to.subspan(static_cast<size_t>(n));
-    }
-  }
+  void receive(std::span<std::byte> to) { channel_.receive(to); }
+  void send(const std::vector<std::byte>& bytes) { channel_.send(bytes); }
+
   template <typename T>
   T number() {
     std::array<std::byte, sizeof(T)> bytes;
     receive(bytes);
     return base::load_be<T>(bytes.data());
-  }
-  void send(const std::vector<std::byte>& bytes) {
-    if (::send(fd_, bytes.data(), bytes.size(), MSG_NOSIGNAL) !=
-        static_cast<ssize_t>(bytes.size())) {
-      fail(errno, "the server does not take the handshake");
-    }
   }
   template <typename T>
   static void put(std::vector<std::byte>& to, T value) {
@@ -163,7 +154,7 @@ class Handshake {
       data.insert(data.end(), text.begin(), text.end());
       put(data, uint16_t{1});
       put(data, static_cast<uint16_t>(wire::Info::kBlockSize));
-    } else {
+    } else if (option == wire::Option::kExportName) {
       data.assign(text.begin(), text.end());
     }
     std::vector<std::byte> message;
@@ -174,16 +165,34 @@ class Handshake {
     send(message);
   }
 
-  // True at the end of the handshake.
-  bool take_answer(NbdAttachment& out) {
+  struct Answer {
+    uint32_t type = 0;
+    std::vector<std::byte> data;
+  };
+  Answer answer() {
     if (number<uint64_t>() != wire::kOptionReplyMagic)
       fail(EPROTO, "an answer that makes no sense");
     (void)number<uint32_t>();
-    const auto type = number<uint32_t>();
+    Answer out;
+    out.type = number<uint32_t>();
     const auto length = number<uint32_t>();
     if (length > kMaxAnswer) fail(EPROTO, "an answer that is far too long");
-    std::vector<std::byte> data(length);
-    receive(data);
+    out.data.resize(length);
+    receive(out.data);
+    return out;
+  }
+
+  void start_tls(const Credentials& credentials) {
+    ask(wire::Option::kStartTls);
+    if (answer().type != static_cast<uint32_t>(wire::OptionReply::kAck)) {
+      fail(ENOTSUP, "the server does no TLS");
+    }
+    channel_.start_tls(credentials);
+  }
+
+  // True at the end of the handshake.
+  bool take_answer(NbdAttachment& out) {
+    const auto [type, data] = answer();
     if (type == static_cast<uint32_t>(wire::OptionReply::kAck)) return true;
     if (type == static_cast<uint32_t>(wire::OptionReply::kInfo)) {
       take_info(data, out);
@@ -194,7 +203,7 @@ class Handshake {
       return true;
     }
     if (type == static_cast<uint32_t>(wire::OptionReply::kErrTlsReqd)) {
-      fail(ENOTSUP, "the server wants TLS, which the kernel's driver does not do");
+      fail(ENOTSUP, "the server wants TLS: nbds in the URI, or --tls-creds");
     }
     const std::string words(reinterpret_cast<const char*>(data.data()), data.size());
     fail(ENOENT, words.empty() ? "the server refuses" : "the server says: " + words);
@@ -220,39 +229,33 @@ class Handshake {
     if (!no_zeroes_) receive(zeroes);
   }
 
-  const int fd_;
+  NbdChannel& channel_;
   const NbdUri& uri_;
   bool no_zeroes_ = false;
 };
 
-NbdAttachment shake_hands(UniqueFd connected, const NbdUri& uri) {
+NbdAttachment shake_hands(UniqueFd connected, const NbdUri& uri, std::chrono::seconds limit,
+                          const Credentials& credentials) {
   NbdAttachment out;
   out.socket = std::move(connected);
-  Handshake(out.socket.get(), uri).run(out);
+  NbdChannel channel(out.socket.get(), uri.text(), limit);
+  Handshake(channel, uri).run(out, credentials);
+  out.tls = channel.take_tls();
   set_limit(out.socket.get(), std::chrono::seconds(0));
   return out;
 }
 
 }  // namespace
 
-void refuse_tls(const NbdUri& uri) {
-  if (!uri.tls) return;
-  throw Error(ENOTSUP, fmt::format("{}: the kernel's NBD driver does not do TLS; serve a disk on "
-                                   "this export with `minivmm serve` on a unix socket, and "
-                                   "connect to that",
-                                   uri.text()));
-}
-
-NbdAttachment attach_to_nbd(const NbdUri& uri, std::chrono::seconds limit) {
-  refuse_tls(uri);
-  return shake_hands(connect(uri, limit), uri);
+NbdAttachment attach_to_nbd(const NbdUri& uri, std::chrono::seconds limit,
+                            const Credentials& credentials) {
+  return shake_hands(connect(uri, limit), uri, limit, credentials);
 }
 
 NbdAttachment attach_over(UniqueFd connected, const std::string& export_name) {
   NbdUri uri;
   uri.export_name = export_name;
-  set_limit(connected.get(), kNbdConnectLimit);
-  return shake_hands(std::move(connected), uri);
+  return shake_hands(std::move(connected), uri, kNbdConnectLimit, {});
 }
 
 }  // namespace minivmm::cli

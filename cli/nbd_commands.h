@@ -17,8 +17,12 @@ std::span<const ImageCommand> nbd_commands();
 // What --help says before the options, and these; --help itself is added.
 ImageSyntax nbd_syntax(const char* usage, std::initializer_list<ImageOption> options);
 
-// A URI, or HOST[:PORT] as nbd-client has it. Throws.
-base::NbdUri nbd_address(const std::string& text);
+// The same for commands that talk to a server: with the options of nbd_server().
+ImageSyntax nbd_server_syntax(const char* usage, std::initializer_list<ImageOption> options);
+
+// A URI, or HOST[:PORT] as nbd-client has it; with TLS where the options say so. Throws.
+base::NbdUri nbd_server(const boost::program_options::variables_map& values,
+                        const std::string& text);
 
 ImageSyntax nbd_connect_syntax();
 int run_nbd_connect(const boost::program_options::variables_map& values);

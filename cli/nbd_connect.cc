@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // minivmm nbd connect and disconnect.
 #include <linux/nbd-netlink.h>
+#include <sys/wait.h>
 
 #include <cerrno>
 #include <chrono>
@@ -14,6 +15,7 @@
 #include "cli/daemon_options.h"
 #include "cli/nbd_commands.h"
 #include "cli/nbd_device.h"
+#include "cli/nbd_tls_proxy.h"
 
 namespace minivmm::cli {
 
@@ -38,10 +40,11 @@ struct Wanted {
 bool mend(GenericNetlink& kernel, const Wanted& wanted, uint32_t index, uint64_t size) {
   std::vector<NbdAttachment> attached;
   try {
-    attached.push_back(attach_to_nbd(wanted.uri, kNbdConnectLimit));
+    attached = attach_all_to_nbd(wanted.uri, 1);
     if (attached[0].size != size) {
       throw Error(EIO, fmt::format("the export has {} bytes now, not {}", attached[0].size, size));
     }
+    (void)start_nbd_tls_proxy(attached, /*keeps_errors=*/true);
     mend_nbd_device(kernel, index, attached);
     fmt::print(stderr, "minivmm: /dev/nbd{}: connected again\n", index);
     return true;
@@ -56,6 +59,9 @@ void keep_connected(GenericNetlink& kernel, const Wanted& wanted, uint32_t index
   constexpr std::chrono::milliseconds kLook{500};
   unsigned broken = 0;
   while (is_nbd_connected(index)) {
+    // What did TLS for connections that broke.
+    while (::waitpid(-1, nullptr, WNOHANG) > 0) {
+    }
     if (const auto message = kernel.receive(kLook)) {
       const bool ours = attribute_u32(message->attributes, NBD_ATTR_INDEX) == index;
       if (ours && message->command == NBD_CMD_LINK_DEAD) ++broken;
@@ -70,7 +76,7 @@ Wanted take_wanted(const po::variables_map& values) {
     throw UsageError{"a server is expected, and a device such as /dev/nbd0 or none"};
   }
   Wanted out;
-  out.uri = nbd_address(names[0]);
+  out.uri = nbd_server(values, names[0]);
   if (const auto name = optional_text(values, "export-name")) out.uri.export_name = *name;
   if (names.size() == 2) out.device.index = nbd_device_number(names[1]);
   const auto number = [&](const char* key, uint64_t otherwise, uint64_t min, uint64_t max) {
@@ -89,15 +95,19 @@ Wanted take_wanted(const po::variables_map& values) {
 }  // namespace
 
 ImageSyntax nbd_connect_syntax() {
-  return nbd_syntax(
+  return nbd_server_syntax(
       "Usage: minivmm nbd connect [-C N] [-R] [--persist] URI|HOST[:PORT] [/dev/nbdN]\n\n"
       "Makes an NBD export a block device of this machine, with the kernel's own driver, and "
       "prints\n"
       "the device. Without one it is the first that is free. Needs root, and the driver: `modprobe "
-      "nbd`.\n\n"
+      "nbd`.\n"
+      "That driver does no TLS: where the server wants it, a process stays behind that does it, "
+      "for\n"
+      "as long as the device is connected.\n\n"
       "Examples:\n"
       "  minivmm nbd connect nbd://server/disk0\n"
       "  minivmm nbd connect -C 4 'nbd+unix:///disk0?socket=m.sock' /dev/nbd0\n"
+      "  minivmm nbd connect 'nbds://server/disk0?tls-certificates=/etc/pki/minivmm'\n"
       "  minivmm nbd disconnect /dev/nbd0\n\n",
       {
           {"export-name,N", "NAME", "the export, if the URI does not say it"},
@@ -116,9 +126,9 @@ ImageSyntax nbd_connect_syntax() {
 
 int run_nbd_connect(const po::variables_map& values) {
   const Wanted wanted = take_wanted(values);
-  refuse_tls(wanted.uri);
   GenericNetlink kernel = nbd_driver();
   std::vector<NbdAttachment> attached = attach_all_to_nbd(wanted.uri, wanted.connections);
+  (void)start_nbd_tls_proxy(attached, wanted.persist);
   // Before there is something to miss.
   if (wanted.persist) kernel.join(NBD_GENL_MCAST_GROUP_NAME);
   const uint32_t index = connect_nbd_device(kernel, wanted.device, attached);

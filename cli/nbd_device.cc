@@ -16,6 +16,7 @@
 #include <fmt/core.h>
 
 #include "base/error.h"
+#include "cli/nbd_channel.h"
 
 namespace minivmm::cli {
 
@@ -133,15 +134,16 @@ bool is_nbd_backend(uint32_t index, const std::string& backend) {
 }
 
 std::vector<NbdAttachment> attach_all_to_nbd(const base::NbdUri& uri, uint64_t connections) {
+  const auto credentials = uri.tls ? nbd_credentials(uri) : nullptr;
   std::vector<NbdAttachment> out;
-  out.push_back(attach_to_nbd(uri, kNbdConnectLimit));
+  out.push_back(attach_to_nbd(uri, kNbdConnectLimit, credentials));
   if (connections > 1 && (out[0].flags & NBD_FLAG_CAN_MULTI_CONN) == 0) {
     throw Error(ENOTSUP, fmt::format("{}: the server does not allow several connections: leave "
                                      "--connections out",
                                      uri.text()));
   }
   while (out.size() < connections) {
-    out.push_back(attach_to_nbd(uri, kNbdConnectLimit));
+    out.push_back(attach_to_nbd(uri, kNbdConnectLimit, credentials));
     if (out.back().size != out[0].size) {
       throw Error(EIO, fmt::format("{}: its connections have different sizes", uri.text()));
     }

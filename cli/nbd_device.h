@@ -33,8 +33,8 @@ bool is_nbd_connected(uint32_t index);
 // Whether it is connected and was made with this NbdDeviceOptions::backend.
 bool is_nbd_backend(uint32_t index, const std::string& backend);
 
-// So many connections to one export. Throws what attach_to_nbd does, ENOTSUP where the server does
-// not allow several.
+// So many connections to one export. Throws what nbd_credentials() and attach_to_nbd do, ENOTSUP
+// where the server does not allow several.
 std::vector<NbdAttachment> attach_all_to_nbd(const base::NbdUri& uri, uint64_t connections);
 
 // Makes a device of the connections, which the kernel then has, and returns its number once it can

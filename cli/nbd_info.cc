@@ -114,7 +114,7 @@ void print_survey(const po::variables_map& values, const NbdServerSurvey& server
 }  // namespace
 
 ImageSyntax nbd_info_syntax() {
-  return nbd_syntax(
+  return nbd_server_syntax(
       "Usage: minivmm nbd info [--json] [--size|--map [--totals]|--can WHAT|--is WHAT] "
       "URI|HOST[:PORT]\n\n"
       "Shows what an NBD server says of an export, as nbdinfo does: its size, what clients may "
@@ -138,7 +138,7 @@ ImageSyntax nbd_info_syntax() {
 }
 
 int run_nbd_info(const po::variables_map& values) {
-  const base::NbdUri uri = nbd_address(one_server(values));
+  const base::NbdUri uri = nbd_server(values, one_server(values));
   const bool map = is_set(values, "map");
   if (!map && (is_set(values, "totals") || values.count("context") != 0)) {
     throw UsageError{"--totals and --context go with --map"};
@@ -161,7 +161,7 @@ int run_nbd_info(const po::variables_map& values) {
 }
 
 ImageSyntax nbd_list_syntax() {
-  return nbd_syntax(
+  return nbd_server_syntax(
       "Usage: minivmm nbd list [--long] [--json] URI|HOST[:PORT]\n\n"
       "Lists the exports of an NBD server: a name and its description a line, as nbd-client -l "
       "does.\n\n"
@@ -175,7 +175,7 @@ ImageSyntax nbd_list_syntax() {
 }
 
 int run_nbd_list(const po::variables_map& values) {
-  const base::NbdUri uri = nbd_address(one_server(values));
+  const base::NbdUri uri = nbd_server(values, one_server(values));
   if (is_set(values, "json") || is_set(values, "long")) {
     print_survey(values, block::survey_nbd_server(uri, /*all=*/true));
     return 0;

@@ -14,6 +14,7 @@ GnutlsApi load() {
   library.find("gnutls_certificate_allocate_credentials", out.certificate_allocate_credentials);
   library.find("gnutls_certificate_free_credentials", out.certificate_free_credentials);
   library.find("gnutls_certificate_set_x509_trust_file", out.certificate_set_x509_trust_file);
+  library.find("gnutls_certificate_set_x509_system_trust", out.certificate_set_x509_system_trust);
   library.find("gnutls_certificate_set_x509_crl_file", out.certificate_set_x509_crl_file);
   library.find("gnutls_certificate_set_x509_key_file", out.certificate_set_x509_key_file);
   library.find("gnutls_certificate_server_set_request", out.certificate_server_set_request);
@@ -22,6 +23,9 @@ GnutlsApi load() {
   library.find("gnutls_psk_free_server_credentials", out.psk_free_server_credentials);
   library.find("gnutls_psk_set_server_credentials_file", out.psk_set_server_credentials_file);
   library.find("gnutls_psk_server_get_username", out.psk_server_get_username);
+  library.find("gnutls_psk_allocate_client_credentials", out.psk_allocate_client_credentials);
+  library.find("gnutls_psk_free_client_credentials", out.psk_free_client_credentials);
+  library.find("gnutls_psk_set_client_credentials", out.psk_set_client_credentials);
   library.find("gnutls_priority_init", out.priority_init);
   library.find("gnutls_priority_deinit", out.priority_deinit);
   library.find("gnutls_priority_set", out.priority_set);
@@ -29,6 +33,7 @@ GnutlsApi load() {
   library.find("gnutls_deinit", out.deinit);
   library.find("gnutls_credentials_set", out.credentials_set);
   library.find("gnutls_session_set_verify_cert", out.session_set_verify_cert);
+  library.find("gnutls_server_name_set", out.server_name_set);
   library.find("gnutls_transport_set_ptr", out.transport_set_ptr);
   library.find("gnutls_transport_set_pull_function", out.transport_set_pull_function);
   library.find("gnutls_transport_set_push_function", out.transport_set_push_function);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// The binding to GnuTLS's TLS sessions, loaded when a listener with TLS is first made, not linked.
+// The binding to GnuTLS's TLS sessions, loaded when credentials are first made, not linked.
 #pragma once
 
 #include <gnutls/gnutls.h>
@@ -12,6 +12,7 @@ struct GnutlsApi {
   decltype(&::gnutls_certificate_allocate_credentials) certificate_allocate_credentials;
   decltype(&::gnutls_certificate_free_credentials) certificate_free_credentials;
   decltype(&::gnutls_certificate_set_x509_trust_file) certificate_set_x509_trust_file;
+  decltype(&::gnutls_certificate_set_x509_system_trust) certificate_set_x509_system_trust;
   decltype(&::gnutls_certificate_set_x509_crl_file) certificate_set_x509_crl_file;
   decltype(&::gnutls_certificate_set_x509_key_file) certificate_set_x509_key_file;
   decltype(&::gnutls_certificate_server_set_request) certificate_server_set_request;
@@ -20,6 +21,9 @@ struct GnutlsApi {
   decltype(&::gnutls_psk_free_server_credentials) psk_free_server_credentials;
   decltype(&::gnutls_psk_set_server_credentials_file) psk_set_server_credentials_file;
   decltype(&::gnutls_psk_server_get_username) psk_server_get_username;
+  decltype(&::gnutls_psk_allocate_client_credentials) psk_allocate_client_credentials;
+  decltype(&::gnutls_psk_free_client_credentials) psk_free_client_credentials;
+  decltype(&::gnutls_psk_set_client_credentials) psk_set_client_credentials;
   decltype(&::gnutls_priority_init) priority_init;
   decltype(&::gnutls_priority_deinit) priority_deinit;
   decltype(&::gnutls_priority_set) priority_set;
@@ -27,6 +31,7 @@ struct GnutlsApi {
   decltype(&::gnutls_deinit) deinit;
   decltype(&::gnutls_credentials_set) credentials_set;
   decltype(&::gnutls_session_set_verify_cert) session_set_verify_cert;
+  decltype(&::gnutls_server_name_set) server_name_set;
   decltype(&::gnutls_transport_set_ptr) transport_set_ptr;
   decltype(&::gnutls_transport_set_pull_function) transport_set_pull_function;
   decltype(&::gnutls_transport_set_push_function) transport_set_push_function;

@@ -1,6 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "nbd-server/tls_session.h"
 
+#include <arpa/inet.h>
+
 #include <algorithm>
 #include <array>
 #include <cerrno>
@@ -82,21 +84,50 @@ TlsSession::TlsSession(std::shared_ptr<const TlsCredentials> credentials, int so
     : credentials_(std::move(credentials)), transport_(socket) {
   const GnutlsApi& api = gnutls_api();
   gnutls_session_t session = nullptr;
-  require_tls(api.init(&session, GNUTLS_SERVER | GNUTLS_NONBLOCK | GNUTLS_NO_SIGNAL), "a session");
+  const unsigned end = credentials_->is_client_ ? GNUTLS_CLIENT : GNUTLS_SERVER;
+  require_tls(api.init(&session, end | GNUTLS_NONBLOCK | GNUTLS_NO_SIGNAL), "a session");
   session_.reset(session);
-  const TlsCredentials::Handles& handles = *credentials_->handles_;
-  require_tls(api.priority_set(session, handles.priority), "priority");
-  if (handles.keys != nullptr) {
-    require_tls(api.credentials_set(session, GNUTLS_CRD_PSK, handles.keys), "keys");
-  } else {
-    require_tls(api.credentials_set(session, GNUTLS_CRD_CERTIFICATE, handles.certificates),
-                "certificates");
-    if (credentials_->options_.verify_peer) {
-      api.certificate_server_set_request(session, GNUTLS_CERT_REQUIRE);
-      api.session_set_verify_cert(session, nullptr, 0);
-    }
-  }
+  require_tls(api.priority_set(session, credentials_->handles_->priority), "priority");
+  credentials_->is_client_ ? be_client() : be_server();
   transport_.attach(session);
+}
+
+void TlsSession::be_server() {
+  const GnutlsApi& api = gnutls_api();
+  const TlsCredentials::Handles& handles = *credentials_->handles_;
+  if (handles.keys != nullptr) {
+    require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_PSK, handles.keys), "keys");
+    return;
+  }
+  require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_CERTIFICATE, handles.certificates),
+              "certificates");
+  if (credentials_->options_.verify_peer) {
+    api.certificate_server_set_request(session_.get(), GNUTLS_CERT_REQUIRE);
+    api.session_set_verify_cert(session_.get(), nullptr, 0);
+  }
+}
+
+void TlsSession::be_client() {
+  const GnutlsApi& api = gnutls_api();
+  const TlsCredentials::Handles& handles = *credentials_->handles_;
+  if (handles.key != nullptr) {
+    require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_PSK, handles.key), "keys");
+    return;
+  }
+  require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_CERTIFICATE, handles.certificates),
+              "certificates");
+  const std::string& host = credentials_->host_;
+  in6_addr address{};
+  const bool is_address = ::inet_pton(AF_INET, host.c_str(), &address) == 1 ||
+                          ::inet_pton(AF_INET6, host.c_str(), &address) == 1;
+  if (!host.empty() && !is_address) {
+    require_tls(api.server_name_set(session_.get(), GNUTLS_NAME_DNS, host.data(), host.size()),
+                "the server's name");
+  }
+  // The text is used during the handshake; the credentials, which have it, outlive the session.
+  if (credentials_->options_.verify_peer) {
+    api.session_set_verify_cert(session_.get(), host.empty() ? nullptr : host.c_str(), 0);
+  }
 }
 
 TlsSession::~TlsSession() = default;
@@ -124,6 +155,8 @@ TlsSession::Step TlsSession::handshake() {
     throw base::Error(EACCES, "TLS: " + std::move(text));
   }
 }
+
+std::string TlsSession::trouble() const { return trouble_ < 0 ? "TLS: " + why(trouble_) : ""; }
 
 std::string TlsSession::why(int status) const {
   const GnutlsApi& api = gnutls_api();
@@ -188,6 +221,7 @@ int64_t TlsSession::try_receive(std::span<const iovec> to) noexcept {
       // What came before an error is taken first; the next call finds it again.
       if (received > 0) return received;
       if (again(n)) return -EAGAIN;
+      trouble_ = static_cast<int>(n);
       return n == 0 || n == GNUTLS_E_PREMATURE_TERMINATION ? 0 : -EPROTO;
     }
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The server's side of one connection's TLS, over its non-blocking socket. Owned by the
-// connection's stream; on its loop, but for what says that it wants a thread's stack.
+// One connection's TLS, at the end that its credentials are for, over its non-blocking socket. A
+// server's is owned by the connection's stream, on its loop, but for what says that it wants a
+// thread's stack.
 #pragma once
 
 #include <string>
@@ -24,10 +25,10 @@ class TlsSession {
   TlsSession& operator=(const TlsSession&) = delete;
 
   enum class Step { kDone, kWantsRead, kWantsWrite };
-  // In a pool, until it is done. Throws EACCES with what went wrong; the client has been told.
+  // In a pool, until it is done. Throws EACCES with what went wrong; the peer has been told.
   Step handshake();
-  // In a pool, after it: the certificate's distinguished name ("O=Example,CN=alice", in its own
-  // order), or the key's user.
+  // A server's, in a pool, after it: the certificate's distinguished name ("O=Example,CN=alice", in
+  // its own order), or the key's user.
   std::string peer_name() const;
 
   // As Stream's. What was given to a send that returned -EAGAIN has to be given again, at the
@@ -36,8 +37,12 @@ class TlsSession {
   int64_t try_send(std::span<const iovec> from) noexcept;
   // Says that nothing more comes, without waiting for room.
   void bye() noexcept;
+  // What GnuTLS says of the -EPROTO or the end that was received, if it does.
+  std::string trouble() const;
 
  private:
+  void be_server();
+  void be_client();
   std::string why(int status) const;
   int64_t encrypt(std::span<const iovec> from) noexcept;
 
@@ -49,6 +54,7 @@ class TlsSession {
   std::unique_ptr<gnutls_session_int, Closer> session_;
   // Bytes of data whose records the socket did not take whole.
   size_t stuck_ = 0;
+  int trouble_ = 0;  // GnuTLS's
 };
 
 }  // namespace minivmm::nbd

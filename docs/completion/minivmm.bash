@@ -81,9 +81,9 @@ _minivmm_image_values() {
 _minivmm_nbd_commands="connect info list"
 _minivmm_nbd_options() {
   case $1 in
-    connect) echo "-N --export-name -C --connections -b --block-size -t --timeout -R --read-only -p --persist --hold -h --help" ;;
-    info) echo "--json --size --map --context --totals --can --is -h --help" ;;
-    list) echo "-l --long --json -h --help" ;;
+    connect) echo "-N --export-name -C --connections -b --block-size -t --timeout -R --read-only -p --persist --hold --object --tls-creds --tls-hostname -h --help" ;;
+    info) echo "--json --size --map --context --totals --can --is --object --tls-creds --tls-hostname -h --help" ;;
+    list) echo "-l --long --json --object --tls-creds --tls-hostname -h --help" ;;
   esac
 }
 _minivmm_nbd_values() {

@@ -116,9 +116,19 @@ class Beside(Scene):
             os.unlink(self.socket)
         self.assertIn("go with --map", self.nbd("info", "--totals", self.uri(), status=1))
 
-    def test_the_kernel_does_no_tls(self):
-        for uri in ("nbds://localhost/disk", f"nbds+unix:///?socket={self.socket}"):
-            self.assertIn("does not do TLS; serve", self.nbd("connect", uri, status=1))
+    def test_tls_by_an_object(self):
+        with open(self.path("keys.psk"), "w", encoding="ascii") as keys:
+            keys.write("alice:" + os.urandom(32).hex() + "\n")
+        self.daemon("serve", "--disk", "disk,id=a", "--export", "a,allow=alice", "--nbd",
+                    f"{self.uri()},tls-creds=k",
+                    "--object", f"tls-creds-psk,id=k,endpoint=server,dir={self.dir}")
+        alice = ("--object", f"tls-creds-psk,id=c,endpoint=client,username=alice,dir={self.dir}",
+                 "--tls-creds", "c")
+        self.assertEqual(self.nbd("list", *alice, self.uri()), "a\n")
+        self.nbd("info", "--is", "tls", *alice, self.uri("a"))
+        self.nbd("list", self.uri(), status=1)
+        self.assertIn("No TLS credentials", self.nbd("list", "--tls-creds", "c", self.uri(), status=1))
+        self.assertIn("goes with TLS", self.nbd("connect", "--tls-hostname", "a", self.uri(), status=1))
 
     def serve(self, command):
         server = subprocess.Popen(command)

@@ -3,7 +3,7 @@
 # Uses an NBD export as a disk, through the kernel's own driver. Runs in the emulated host; "CLIENT"
 # lines are what the test looks at.
 cd "$1" || exit 1
-. ./settings  # PORT
+. ./settings  # PORT, TLS_PORT
 M=/work/minivmm
 say() { echo "CLIENT $*"; }
 try() { # NAME COMMAND...
@@ -111,10 +111,39 @@ device=$($M nbd connect -b 4096 -R -t 30 -N readonly "10.0.2.2:$PORT")
 say "free $device $(cat /sys/block/nbd0/queue/logical_block_size) $(cat /sys/block/nbd0/ro)"
 try "detach free" $M nbd disconnect "$device"
 
+# With TLS, which a process does for the driver for as long as there is the device.
+no_proxy() { # NAME
+  for i in $(seq 100); do
+    if ! pidof minivmm-tls > /dev/null; then
+      say "$1 ok"
+      return
+    fi
+    sleep 0.1
+  done
+  say "$1 FAILED: $(pidof minivmm-tls)"
+}
+refuse "tls needed" "wants TLS" $M nbd connect "nbd://10.0.2.2:$TLS_PORT/secret" /dev/nbd0
+refuse "tls user" "holds no key for 'bob'" $M nbd connect \
+  "nbds://bob@10.0.2.2:$TLS_PORT/secret?tls-psk-file=/work/keys.psk" /dev/nbd0
+device=$($M nbd connect -C 2 --object tls-creds-psk,id=k,endpoint=client,dir=/work,username=alice \
+  --tls-creds k "10.0.2.2:$TLS_PORT" -N secret /dev/nbd0)
+say "tls $device size $(cat /sys/block/nbd0/size) proxies $(pidof minivmm-tls | wc -w)"
+dd if=/dev/urandom of=/tmp/secret bs=1M count=8 2> /dev/null
+try "tls write" dd if=/tmp/secret of=/dev/nbd0 bs=4M conv=fsync
+[ "$(dd if=/dev/nbd0 bs=4M iflag=direct 2> /dev/null | sha256sum)" = "$(sha256sum < /tmp/secret)" ] &&
+  say "tls content ok" || say "tls content FAILED"
+say "tls sum $(sha256sum < /tmp/secret | cut -c1-64)"
+refuse "tls busy" "in use already" $M nbd connect \
+  "nbds://alice@10.0.2.2:$TLS_PORT/secret?tls-psk-file=/work/keys.psk" /dev/nbd0
+try "detach tls" $M nbd disconnect /dev/nbd0
+no_proxy "tls end"
+
 # A server that is killed and comes back, on this machine: requests wait for it.
 serve() {
   $M serve --disk /tmp/here.raw,format=raw,id=here --export here,writable \
-    --nbd 'nbd+unix:///?socket=/tmp/here.sock' --ready-fd 3 3> /tmp/ready 2> /tmp/serve.log &
+    --object tls-creds-psk,id=k,endpoint=server,dir=/work \
+    --nbd "nbd+unix:///?socket=/tmp/here.sock" --nbd "nbd+unix:///?socket=/tmp/tls.sock,tls-creds=k" \
+    --ready-fd 3 3> /tmp/ready 2> /tmp/serve.log &
   server=$!
   for i in $(seq 100); do
     grep -q READY /tmp/ready 2> /dev/null && break
@@ -122,30 +151,36 @@ serve() {
   done
 }
 dd if=/dev/zero of=/tmp/here.raw bs=1M count=8 2> /dev/null
-serve
-$M nbd connect --persist --hold 60 'nbd+unix:///here?socket=/tmp/here.sock' /dev/nbd0 > /tmp/kept 2>&1 &
-keeper=$!
-for i in $(seq 100); do
-  grep -q /dev/nbd0 /tmp/kept && break
-  sleep 0.1
-done
-try "persist write" dd if=/dev/urandom of=/dev/nbd0 bs=64k count=4 conv=fsync
-before=$(dd if=/dev/nbd0 bs=64k count=4 iflag=direct 2> /dev/null | sha256sum)
-kill -9 $server
-wait $server 2> /dev/null
-rm -f /tmp/ready
-(sleep 1; dd if=/dev/nbd0 bs=64k count=4 iflag=direct 2> /dev/null | sha256sum > /tmp/after) &
-reader=$!
-sleep 2
-serve
-wait $reader
-[ "$before" = "$(cat /tmp/after)" ] && say "persist content ok" || say "persist content FAILED"
-try "persist connected" grep "connected again" /tmp/kept
-try "detach persist" $M nbd disconnect /dev/nbd0
-wait $keeper
-say "persist status $?"
-kill $server
-wait $server
+persist() { # NAME URI
+  rm -f /tmp/ready
+  serve
+  $M nbd connect --persist --hold 60 "$2" /dev/nbd0 > /tmp/kept 2>&1 &
+  keeper=$!
+  for i in $(seq 100); do
+    grep -q /dev/nbd0 /tmp/kept && break
+    sleep 0.1
+  done
+  try "$1 write" dd if=/dev/urandom of=/dev/nbd0 bs=64k count=4 conv=fsync
+  before=$(dd if=/dev/nbd0 bs=64k count=4 iflag=direct 2> /dev/null | sha256sum)
+  kill -9 $server
+  wait $server 2> /dev/null
+  rm -f /tmp/ready
+  (sleep 1; dd if=/dev/nbd0 bs=64k count=4 iflag=direct 2> /dev/null | sha256sum > /tmp/after) &
+  reader=$!
+  sleep 2
+  serve
+  wait $reader
+  [ "$before" = "$(cat /tmp/after)" ] && say "$1 content ok" || say "$1 content FAILED"
+  try "$1 connected" grep "connected again" /tmp/kept
+  try "detach $1" $M nbd disconnect /dev/nbd0
+  wait $keeper
+  say "$1 status $?"
+  kill $server
+  wait $server
+}
+persist persist 'nbd+unix:///here?socket=/tmp/here.sock'
+persist "tls persist" 'nbds+unix://alice@/here?socket=/tmp/tls.sock&tls-psk-file=/work/keys.psk'
+no_proxy "tls persist end"
 
 # By the name qemu-nbd: an image is a device, and its server ends with that, or that with the server.
 Q=/tmp/qemu-nbd

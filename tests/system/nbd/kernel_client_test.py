@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """The Linux kernel's own NBD client on our server, attached by nbd-client, `minivmm nbd` and qemu-nbd: a
-file system on /dev/nbd0 with one and with four connections, and a server that is killed meanwhile.
+file system on /dev/nbd0 with one and with four connections, TLS, and a server that is killed meanwhile.
 The client is Debian's stock kernel on an emulated machine whose network ends at this host's loopback;
 client.sh is what it does."""
 
@@ -31,10 +31,11 @@ def free_port():
 
 
 class KernelClient(StockKernel):
-    def client(self, port):
+    def client(self, port, tls_port):
         tree = linux.root(self.busybox)
         tree.file("work/outer.sh", os.path.join(HERE, "client.sh"))
-        tree.text("work/settings", f"PORT={port}\n")
+        tree.text("work/settings", f"PORT={port}\nTLS_PORT={tls_port}\n")
+        tree.file("work/keys.psk", self.path("keys.psk"))
         for program in ("nbd-client", "nbdinfo", "mke2fs", "e2fsck"):
             path = shutil.which(program)
             self.assertIsNotNone(path, f"{program} is not installed")
@@ -56,7 +57,7 @@ class KernelClient(StockKernel):
         return text.split()[0]
 
     def test_a_file_system_over_the_kernels_driver(self):
-        port = free_port()
+        port, tls_port = free_port(), free_port()
         names = ("disk1", "disk4", "readonly")
         disks, exports = [], []
         for name in names:
@@ -64,9 +65,16 @@ class KernelClient(StockKernel):
             writable = "" if name == "readonly" else ",writable"
             disks += ["--disk", f"{self.path(name)}.qcow2,id={name}"]
             exports += ["--export", f"{name}{writable}"]
+        self.create("secret.raw", 8 * MIB, "-f", "raw")
+        with open(self.path("keys.psk"), "w", encoding="ascii") as keys:
+            keys.write("alice:" + os.urandom(32).hex() + "\n")
         server = self.daemon("serve", *disks, *exports, "--io-threads", "2",
-                             "--nbd", f"nbd://127.0.0.1:{port}")
-        text = "\n".join(self.client(port).run(LIMIT))
+                             "--nbd", f"nbd://127.0.0.1:{port}",
+                             "--object", f"tls-creds-psk,id=k,endpoint=server,dir={self.dir}",
+                             "--nbd", f"nbd://127.0.0.1:{tls_port},tls-creds=k",
+                             "--disk", f"{self.path('secret.raw')},format=raw,id=secret",
+                             "--export", "secret,writable,allow=alice")
+        text = "\n".join(self.client(port, tls_port).run(LIMIT))
 
         def said(line):
             self.assertRegex(text, rf"(?m)^CLIENT {line}$")
@@ -81,13 +89,17 @@ class KernelClient(StockKernel):
                 said(step.format(name, connections) + " ok")
         said("readonly ro 1")
         said("readonly write refused")
-        for what in ("busy", "no device", "unknown", "qemu busy", "qemu no image"):
+        for what in ("busy", "no device", "unknown", "tls needed", "tls user", "tls busy", "qemu busy", "qemu no image"):
             said(f"refuse {what} ok")
         said("free /dev/nbd0 4096 1")
-        for step in ("detach free", "persist write", "persist content", "persist connected",
-                     "detach persist"):
+        said("detach free ok")
+        said(f"tls /dev/nbd0 size {8 * MIB // 512} proxies 1")
+        for step in ("tls write", "tls content", "detach tls", "tls end", "tls persist end"):
             said(f"{step} ok")
-        said("persist status 0")
+        for name in ("persist", "tls persist"):
+            for step in (f"{name} write", f"{name} content", f"{name} connected", f"detach {name}"):
+                said(f"{step} ok")
+            said(f"{name} status 0")
         said(f"qemu size {8 * MIB // 512} ro 0")
         said("qemu ro 1")
         for step in ("connect", "write", "disconnect", "end", "content", "disconnect again", "read-only",
@@ -98,6 +110,8 @@ class KernelClient(StockKernel):
         said("vsock uri ok")
         said("end")
         self.assertEqual(server.stop(), 0, server.errors.text())
+        status, secret = run(["sha256sum", self.path("secret.raw")])
+        self.assertEqual(secret.split()[0], said(r"tls sum (\w+)").group(1))
         for name in ("disk1", "disk4"):
             self.check(f"{name}.qcow2")
             self.assertEqual(self.file_sum(f"{name}.qcow2"), said(rf"{name} sum (\w+)").group(1))
