@@ -113,8 +113,10 @@ SliceRange GuestMap::entry_in(uint64_t table, uint64_t cluster) const noexcept {
   return {table + (position - in_slice), in_slice};
 }
 
+// Without `may_wait` what is invalid is not known either: to say so is written into the image.
 template <typename ReadSlice>
-std::optional<Extent> GuestMap::find(uint64_t offset, uint64_t max, ReadSlice&& read_slice) {
+std::optional<Extent> GuestMap::find(uint64_t offset, uint64_t max, bool may_wait,
+                                     ReadSlice&& read_slice) {
   const Geometry& g = image_.geometry();
   const uint64_t l1_index = offset >> g.l1_shift();
   const uint64_t l1_entry = l1_.get(l1_index);
@@ -124,6 +126,7 @@ std::optional<Extent> GuestMap::find(uint64_t offset, uint64_t max, ReadSlice&& 
     out.length = std::min(max, table_span - (offset & (table_span - 1)));
     return out;
   }
+  if (!may_wait && l1_problem(l1_entry, g) != nullptr) return std::nullopt;
   const uint64_t cluster = offset >> g.cluster_bits;
   const uint64_t in_cluster = g.offset_in_cluster(offset);
   const uint64_t in_sub = offset & (g.subcluster_size() - 1);
@@ -139,26 +142,32 @@ std::optional<Extent> GuestMap::find(uint64_t offset, uint64_t max, ReadSlice&& 
   });
   if (!known) return std::nullopt;
   const L2Entry entry = decode_l2(raw, g, offset - in_cluster);
-  if (entry.problem != nullptr) throw invalid_entry(offset, raw, entry.problem);
+  if (entry.problem != nullptr) {
+    if (!may_wait) return std::nullopt;
+    throw invalid_entry(offset, raw, entry.problem);
+  }
   Extent out = extent_of(entry, offset, std::min(max, (count << g.subcluster_bits()) - in_sub), g);
   const bool stored = out.kind == ClusterKind::kData || out.kind == ClusterKind::kCompressed;
   if (stored && !g.external_data) {
     const uint64_t inside = inside_file(entry);
-    if (inside == 0) throw invalid_entry(offset, raw, "it lies past the end of the file");
+    if (inside == 0) {
+      if (!may_wait) return std::nullopt;
+      throw invalid_entry(offset, raw, "it lies past the end of the file");
+    }
     out.length = std::min(out.length, (inside << g.cluster_bits) - in_cluster);
   }
   return out;
 }
 
 Extent GuestMap::lookup(uint64_t offset, uint64_t max) {
-  return *find(offset, max, [this](uint64_t slice, auto&& visitor) {
+  return *find(offset, max, true, [this](uint64_t slice, auto&& visitor) {
     l2_.read(slice, visitor);
     return true;
   });
 }
 
-std::optional<Extent> GuestMap::lookup_cached(uint64_t offset, uint64_t max) {
-  return find(offset, max,
+std::optional<Extent> GuestMap::lookup_cached(uint64_t offset, uint64_t max) noexcept {
+  return find(offset, max, false,
               [this](uint64_t slice, auto&& visitor) { return l2_.read_cached(slice, visitor); });
 }
 

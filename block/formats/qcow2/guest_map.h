@@ -49,8 +49,9 @@ class GuestMap {
   // What is at `offset`, for at most `max` bytes (both inside the disk). Never longer than what
   // one slice describes.
   Extent lookup(uint64_t offset, uint64_t max);
-  // The same where the metadata is cached; nullopt: it is not. Does not wait.
-  std::optional<Extent> lookup_cached(uint64_t offset, uint64_t max);
+  // The same where the metadata is cached; nullopt: it is not, or it is invalid, which is lookup's
+  // to say. Does not wait.
+  std::optional<Extent> lookup_cached(uint64_t offset, uint64_t max) noexcept;
   // The same, going on over slices while the kind stays and the data is contiguous.
   Extent lookup_long(uint64_t offset, uint64_t max);
 
@@ -79,7 +80,7 @@ class GuestMap {
  private:
   // `read_slice(offset, visitor)` as MetadataCache::read_cached.
   template <typename ReadSlice>
-  std::optional<Extent> find(uint64_t offset, uint64_t max, ReadSlice&& read_slice);
+  std::optional<Extent> find(uint64_t offset, uint64_t max, bool may_wait, ReadSlice&& read_slice);
   uint64_t table_of(uint64_t l1_index, uint64_t l1_entry) const;
   // The same, and throws EIO if other metadata lies there. Before a table is changed or freed.
   uint64_t known_table(uint64_t l1_index, uint64_t l1_entry) const;

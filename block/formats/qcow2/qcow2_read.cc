@@ -72,17 +72,13 @@ void Qcow2Node::read_compressed(const Extent& extent, uint64_t guest_offset, IoS
 // Of one extent. Zeroes are not lent: what is made of them is no copy.
 bool Qcow2Node::driver_lend(uint64_t offset, uint64_t length, Loan& to) noexcept {
   if (image_.encryption() != nullptr || !to.pin(base::Epoch::Pin(epoch_))) return false;
-  try {
-    const auto extent = image_.map().lookup_cached(offset, length);
-    if (!extent || extent->length < length) return false;
-    if (extent->kind == ClusterKind::kData) {
-      return image_.data().lend(extent->host_offset, length, to);
-    }
-    return extent->kind == ClusterKind::kUnallocated && backing_ &&
-           backing_->lend(offset, length, to);
-  } catch (const std::exception&) {
-    return false;  // reading says what is wrong
+  const auto extent = image_.map().lookup_cached(offset, length);
+  if (!extent || extent->length < length) return false;
+  if (extent->kind == ClusterKind::kData) {
+    return image_.data().lend(extent->host_offset, length, to);
   }
+  return extent->kind == ClusterKind::kUnallocated && backing_ &&
+         backing_->lend(offset, length, to);
 }
 
 void Qcow2Node::driver_copy_out(uint64_t offset, uint64_t length, const TakePiece& take) {

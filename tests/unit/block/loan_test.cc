@@ -199,6 +199,39 @@ TEST_F(Loans, EncryptedAndCompressedClustersAndUnknownTablesAreNotLent) {
   });
 }
 
+// To find metadata corrupt is to write that into the image: who lends waits for nothing.
+TEST_F(Loans, InvalidMetadataIsForReadsToFind) {
+  create("image", {.size = kMiB});
+  std::atomic<int> found{0};
+  graph_.set_corruption_listener([&](const std::string&, const std::string&, bool) { ++found; });
+  on_fiber([&] {
+    Handle handle = open("image");
+    write_bytes(handle, 0, pattern_bytes(3 * kCluster, 1));
+    close(handle);
+    std::fstream image(path("image"), std::ios::binary | std::ios::in | std::ios::out);
+    const auto number_at = [&](uint64_t offset) {
+      unsigned char bytes[8] = {};
+      image.seekg(static_cast<std::streamoff>(offset)).read(reinterpret_cast<char*>(bytes), 8);
+      uint64_t out = 0;
+      for (const unsigned char byte : bytes) out = out << 8 | byte;
+      return out;
+    };
+    const uint64_t l2 = number_at(number_at(40)) & 0x00fffffffffffe00;
+    image.seekp(static_cast<std::streamoff>(l2 + 8 + 6)).put(2);   // not at a cluster's beginning
+    image.seekp(static_cast<std::streamoff>(l2 + 16 + 2)).put(1);  // far past the file's end
+    image.close();
+    handle = open("image");
+    (void)read_bytes(handle, 0, 512);
+    EXPECT_FALSE(lent(handle, 0, 4096).empty());
+    EXPECT_TRUE(lent(handle, kCluster, 4096).empty());
+    EXPECT_TRUE(lent(handle, 2 * kCluster, 4096).empty());
+    EXPECT_EQ(found, 0);
+    EXPECT_NE(error_text([&] { (void)read_bytes(handle, kCluster, 512); }), "");
+    EXPECT_EQ(found, 1);
+    close(handle);
+  });
+}
+
 TEST_F(Loans, FiltersBetweenAreNotGonePast) {
   make_file("raw", pattern_bytes(kMiB, 1));
   on_fiber([&] {
