@@ -52,28 +52,14 @@ struct Path {
   char text[32];
 };
 
-// mincore() tells only who owns the file or may write it, and says yes to others.
-bool kernel_tells(int fd) noexcept {
+// A device has a page cache of its own, whatever its node lies on.
+bool may_be_mapped(int fd, bool writable) noexcept {
   struct stat info {};
-  return (::fstat(fd, &info) == 0 && (info.st_uid == ::geteuid() || ::geteuid() == 0)) ||
-         ::faccessat(AT_FDCWD, Path(fd).text, W_OK, AT_EACCESS) == 0;
-}
-
-// Reading such a file looks for what others have written to it; using its mapped pages does not.
-bool may_change_elsewhere(int fd) noexcept {
-  constexpr std::array<uint32_t, 11> kShared = {
-      NFS_SUPER_MAGIC,  SMB_SUPER_MAGIC,   CIFS_SUPER_MAGIC, SMB2_SUPER_MAGIC,
-      FUSE_SUPER_MAGIC, V9FS_MAGIC,        CEPH_SUPER_MAGIC, AFS_SUPER_MAGIC,
-      AFS_FS_MAGIC,     OCFS2_SUPER_MAGIC, 0x01161970 /* GFS2 */};
+  if (::fstat(fd, &info) != 0) return false;
+  if (S_ISBLK(info.st_mode)) return true;
   struct statfs system {};
-  if (::fstatfs(fd, &system) != 0) return true;
-  const auto type = static_cast<uint32_t>(system.f_type);
-  return std::find(kShared.begin(), kShared.end(), type) != kShared.end();
-}
-
-bool is_of_a_kind(int fd) noexcept {
-  struct stat info {};
-  return ::fstat(fd, &info) == 0 && (S_ISREG(info.st_mode) || S_ISBLK(info.st_mode));
+  return S_ISREG(info.st_mode) && ::fstatfs(fd, &system) == 0 &&
+         CachedPages::are_what_reading_gives(static_cast<uint32_t>(system.f_type), writable);
 }
 
 uint64_t window_bound() noexcept {
@@ -138,6 +124,9 @@ class CachedPages::Table {
       files_[i] = nullptr;
       windows_[i].owner.store(0, std::memory_order_relaxed);
     }
+    for (Place& each : gone_) {
+      if (each.file == &file) each.file = nullptr;
+    }
   }
 
   // Makes the window the file's. False: not now.
@@ -149,8 +138,7 @@ class CachedPages::Table {
       const uint32_t now = milliseconds();
       if (now == last_taken_) return false;
       last_taken_ = now;
-      const uint64_t old = window.index.load(std::memory_order_relaxed);
-      (void)::madvise(other->base_ + old * kWindow, kWindow, MADV_DONTNEED);
+      drop({other, window.index.load(std::memory_order_relaxed)});
     }
     // Nobody takes one file's pages for another's: the owner comes last.
     window.owner.store(0, std::memory_order_relaxed);
@@ -163,23 +151,70 @@ class CachedPages::Table {
   }
 
  private:
+  struct Place {
+    const CachedPages* file = nullptr;
+    uint64_t index = 0;
+  };
   Table() : windows_(window_bound()), files_(windows_.size()) {}
+
+  bool has(const Place& place) noexcept {
+    const Window& window = at(*place.file, place.index);
+    return files_[static_cast<size_t>(&window - windows_.data())] == place.file &&
+           window.index.load(std::memory_order_relaxed) == place.index;
+  }
+  // What was lent of it before may be used after, and is mapped then though no window is the
+  // file's: so it is dropped once more when others have gone.
+  void drop(const Place& now) noexcept {
+    now.file->drop(now.index);
+    Place& before = gone_[gone_count_++ % gone_.size()];
+    if (before.file != nullptr && !has(before)) before.file->drop(before.index);
+    before = now;
+  }
 
   std::mutex mutex_;
   std::vector<Window> windows_;
   std::vector<const CachedPages*> files_;  // whose mapping holds the window
+  std::array<Place, 8> gone_;              // the last ones that gave way
+  size_t gone_count_ = 0;
   uint64_t next_ = 0;
   uint32_t last_taken_ = 0;
 };
+
+bool CachedPages::are_what_reading_gives(uint32_t file_system, bool writable) noexcept {
+  // What <linux/magic.h> does not have.
+  constexpr uint32_t kBcachefs = 0xca451a4e, kExfat = 0x2011bab0, kJfs = 0x3153464a,
+                     kNtfs3 = 0x7366746e, kUdf = 0x15013346;
+  constexpr std::array<uint32_t, 17> kOneHosts = {EXT4_SUPER_MAGIC,
+                                                  XFS_SUPER_MAGIC,
+                                                  BTRFS_SUPER_MAGIC,
+                                                  F2FS_SUPER_MAGIC,
+                                                  TMPFS_MAGIC,
+                                                  RAMFS_MAGIC,
+                                                  SQUASHFS_MAGIC,
+                                                  EROFS_SUPER_MAGIC_V1,
+                                                  ISOFS_SUPER_MAGIC,
+                                                  MSDOS_SUPER_MAGIC,
+                                                  REISERFS_SUPER_MAGIC,
+                                                  NILFS_SUPER_MAGIC,
+                                                  kBcachefs,
+                                                  kExfat,
+                                                  kJfs,
+                                                  kNtfs3,
+                                                  kUdf};
+  // Where somebody opens it for writing it becomes another file, which reads see and mappings do
+  // not.
+  if (file_system == OVERLAYFS_SUPER_MAGIC) return writable;
+  return std::find(kOneHosts.begin(), kOneHosts.end(), file_system) != kOneHosts.end();
+}
 
 uint64_t CachedPages::bound() noexcept {
   const Table* const table = Table::instance();
   return table != nullptr ? table->size() * kWindow : 0;
 }
 
-std::unique_ptr<CachedPages> CachedPages::map(int fd, uint64_t size) noexcept {
-  if (::sysconf(_SC_PAGESIZE) != kPage || size > kMostLength || !is_of_a_kind(fd) ||
-      may_change_elsewhere(fd) || !kernel_tells(fd)) {
+std::unique_ptr<CachedPages> CachedPages::map(int fd, uint64_t size, bool writable) noexcept {
+  if (::sysconf(_SC_PAGESIZE) != kPage || size > kMostLength - kWindow ||
+      !may_be_mapped(fd, writable)) {
     return nullptr;
   }
   Table* const table = Table::instance();
@@ -196,8 +231,10 @@ std::unique_ptr<CachedPages> CachedPages::map(int fd, uint64_t size) noexcept {
     (void)::munmap(base, length);
     return nullptr;
   }
-  table->add(*file, base::div_ceil(size, kWindow));
-  return std::unique_ptr<CachedPages>(file);
+  std::unique_ptr<CachedPages> out(file);
+  if (!out->kernel_tells()) return nullptr;
+  table->add(*out, base::div_ceil(size, kWindow));
+  return out;
 }
 
 CachedPages::CachedPages(std::byte* base, uint64_t length) noexcept
@@ -209,6 +246,17 @@ CachedPages::CachedPages(std::byte* base, uint64_t length) noexcept
 CachedPages::~CachedPages() {
   Table::instance()->remove(*this);
   (void)::munmap(base_, length_);
+}
+
+// mincore() says that everything is in memory to who neither owns the file nor may write it. What
+// is past the end of the file never is.
+bool CachedPages::kernel_tells() noexcept {
+  unsigned char last = 1;
+  return ::mincore(base_ + length_ - kPage, kPage, &last) == 0 && (last & 1) == 0;
+}
+
+void CachedPages::drop(uint64_t index) const noexcept {
+  (void)::madvise(base_ + index * kWindow, kWindow, MADV_DONTNEED);
 }
 
 const std::byte* CachedPages::find(uint64_t offset, uint64_t length) noexcept {

@@ -21,10 +21,10 @@ namespace minivmm::block {
 
 class CachedPages {
  public:
-  // Null where the kernel maps no such file, or does not tell this user which of its pages are in
-  // memory (a file of somebody else's that may only be read), and for file systems of several
-  // hosts, where the cache is only looked after by reads. `size`: bytes now; it may grow.
-  static std::unique_ptr<CachedPages> map(int fd, uint64_t size) noexcept;
+  // Null where the kernel maps no such file, or does not tell which of its pages are in memory (to
+  // this user: a file of somebody else's that may only be read), and where the pages are not what
+  // reading gives. `size`: bytes now; it may grow.
+  static std::unique_ptr<CachedPages> map(int fd, uint64_t size, bool writable) noexcept;
   CachedPages(const CachedPages&) = delete;
   CachedPages& operator=(const CachedPages&) = delete;
   // Nobody uses what find() gave any more.
@@ -34,6 +34,10 @@ class CachedPages {
   // thread; does not wait.
   const std::byte* find(uint64_t offset, uint64_t length) noexcept;
 
+  // Whether on a file system of this kind (statfs's type) the mapped pages of a file, which was
+  // opened for writing or not, are what reading it gives. Not where other hosts write, too, and the
+  // cache is only looked after by reads; so of those that are not known no either.
+  static bool are_what_reading_gives(uint32_t file_system, bool writable) noexcept;
   // What all files of the process together have mapped at most, in bytes.
   static uint64_t bound() noexcept;
 
@@ -41,6 +45,8 @@ class CachedPages {
   class Table;
   struct Window;
   CachedPages(std::byte* base, uint64_t length) noexcept;
+  bool kernel_tells() noexcept;
+  void drop(uint64_t index) const noexcept;
   bool resident(uint64_t first_page, uint64_t last_page) noexcept;
   bool look(Window& window, uint64_t index) noexcept;
 

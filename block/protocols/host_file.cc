@@ -228,7 +228,9 @@ std::shared_ptr<HostFile> HostFile::open(const HostFileOptions& options) {
   file->set_flags();
   if (file->direct_) file->find_alignment();
   file->lock(options.locking);
-  if (!file->direct_) file->cached_pages_ = CachedPages::map(file->fd(), file->query_size());
+  if (!file->direct_) {
+    file->cached_pages_ = CachedPages::map(file->fd(), file->query_size(), file->writable_);
+  }
   registry().files.push_back(file);
   return opened_by(std::move(file), options.opener);
 }

@@ -4,17 +4,24 @@
 #include "block/graph/loan.h"
 
 #include <fcntl.h>
+#include <linux/capability.h>
+#include <linux/magic.h>
 #include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/uio.h>
 #include <unistd.h>
 
 #include <atomic>
+#include <initializer_list>
+#include <thread>
 
 #include "base/io.h"
 #include "base/sync.h"
 #include "base/unique_fd.h"
 #include "block/protocols/cached_pages.h"
 #include "qcow2_fixture.h"
+#include "temp_directory.h"
 
 namespace minivmm::block {
 namespace {
@@ -22,6 +29,22 @@ namespace {
 constexpr uint64_t kCluster = 65536;
 constexpr uint64_t kMiB = uint64_t{1} << 20;
 using ByteVector = std::vector<std::byte>;
+
+// As the kernel reads it; empty: it cannot.
+ByteVector through_pipe(const std::byte* data, size_t length) {
+  int ends[2];
+  EXPECT_EQ(::pipe2(ends, O_CLOEXEC), 0);
+  const base::UniqueFd out(ends[0]), in(ends[1]);
+  ByteVector result(length);
+  size_t done = 0;
+  while (done < length) {
+    const ssize_t n = ::write(in.get(), data + done, std::min<size_t>(length - done, 4096));
+    if (n <= 0) return {};
+    EXPECT_EQ(::read(out.get(), result.data() + done, static_cast<size_t>(n)), n);
+    done += static_cast<size_t>(n);
+  }
+  return result;
+}
 
 class Loans : public Qcow2Test {
  protected:
@@ -35,20 +58,6 @@ class Loans : public Qcow2Test {
     ByteVector out = through_pipe(loan.data(), length);
     loan.give_back();
     return out;
-  }
-  static ByteVector through_pipe(const std::byte* data, size_t length) {
-    int ends[2];
-    EXPECT_EQ(::pipe2(ends, O_CLOEXEC), 0);
-    const base::UniqueFd out(ends[0]), in(ends[1]);
-    ByteVector result(length);
-    size_t done = 0;
-    while (done < length) {
-      const ssize_t n = ::write(in.get(), data + done, std::min<size_t>(length - done, 4096));
-      if (n <= 0) return {};
-      EXPECT_EQ(::read(out.get(), result.data() + done, static_cast<size_t>(n)), n);
-      done += static_cast<size_t>(n);
-    }
-    return result;
   }
   // A file that is in the page cache.
   void make_file(const std::string& name, const ByteVector& content) {
@@ -336,6 +345,17 @@ class CachedPagesTest : public testing::Test {
     EXPECT_EQ(::pwrite(fd, bytes.data(), length, static_cast<off_t>(offset)),
               static_cast<ssize_t>(length));
   }
+  // KiB of such files that count as this process's memory.
+  static uint64_t mapped_memory() {
+    std::ifstream maps("/proc/self/smaps");
+    bool here = false;
+    uint64_t sum = 0;
+    for (std::string line; std::getline(maps, line);) {
+      if (line.find('-') < line.find(' ')) here = line.find("/memfd:pages") != line.npos;
+      if (here && line.starts_with("Rss:")) sum += std::stoull(line.substr(4));
+    }
+    return sum;
+  }
 };
 
 TEST_F(CachedPagesTest, AFileLargerThanTheTableHasOnlySoMuchMappedAtATime) {
@@ -345,7 +365,7 @@ TEST_F(CachedPagesTest, AFileLargerThanTheTableHasOnlySoMuchMappedAtATime) {
   const uint64_t size = 2 * bound;
   const base::UniqueFd fd = memory(size);
   for (uint64_t at = 0; at < size; at += 2 * kMiB) fill(fd.get(), at, 4096);
-  const auto pages = CachedPages::map(fd.get(), size);
+  const auto pages = CachedPages::map(fd.get(), size, true);
   ASSERT_NE(pages, nullptr);
   uint64_t found = 0;
   for (uint64_t at = 0; at < size; at += 2 * kMiB) {
@@ -368,8 +388,8 @@ TEST_F(CachedPagesTest, FilesThatFitTogetherDoNotTakeEachOthersWindows) {
   const base::UniqueFd a = memory(4 * kMiB), b = memory(4 * kMiB);
   fill(a.get(), 0, 4 * kMiB);
   fill(b.get(), 0, 4 * kMiB);
-  const auto first = CachedPages::map(a.get(), 4 * kMiB),
-             second = CachedPages::map(b.get(), 4 * kMiB);
+  const auto first = CachedPages::map(a.get(), 4 * kMiB, true),
+             second = CachedPages::map(b.get(), 4 * kMiB, true);
   for (int i = 0; i < 3; ++i) {
     for (uint64_t at = 0; at < 4 * kMiB; at += kMiB) {
       EXPECT_NE(first->find(at, 65536), nullptr);
@@ -378,10 +398,87 @@ TEST_F(CachedPagesTest, FilesThatFitTogetherDoNotTakeEachOthersWindows) {
   }
 }
 
+// What was lent when a window gives way to another is used after that, and does not stay mapped.
+TEST_F(CachedPagesTest, WhatIsUsedLateCountsToo) {
+  const uint64_t bound = CachedPages::bound();
+  constexpr uint64_t kTimes = 40;
+  const base::UniqueFd fd = memory(2 * bound);
+  for (uint64_t i = 0; i < kTimes; ++i) {
+    fill(fd.get(), i * 2 * kMiB, 4096);
+    fill(fd.get(), bound + i * 2 * kMiB, 4096);
+  }
+  const auto pages = CachedPages::map(fd.get(), 2 * bound, true);
+  ASSERT_NE(pages, nullptr);
+  const auto find = [&](uint64_t at) {
+    const std::byte* found = nullptr;
+    for (int n = 0; n < 1000 && found == nullptr; ++n) {
+      found = pages->find(at, 4096);
+      if (found == nullptr) ::usleep(1000);
+    }
+    return found;
+  };
+  for (uint64_t i = 0; i < kTimes; ++i) {
+    const std::byte* const early = find(i * 2 * kMiB);
+    const std::byte* const late = find(bound + i * 2 * kMiB);  // takes the other's window
+    ASSERT_NE(early, nullptr);
+    ASSERT_NE(late, nullptr);
+    EXPECT_FALSE(through_pipe(late, 4096).empty());
+    EXPECT_FALSE(through_pipe(early, 4096).empty());
+  }
+  // A page in each window, and in some that gave way lately.
+  EXPECT_LE(mapped_memory(), (kTimes + 10) * 4);
+}
+
+// Who may not know what is in memory is told that everything is.
+TEST_F(CachedPagesTest, NothingIsLentToWhomTheKernelDoesNotTell) {
+  if (::geteuid() != 0) GTEST_SKIP() << "only root can give a file away";
+  TempDirectory directory;
+  const std::string name = directory / "his";
+  directory.write("his", std::string(65536, 'x'));
+  ASSERT_EQ(::chmod(name.c_str(), 0444), 0);
+  ASSERT_EQ(::chown(name.c_str(), 12345, 12345), 0);
+  const base::UniqueFd fd(::open(name.c_str(), O_RDONLY | O_CLOEXEC));
+  ASSERT_TRUE(fd);
+  EXPECT_NE(CachedPages::map(fd.get(), 65536, false), nullptr);
+  // Root without root's rights, as in a container: those are a thread's.
+  std::unique_ptr<CachedPages> pages;
+  std::thread([&] {
+    __user_cap_header_struct header{_LINUX_CAPABILITY_VERSION_3, 0};
+    const __user_cap_data_struct none[2] = {};
+    EXPECT_EQ(::syscall(SYS_capset, &header, none), 0);
+    pages = CachedPages::map(fd.get(), 65536, false);
+  }).join();
+  EXPECT_EQ(pages, nullptr);
+}
+
+TEST_F(CachedPagesTest, FileSystemsOfSeveralHostsAreNotMapped) {
+  for (const uint32_t one_hosts : {EXT4_SUPER_MAGIC, XFS_SUPER_MAGIC, TMPFS_MAGIC}) {
+    EXPECT_TRUE(CachedPages::are_what_reading_gives(one_hosts, true)) << one_hosts;
+    EXPECT_TRUE(CachedPages::are_what_reading_gives(one_hosts, false)) << one_hosts;
+  }
+  constexpr uint32_t kLustre = 0x0bd00bd0, kGpfs = 0x47504653, kVirtualBox = 0x786f4256;
+  for (const uint32_t shared : std::initializer_list<uint32_t>{
+           NFS_SUPER_MAGIC, CIFS_SUPER_MAGIC, SMB2_SUPER_MAGIC, FUSE_SUPER_MAGIC, V9FS_MAGIC,
+           CEPH_SUPER_MAGIC, OCFS2_SUPER_MAGIC, kLustre, kGpfs, kVirtualBox, 0}) {
+    EXPECT_FALSE(CachedPages::are_what_reading_gives(shared, true)) << shared;
+    EXPECT_FALSE(CachedPages::are_what_reading_gives(shared, false)) << shared;
+  }
+  // Of a file that was opened before somebody else writes to it the mapping keeps the old one.
+  EXPECT_TRUE(CachedPages::are_what_reading_gives(OVERLAYFS_SUPER_MAGIC, true));
+  EXPECT_FALSE(CachedPages::are_what_reading_gives(OVERLAYFS_SUPER_MAGIC, false));
+}
+
+// The decision is made for the file: hugetlbfs is none that is known.
+TEST_F(CachedPagesTest, TheFileSystemIsAsked) {
+  const base::UniqueFd fd(::memfd_create("huge", MFD_CLOEXEC | MFD_HUGETLB));
+  if (!fd || ::ftruncate(fd.get(), 4 * kMiB) != 0) GTEST_SKIP() << "no hugetlbfs";
+  EXPECT_EQ(CachedPages::map(fd.get(), 4 * kMiB, true), nullptr);
+}
+
 TEST_F(CachedPagesTest, PastTheMappingThereIsNothing) {
   const base::UniqueFd fd = memory(kMiB);
   fill(fd.get(), 0, kMiB);
-  const auto pages = CachedPages::map(fd.get(), kMiB);
+  const auto pages = CachedPages::map(fd.get(), kMiB, true);
   ASSERT_NE(pages, nullptr);
   EXPECT_NE(pages->find(kMiB - 4096, 4096), nullptr);
   EXPECT_EQ(pages->find(kMiB - 4096, 8192), nullptr);
