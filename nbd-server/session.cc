@@ -345,7 +345,10 @@ bool Session::on_restore(Request& request, bool begun) noexcept {
     if (request.charge > kLargeRequest) large_ += request.charge;
     request.shed = false;
   }
-  return commands_.restore(request, begun);
+  const bool asks = request.bare || request.redo;
+  const bool whole = commands_.restore(request, begun);
+  if (asks && !request.rereadable) bump(counters_.errors, uint64_t{1});
+  return whole;
 }
 
 void Session::send_replies() noexcept {

@@ -1,16 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Replies that are sent from where the node has the bytes: the right ones, also to who reads late,
 // and in nobody's way.
+#include "block/graph/loan.h"
+
 #include <fcntl.h>
 #include <string>
+#include <sys/mman.h>
 #include <sys/socket.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <atomic>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <map>
 
 #include "base/io.h"
+#include "block/graph/node.h"
 #include "fixture.h"
 #include "tests/unit/block/temp_directory.h"
 
@@ -189,6 +196,172 @@ TEST_F(NbdLoans, AClientThatLeavesWithItsRepliesUnreadLeavesNothingBehind) {
   Client client = connect();
   client.enter("disk");
   EXPECT_EQ(client.read(0, 4096), content(0, 4096));
+}
+
+// TLS would touch the bytes itself, and die of what the kernel answers with an error.
+TEST_F(NbdLoans, NothingIsLentToClientsWithTls) {
+  directory_.write("keys.psk", "alice:" + std::string(64, 'a') + "\n");
+  const std::string place = directory_ / "";
+  ListenOptions options;
+  options.uri = "nbd+unix:///?socket=" + place + "tls.sock";
+  options.tls.mode = TlsOptions::Mode::kRequired;
+  options.tls.kind = TlsOptions::Kind::kPsk;
+  options.tls.directory = place;
+  on_fiber([&] {
+    (void)server_->listen(std::move(options));
+    (void)graph_.add(block::Options::from_keys(
+        "driver=nbd,node-name=remote,connections=1,uri=nbds+unix://alice@/disk?socket=" + place +
+        "tls.sock&tls-psk-file=" + place + "keys.psk"));
+    block::Handle remote =
+        graph_.attach("remote", "the test", block::Permissions::front_end(false));
+    for (const uint64_t size : {uint64_t{512}, 4 * kKiB, 64 * kKiB}) {
+      Bytes read(size);
+      remote.read(kMiB, base::SingleBuffer(read.data(), size));
+      EXPECT_EQ(read, content(kMiB, size));
+    }
+    remote.close();
+    graph_.remove("remote");
+  });
+  EXPECT_EQ(resident(), 0u);
+  Client plain = connect();
+  plain.enter("disk");
+  EXPECT_EQ(plain.read(kMiB, 4096), content(kMiB, 4096));
+  EXPECT_GT(resident(), 0u);
+}
+
+// --- what was lent and is not there any more ---
+
+// A page of it can be lent and not be sent, as one of a file that was cut or whose device failed.
+class Torn final : public block::Node {
+ public:
+  static constexpr uint64_t kTorn = 2 * kMiB;
+
+  Torn() : Node("torn", "torn", true), all_(content(0, 4 * kMiB)) {
+    set_size(all_.size());
+    void* const memory =
+        ::mmap(nullptr, all_.size(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    EXPECT_NE(memory, MAP_FAILED);
+    lent_ = static_cast<std::byte*>(memory);
+    std::memcpy(lent_, all_.data(), all_.size());
+    EXPECT_EQ(::mprotect(lent_ + kTorn, 4096, PROT_NONE), 0);
+  }
+  ~Torn() override { (void)::munmap(lent_, all_.size()); }
+
+  std::atomic<bool> readable{false};
+  std::atomic<unsigned> loans{0};
+
+ private:
+  void driver_read(uint64_t offset, base::IoSpan to) override {
+    const bool torn = offset < kTorn + 4096 && offset + to.bytes() > kTorn;
+    if (torn && !readable) throw base::Error(EIO, "it is torn");
+    base::copy_to(to, 0, std::span(all_).subspan(offset, to.bytes()));
+  }
+  void driver_write(uint64_t, base::IoSpan, block::WriteFlags) override {}
+  void driver_flush() override {}
+  bool driver_lend(uint64_t offset, uint64_t, block::Loan& to) noexcept override {
+    ++loans;
+    to.lend(lent_ + offset);
+    return true;
+  }
+
+  const Bytes all_;
+  std::byte* lent_ = nullptr;
+};
+
+class NbdTornLoans : public ServerTest {
+ protected:
+  NbdTornLoans() : ServerTest({}, 1) {
+    on_fiber([&] {
+      graph_.adopt(disk_);
+      server_->add_export("torn",
+                          graph_.attach("torn", "the test", block::Permissions::front_end(false)));
+    });
+  }
+  // Three at once, the second of which is torn.
+  static void ask(Client& client) {
+    client.send(
+        join({client.request(kRead, 1, 0, 4096), client.request(kRead, 2, Torn::kTorn - 4096, 8192),
+              client.request(kRead, 3, kMiB, 4096)}));
+  }
+  static void expect_first(Client& client) {
+    const Reply reply = client.simple(4096);
+    EXPECT_EQ(reply.cookie, 1u);
+    EXPECT_EQ(reply.error, 0u);
+    EXPECT_EQ(reply.payload, content(0, 4096));
+  }
+  static void expect_third_and_more(Client& client) {
+    const Reply reply = client.simple(4096);
+    EXPECT_EQ(reply.cookie, 3u);
+    EXPECT_EQ(reply.payload, content(kMiB, 4096));
+    EXPECT_EQ(client.read(3 * kMiB, 4096), content(3 * kMiB, 4096));
+  }
+
+  const std::shared_ptr<Torn> disk_ = std::make_shared<Torn>();
+};
+
+TEST_F(NbdTornLoans, WhatCannotBeSentNorReadIsAnErrorOfThatRequest) {
+  Client client = connect();
+  client.enter("torn");
+  ask(client);
+  expect_first(client);
+  const Reply reply = client.simple();
+  EXPECT_EQ(reply.cookie, 2u);
+  EXPECT_EQ(reply.error, 5u);
+  expect_third_and_more(client);
+  EXPECT_GE(disk_->loans, 4u);
+  const std::vector<std::string> lines = server_->describe();
+  const auto counted = [](const std::string& line) {
+    return line.find("4 done, 1 errors") != line.npos;
+  };
+  EXPECT_TRUE(std::any_of(lines.begin(), lines.end(), counted)) << testing::PrintToString(lines);
+}
+
+TEST_F(NbdTornLoans, WithStructuredRepliesToo) {
+  Client client = connect();
+  client.enter("torn", true);
+  client.send(client.request(kRead, 7, Torn::kTorn, 4096));
+  const Reply reply = client.chunk();
+  EXPECT_EQ(reply.cookie, 7u);
+  EXPECT_EQ(reply.type, 0x8001u);
+  EXPECT_EQ(reply.number(0, 4), 5u);
+  EXPECT_GE(disk_->loans, 1u);
+  EXPECT_EQ(client.error_of(kRead, 0, 4096), 0u);
+}
+
+TEST_F(NbdTornLoans, WhatCannotBeSentIsReadInstead) {
+  disk_->readable = true;
+  Client client = connect();
+  client.enter("torn");
+  ask(client);
+  expect_first(client);
+  const Reply reply = client.simple(8192);
+  EXPECT_EQ(reply.cookie, 2u);
+  EXPECT_EQ(reply.payload, content(Torn::kTorn - 4096, 8192));
+  expect_third_and_more(client);
+  // So long that its beginning is out when the rest cannot be sent.
+  EXPECT_EQ(client.read(Torn::kTorn - 60 * kKiB, 64 * kKiB),
+            content(Torn::kTorn - 60 * kKiB, 64 * kKiB));
+  EXPECT_GE(disk_->loans, 5u);
+}
+
+// Where a part of a reply is out already nothing is left but the end, of this client.
+TEST_F(NbdTornLoans, ABegunReplyThatCannotBeCompletedEndsTheConnection) {
+  Client other = connect();
+  other.enter("torn");
+  Client client = connect();
+  client.enter("torn");
+  client.send(client.request(kRead, 1, Torn::kTorn - 60 * kKiB, 64 * kKiB));
+  Bytes got;
+  for (Bytes piece(64 * kKiB);;) {
+    const ssize_t n = ::recv(client.fd(), piece.data(), piece.size(), 0);
+    ASSERT_GE(n, 0);
+    if (n == 0) break;
+    got.insert(got.end(), piece.begin(), piece.begin() + n);
+    // A kernel that takes it all or nothing: it is an error like any other.
+    if (got.size() == 16 && (got[4] | got[5] | got[6] | got[7]) != std::byte{0}) break;
+  }
+  EXPECT_LE(got.size(), 16 + 60 * kKiB);
+  EXPECT_EQ(other.read(0, 4096), content(0, 4096));
 }
 
 }  // namespace
