@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <exception>
 #include <filesystem>
 
 #include <fmt/core.h>
@@ -290,6 +291,7 @@ FrontEnds::Entry FrontEnds::begin_removing(const std::string& id) {
 
 void FrontEnds::remove(const std::string& id, bool only_unused, base::Clock::time_point deadline) {
   const Entry entry = begin_removing(id);
+  std::exception_ptr error;
   try {
     withdraw(entry, only_unused, deadline);
   } catch (const Error& e) {
@@ -297,14 +299,14 @@ void FrontEnds::remove(const std::string& id, bool only_unused, base::Clock::tim
       throw Error(EBUSY, fmt::format("export '{}' still in use: {}; mode 'hard' cuts its users off",
                                      id, e.what()));
     }
-    (void)forget(id);
-    throw;
+    error = std::current_exception();
   } catch (...) {
-    (void)forget(id);
-    throw;
+    error = std::current_exception();
   }
+  // It has gone, however it ended.
   for (const auto& mount : forget(id)) drop_mount(mount, deadline);
   if (callbacks_.export_deleted) callbacks_.export_deleted(id);
+  if (error) std::rethrow_exception(error);
 }
 
 void FrontEnds::withdraw(const Entry& entry, bool only_unused, base::Clock::time_point deadline) {

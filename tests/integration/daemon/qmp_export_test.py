@@ -405,6 +405,29 @@ class Fuse(ExportScene):
         self.ended()
         self.assertFalse(os.path.exists(self.path("late")))
 
+    def test_what_cannot_be_flushed_goes_all_the_same(self):
+        self.serve(*UNIX)
+        self.create("raw", MIB, "-f", "raw")
+        self.qmp.command("blockdev-add", driver="fault", node_name="bad", op="flush",
+                         file={"driver": "file", "filename": "raw"})
+        for more in ({"type": "nbd", "name": "bad"},
+                     {"type": "fuse", "mountpoint": self.path("late/bad.img")}):
+            self.qmp.command("block-export-add", id="x", node_name="bad", writable=True, **more)
+            if more["type"] == "nbd":
+                client = self.nbd("bad")
+                client.write(0, b"n" * 512)
+                client.close()
+            else:
+                with open(self.path("late/bad.img"), "r+b", buffering=0) as f:
+                    f.write(b"f" * 512)
+            self.refuses("injected fault", "block-export-del", id="x", mode="hard")
+            self.assertEqual(self.qmp.event("BLOCK_EXPORT_DELETED"), {"id": "x"})
+            self.assertEqual(self.qmp.command("query-block-exports"), [])
+        # With the mount that was made for it.
+        self.assertFalse(is_mounted(self.path("late")))
+        self.qmp.command("blockdev-del", node_name="bad")
+        self.ended()
+
     def test_where_nothing_can_be_mounted(self):
         os.mkdir(self.path("full"))
         with open(self.path("full/x"), "w", encoding="ascii"):
