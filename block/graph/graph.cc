@@ -142,6 +142,15 @@ void Graph::reap(std::unique_ptr<Handle::Root> root) noexcept {
 Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(graph) {
   const auto until = base::Clock::now() + deadline;
   lock_when_none_comes_or_goes(until);
+  try {
+    hold_all(until);
+  } catch (...) {
+    let_go();
+    throw;
+  }
+}
+
+void Graph::Drain::hold_all(base::Clock::time_point until) {
   {
     const std::lock_guard lock(graph_.mutex_);
     held_ = graph_.roots_;
@@ -149,11 +158,9 @@ Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(g
   }
   for (Handle::Root* root : held_) {
     if (root->wait_idle(until)) continue;
-    const std::string text =
-        fmt::format("{}: {} has {} requests that do not end", root->edge.node().describe(),
-                    root->edge.user(), root->in_flight());
-    let_go();
-    throw Error(ETIMEDOUT, text);
+    throw Error(ETIMEDOUT,
+                fmt::format("{}: {} has {} requests that do not end", root->edge.node().describe(),
+                            root->edge.user(), root->in_flight()));
   }
 }
 

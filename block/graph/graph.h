@@ -79,6 +79,7 @@ class Graph {
 
    private:
     void lock_when_none_comes_or_goes(base::Clock::time_point until);
+    void hold_all(base::Clock::time_point until);
     void let_go() noexcept;
     Graph& graph_;
     std::vector<Handle::Root*> held_;

@@ -19,6 +19,7 @@
 #include "base/io.h"
 #include "base/sync.h"
 #include "base/unique_fd.h"
+#include "block/crypto/secret.h"
 #include "block/protocols/cached_pages.h"
 #include "qcow2_fixture.h"
 #include "temp_directory.h"
@@ -184,7 +185,21 @@ TEST_F(Loans, AQcow2DiskLendsItsDataAndItsBackingFilesAndNoZeroes) {
   });
 }
 
-TEST_F(Loans, EncryptedAndCompressedClustersAndUnknownTablesAreNotLent) {
+TEST_F(Loans, WhatIsEncryptedIsNotLent) {
+  const std::string secret = "loans";
+  crypto::secrets().add(secret, crypto::SecureBytes(std::vector<std::byte>(16, std::byte{'k'})));
+  create("image", {.size = kMiB, .aes_secret = secret});
+  on_fiber([&] {
+    Handle handle = open("image", true, ",encrypt.format=aes,encrypt.key-secret=" + secret);
+    write_bytes(handle, 0, pattern_bytes(kCluster, 1));
+    EXPECT_EQ(read_bytes(handle, 0, 4096), pattern_bytes(4096, 1));
+    EXPECT_TRUE(lent(handle, 0, 4096).empty());
+    close(handle);
+  });
+  crypto::secrets().remove(secret);
+}
+
+TEST_F(Loans, CompressedClustersAndUnknownTablesAreNotLent) {
   create("compressed", {.size = kMiB});
   on_fiber([&] {
     graph_.add(Options::from_keys("driver=qcow2,node-name=disk,file.driver=file,file.filename=" +
