@@ -226,6 +226,8 @@ std::unique_ptr<CachedPages> CachedPages::map(int fd, uint64_t size, bool writab
   if (!again) return nullptr;
   void* const base = ::mmap(nullptr, length, PROT_READ, MAP_SHARED | MAP_NORESERVE, again.get(), 0);
   if (base == MAP_FAILED) return nullptr;
+  // Of a deleted file, or one without a name, a core dump would get all that the disk holds.
+  (void)::madvise(base, length, MADV_DONTDUMP);
   auto* const file = new (std::nothrow) CachedPages(static_cast<std::byte*>(base), length);
   if (file == nullptr) {
     (void)::munmap(base, length);

@@ -490,6 +490,22 @@ TEST_F(CachedPagesTest, TheFileSystemIsAsked) {
   EXPECT_EQ(CachedPages::map(fd.get(), 4 * kMiB, true), nullptr);
 }
 
+TEST_F(CachedPagesTest, ADiskIsNotPartOfACoreDump) {
+  const base::UniqueFd fd = memory(kMiB);
+  const auto pages = CachedPages::map(fd.get(), kMiB, true);
+  ASSERT_NE(pages, nullptr);
+  std::ifstream maps("/proc/self/smaps");
+  bool here = false;
+  unsigned found = 0;
+  for (std::string line; std::getline(maps, line);) {
+    if (line.find('-') < line.find(' ')) here = line.find("/memfd:pages") != line.npos;
+    if (!here || !line.starts_with("VmFlags:")) continue;
+    EXPECT_NE(line.find(" dd"), line.npos) << line;
+    ++found;
+  }
+  EXPECT_EQ(found, 1u);
+}
+
 TEST_F(CachedPagesTest, PastTheMappingThereIsNothing) {
   const base::UniqueFd fd = memory(kMiB);
   fill(fd.get(), 0, kMiB);
