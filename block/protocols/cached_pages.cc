@@ -70,7 +70,8 @@ uint64_t window_bound() noexcept {
 
 }  // namespace
 
-// What is written by several threads at once is each time a whole truth of a moment ago.
+// Written under the table's mutex, read without it: who looks while a window changes hands may take
+// another file's pages for his own, and waits for what is not there.
 struct CachedPages::Window {
   std::atomic<uint64_t> owner{0};  // the file's id; 0: none
   std::atomic<uint64_t> index{0};  // which of the file's windows
@@ -127,6 +128,20 @@ class CachedPages::Table {
     for (Place& each : gone_) {
       if (each.file == &file) each.file = nullptr;
     }
+  }
+
+  // Which of the window's pages are in memory. False: it is not the file's any more, or not now.
+  bool note(const CachedPages& file, Window& window, uint64_t index,
+            const std::array<unsigned char, kWindowPages>& found) noexcept {
+    const std::unique_lock lock(mutex_, std::try_to_lock);
+    if (!lock || !window.is(file.id_, index)) return false;
+    for (size_t i = 0; i < window.pages.size(); ++i) {
+      uint64_t word = 0;
+      for (size_t bit = 0; bit < 64; ++bit) word |= uint64_t{found[i * 64 + bit] & 1U} << bit;
+      window.pages[i].store(word, std::memory_order_relaxed);
+    }
+    window.looked_at.store(milliseconds(), std::memory_order_relaxed);
+    return true;
   }
 
   // Makes the window the file's. False: not now.
@@ -278,27 +293,22 @@ bool CachedPages::resident(uint64_t first_page, uint64_t last_page) noexcept {
   const uint64_t first = first_page % kWindowPages;
   const uint64_t last = last_page % kWindowPages;
   Window& window = Table::instance()->at(*this, index);
-  if (!window.is(id_, index)) [[unlikely]] {
-    if (!Table::instance()->take(*this, window, index) || !look(window, index)) return false;
-    return window.has(first, last);
-  }
+  if (!window.is(id_, index)) [[unlikely]]
+    return Table::instance()->take(*this, window, index) && look(window, index, first, last);
   const uint32_t age = milliseconds() - window.looked_at.load(std::memory_order_relaxed);
   const bool has = window.has(first, last);
   if (age < (has ? kFresh : kLookAgain)) [[likely]]
     return has;
-  return look(window, index) && window.has(first, last);
+  return look(window, index, first, last);
 }
 
-bool CachedPages::look(Window& window, uint64_t index) noexcept {
+bool CachedPages::look(Window& window, uint64_t index, uint64_t first, uint64_t last) noexcept {
   std::array<unsigned char, kWindowPages> found;
   if (::mincore(base_ + index * kWindow, kWindow, found.data()) != 0) return false;
-  for (size_t i = 0; i < window.pages.size(); ++i) {
-    uint64_t word = 0;
-    for (size_t bit = 0; bit < 64; ++bit) word |= uint64_t{found[i * 64 + bit] & 1U} << bit;
-    window.pages[i].store(word, std::memory_order_relaxed);
-  }
-  window.looked_at.store(milliseconds(), std::memory_order_relaxed);
-  return true;
+  return Table::instance()->note(*this, window, index, found) &&
+         std::all_of(found.begin() + static_cast<ptrdiff_t>(first),
+                     found.begin() + static_cast<ptrdiff_t>(last) + 1,
+                     [](unsigned char page) { return (page & 1) != 0; });
 }
 
 }  // namespace minivmm::block

@@ -48,7 +48,7 @@ class CachedPages {
   bool kernel_tells() noexcept;
   void drop(uint64_t index) const noexcept;
   bool resident(uint64_t first_page, uint64_t last_page) noexcept;
-  bool look(Window& window, uint64_t index) noexcept;
+  bool look(Window& window, uint64_t index, uint64_t first, uint64_t last) noexcept;
 
   std::byte* const base_;
   const uint64_t length_;  // of the mapping; may reach past the end of the file

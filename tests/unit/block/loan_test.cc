@@ -490,6 +490,46 @@ TEST_F(CachedPagesTest, TheFileSystemIsAsked) {
   EXPECT_EQ(CachedPages::map(fd.get(), 4 * kMiB, true), nullptr);
 }
 
+// Windows change hands while others use theirs, and files go: what is found is the file's own.
+TEST_F(CachedPagesTest, FilesComeAndGoWhileOthersAreUsed) {
+  const uint64_t bound = CachedPages::bound();
+  constexpr uint64_t kTimes = 16;
+  const base::UniqueFd fd = memory(2 * bound);
+  std::vector<uint64_t> places;
+  for (uint64_t i = 0; i < kTimes; ++i) {
+    for (const uint64_t at : {i * 2 * kMiB, bound + i * 2 * kMiB}) {
+      fill(fd.get(), at, 4096);
+      places.push_back(at);
+    }
+  }
+  const auto pages = CachedPages::map(fd.get(), 2 * bound, true);
+  ASSERT_NE(pages, nullptr);
+  std::atomic<bool> ended{false};
+  std::atomic<unsigned> found{0};
+  const auto use = [&](uint64_t seed) {
+    std::mt19937_64 random(seed);
+    while (!ended) {
+      const uint64_t at = places[random() % places.size()];
+      const std::byte* const data = pages->find(at, 4096);
+      if (data == nullptr) continue;
+      EXPECT_EQ(through_pipe(data, 4096), pattern_bytes(4096, at));
+      ++found;
+    }
+  };
+  std::thread first(use, 1), second(use, 2);
+  for (unsigned i = 0; i < 100 || found < 100; ++i) {
+    const base::UniqueFd other = memory(kTimes * 2 * kMiB);
+    const auto others = CachedPages::map(other.get(), kTimes * 2 * kMiB, true);
+    for (uint64_t n = 0; n < kTimes; ++n) {
+      EXPECT_EQ(others->find(n * 2 * kMiB, 4096), nullptr);  // nothing of it is there
+    }
+    ::usleep(500);
+  }
+  ended = true;
+  first.join();
+  second.join();
+}
+
 TEST_F(CachedPagesTest, ADiskIsNotPartOfACoreDump) {
   const base::UniqueFd fd = memory(kMiB);
   const auto pages = CachedPages::map(fd.get(), kMiB, true);
