@@ -114,8 +114,9 @@ ReplyQueue::Sent ReplyQueue::send_some() noexcept {
       (void)end_loans(false);
       return Sent::kBlocked;
     }
-    // Lent bytes are not there any more: the file was cut, or its device failed.
-    if (n == -EFAULT && end_loans(true)) continue;
+    // Lent bytes are not there any more: the file was cut, or its device failed. (Over vsock the
+    // kernel calls it ENOMEM.)
+    if ((n == -EFAULT || n == -ENOMEM) && end_loans(true)) continue;
     if (n < 0) {
       drop_all();
       return Sent::kAll;

@@ -4,6 +4,8 @@
 #include "block/graph/loan.h"
 
 #include <fcntl.h>
+#include <linux/vm_sockets.h>
+#include <netinet/in.h>
 #include <string>
 #include <sys/mman.h>
 #include <sys/socket.h>
@@ -15,6 +17,7 @@
 #include <filesystem>
 #include <fstream>
 #include <map>
+#include <optional>
 
 #include "base/io.h"
 #include "block/graph/node.h"
@@ -296,24 +299,69 @@ class NbdTornLoans : public ServerTest {
     EXPECT_EQ(client.read(3 * kMiB, 4096), content(3 * kMiB, 4096));
   }
 
+  void expect_one_error(Client client) {
+    client_.emplace(std::move(client));  // it stays, to be described
+    client_->enter("torn");
+    ask(*client_);
+    expect_first(*client_);
+    const Reply reply = client_->simple();
+    EXPECT_EQ(reply.cookie, 2u);
+    EXPECT_EQ(reply.error, 5u);
+    expect_third_and_more(*client_);
+    EXPECT_GE(disk_->loans, 4u);
+  }
+  // Nothing: there is no such network.
+  template <typename Address>
+  std::optional<Client> connect_over(Address here) {
+    const int domain = reinterpret_cast<const sockaddr&>(here).sa_family;
+    const base::UniqueFd listener(::socket(domain, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    base::UniqueFd ours(::socket(domain, SOCK_STREAM | SOCK_CLOEXEC, 0));
+    socklen_t size = sizeof here;
+    auto* const address = reinterpret_cast<sockaddr*>(&here);
+    if (!listener || ::bind(listener.get(), address, size) != 0 ||
+        ::listen(listener.get(), 1) != 0 || ::getsockname(listener.get(), address, &size) != 0 ||
+        ::connect(ours.get(), address, size) != 0) {
+      return std::nullopt;
+    }
+    server_->serve(base::UniqueFd(::accept4(listener.get(), nullptr, nullptr, SOCK_CLOEXEC)));
+    return Client(std::move(ours));
+  }
+
   const std::shared_ptr<Torn> disk_ = std::make_shared<Torn>();
+  std::optional<Client> client_;
 };
 
 TEST_F(NbdTornLoans, WhatCannotBeSentNorReadIsAnErrorOfThatRequest) {
-  Client client = connect();
-  client.enter("torn");
-  ask(client);
-  expect_first(client);
-  const Reply reply = client.simple();
-  EXPECT_EQ(reply.cookie, 2u);
-  EXPECT_EQ(reply.error, 5u);
-  expect_third_and_more(client);
-  EXPECT_GE(disk_->loans, 4u);
+  expect_one_error(connect());
   const std::vector<std::string> lines = server_->describe();
   const auto counted = [](const std::string& line) {
     return line.find("4 done, 1 errors") != line.npos;
   };
   EXPECT_TRUE(std::any_of(lines.begin(), lines.end(), counted)) << testing::PrintToString(lines);
+}
+
+TEST_F(NbdTornLoans, AlsoOverTcp) {
+  sockaddr_in here{};
+  here.sin_family = AF_INET;
+  here.sin_addr.s_addr = htonl(INADDR_LOOPBACK);
+  if (auto client = connect_over(here)) {
+    expect_one_error(std::move(*client));
+  } else {
+    GTEST_SKIP() << "no TCP: " << ::strerror(errno);
+  }
+}
+
+// Where the kernel has another name for it.
+TEST_F(NbdTornLoans, AlsoOverVsock) {
+  sockaddr_vm here{};
+  here.svm_family = AF_VSOCK;
+  here.svm_cid = VMADDR_CID_LOCAL;
+  here.svm_port = VMADDR_PORT_ANY;
+  if (auto client = connect_over(here)) {
+    expect_one_error(std::move(*client));
+  } else {
+    GTEST_SKIP() << "no vsock to this host: " << ::strerror(errno);
+  }
 }
 
 TEST_F(NbdTornLoans, WithStructuredRepliesToo) {
