@@ -15,6 +15,7 @@
 #include "base/io.h"
 #include "base/log.h"
 #include "base/pool.h"
+#include "block/graph/lent.h"
 #include "nbd-server/wire.h"
 
 namespace minivmm::nbd {
@@ -30,6 +31,15 @@ ServerOptions sane(ServerOptions options) noexcept {
   options.max_connections = std::max(options.max_connections, 1u);
   options.max_handshakes = std::max(options.max_handshakes, 1u);
   return options;
+}
+
+// Fiber.
+void forget_lent() noexcept {
+  try {
+    base::Pool::syscalls().run([] { block::forget_lent(); });
+  } catch (const std::exception&) {
+    // There is no thread for it: it stays until the next client has left.
+  }
 }
 
 }  // namespace
@@ -298,14 +308,15 @@ void Server::Core::serve(base::UniqueFd connected, Connection::Terms terms,
     }
   }
   loop.post("nbd client", [self = shared_from_this(), client, &loop]() mutable {
-    self->run_client(*client, loop);
+    const bool last = self->run_client(*client, loop);
     // The socket is closed before whoever waits for the clients' end goes on.
     client.reset();
+    if (last) forget_lent();
     self->clients_inside_.leave();
   });
 }
 
-void Server::Core::run_client(Connection& client, base::EventLoop& loop) {
+bool Server::Core::run_client(Connection& client, base::EventLoop& loop) {
   Resources& resources = *resources_[loop.index()];
   client.run({options_, exports_, resources, budgets_});
   resources.buffers().shrink();
@@ -317,6 +328,7 @@ void Server::Core::run_client(Connection& client, base::EventLoop& loop) {
   }
   if (last && kept_.bytes() > KeptBuffers::kAlways) kept_.trim_all();
   if (last && options_.on_last_left) options_.on_last_left(client.entered());
+  return last;
 }
 
 bool Server::Core::full(const Listener& listener) const {

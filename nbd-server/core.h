@@ -63,7 +63,8 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
 
   void accept_clients(Listener& listener);
   void accept_ready(Listener& listener);
-  void run_client(Connection& client, base::EventLoop& loop);
+  // Returns whether it was the last one.
+  bool run_client(Connection& client, base::EventLoop& loop);
   bool full(const Listener& listener) const;
   bool admits(const Connection& client, unsigned max_per_client);
   Clients clients() const;

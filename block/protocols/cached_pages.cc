@@ -19,6 +19,7 @@
 
 #include "base/checked.h"
 #include "base/unique_fd.h"
+#include "block/graph/lent.h"
 
 namespace minivmm::block {
 namespace {
@@ -106,6 +107,8 @@ class CachedPages::Table {
     return table;
   }
 
+  static bool exists() noexcept { return exists_.load(std::memory_order_acquire); }
+
   uint64_t size() const noexcept { return windows_.size(); }
   Window& at(const CachedPages& file, uint64_t index) noexcept {
     return windows_[(file.first_ + index) % windows_.size()];
@@ -127,6 +130,20 @@ class CachedPages::Table {
     }
     for (Place& each : gone_) {
       if (each.file == &file) each.file = nullptr;
+    }
+  }
+
+  void clear() noexcept {
+    const std::lock_guard lock(mutex_);
+    for (size_t i = 0; i < windows_.size(); ++i) {
+      if (files_[i] == nullptr) continue;
+      windows_[i].owner.store(0, std::memory_order_relaxed);
+      files_[i]->drop(windows_[i].index.load(std::memory_order_relaxed));
+      files_[i] = nullptr;
+    }
+    for (Place& each : gone_) {
+      if (each.file != nullptr) each.file->drop(each.index);
+      each.file = nullptr;
     }
   }
 
@@ -170,7 +187,7 @@ class CachedPages::Table {
     const CachedPages* file = nullptr;
     uint64_t index = 0;
   };
-  Table() : windows_(window_bound()), files_(windows_.size()) {}
+  Table() : windows_(window_bound()), files_(windows_.size()) { exists_.store(true); }
 
   bool has(const Place& place) noexcept {
     const Window& window = at(*place.file, place.index);
@@ -189,7 +206,9 @@ class CachedPages::Table {
   std::mutex mutex_;
   std::vector<Window> windows_;
   std::vector<const CachedPages*> files_;  // whose mapping holds the window
-  std::array<Place, 8> gone_;              // the last ones that gave way
+  static inline std::atomic<bool> exists_{false};
+
+  std::array<Place, 8> gone_;  // the last ones that gave way
   size_t gone_count_ = 0;
   uint64_t next_ = 0;
   uint32_t last_taken_ = 0;
@@ -220,6 +239,12 @@ bool CachedPages::are_what_reading_gives(uint32_t file_system, bool writable) no
   // not.
   if (file_system == OVERLAYFS_SUPER_MAGIC) return writable;
   return std::find(kOneHosts.begin(), kOneHosts.end(), file_system) != kOneHosts.end();
+}
+
+void forget_lent() noexcept { CachedPages::forget_all(); }
+
+void CachedPages::forget_all() noexcept {
+  if (Table::exists()) Table::instance()->clear();
 }
 
 uint64_t CachedPages::bound() noexcept {

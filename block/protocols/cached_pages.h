@@ -40,6 +40,8 @@ class CachedPages {
   static bool are_what_reading_gives(uint32_t file_system, bool writable) noexcept;
   // What all files of the process together have mapped at most, in bytes.
   static uint64_t bound() noexcept;
+  // Unmaps all that is mapped, until it is asked for again (forget_lent).
+  static void forget_all() noexcept;
 
  private:
   class Table;

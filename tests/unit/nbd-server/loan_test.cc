@@ -201,6 +201,27 @@ TEST_F(NbdLoans, AClientThatLeavesWithItsRepliesUnreadLeavesNothingBehind) {
   EXPECT_EQ(client.read(0, 4096), content(0, 4096));
 }
 
+// It would count as the memory of a server that does nothing.
+TEST_F(NbdLoans, WhatWasLentGoesWithTheLastClient) {
+  Client first = connect();
+  first.enter("disk");
+  EXPECT_EQ(first.read(kMiB, 4096), content(kMiB, 4096));
+  {
+    Client second = connect();
+    second.enter("disk");
+    EXPECT_EQ(second.read(0, 4096), content(0, 4096));
+  }
+  EXPECT_EQ(first.read(2 * kMiB, 4096), content(2 * kMiB, 4096));
+  EXPECT_GT(resident(), 0u);
+  first.close();
+  for (int i = 0; i < 1000 && resident() > 0; ++i) ::usleep(10'000);
+  EXPECT_EQ(resident(), 0u);
+  Client third = connect();
+  third.enter("disk");
+  EXPECT_EQ(third.read(kMiB, 4096), content(kMiB, 4096));
+  EXPECT_GT(resident(), 0u);
+}
+
 // TLS would touch the bytes itself, and die of what the kernel answers with an error.
 TEST_F(NbdLoans, NothingIsLentToClientsWithTls) {
   directory_.write("keys.psk", "alice:" + std::string(64, 'a') + "\n");
