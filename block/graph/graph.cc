@@ -10,6 +10,7 @@
 #include "base/error.h"
 #include "base/event_loop.h"
 #include "base/log.h"
+#include "block/graph/edge.h"
 #include "block/graph/opening.h"
 #include "block/graph/root.h"
 
@@ -42,8 +43,8 @@ std::string Graph::owner_of(const std::string& name) const {
   for (const Entry& entry : nodes_) {
     if (entry.node->name() == name) return entry.node->describe();
   }
-  for (const auto& node : closing_) {
-    if (node->name() == name) return node->describe() + ", which is being closed";
+  for (const Closing& each : closing_) {
+    if (each.node->name() == name) return each.node->describe() + ", which is being closed";
   }
   return {};
 }
@@ -56,8 +57,18 @@ void Graph::check_name_free(const std::string& name) const {
 }
 
 void Graph::adopt(std::shared_ptr<Node> node) {
-  const std::lock_guard editing(editing_);
-  const std::lock_guard lock(mutex_);
+  const std::vector<Edge*> children = node->children();
+  Editing editing(editing_);
+  std::unique_lock lock(mutex_);
+  const auto would_reach_one = [&] {
+    return is_drained(*node) ||
+           std::any_of(children.begin(), children.end(),
+                       [&](const Edge* edge) { return is_drained(edge->node()); });
+  };
+  while (would_reach_one()) {
+    wait_for_drain(editing, lock);
+    lock.lock();
+  }
   check_name_free(node->name());
   nodes_.push_back({std::move(node), true});
 }
@@ -86,8 +97,8 @@ void Graph::refuse_writer(const Node& node, const std::string& user) const {
 }
 
 Handle Graph::attach(const std::string& node_name, std::string user, Permissions permissions) {
-  const std::lock_guard editing(editing_);
-  std::shared_ptr<Node> node = find(node_name);
+  Editing editing(editing_);
+  std::shared_ptr<Node> node = find_undrained(editing, node_name);
   if (permissions.uses != 0) {
     const std::lock_guard lock(mutex_);
     refuse_writer(*node, user);
@@ -99,10 +110,14 @@ Handle Graph::attach(const std::string& node_name, std::string user, Permissions
 }
 
 void Graph::unregister_root(std::unique_ptr<Handle::Root> root) {
-  // Not while a drain looks at it.
-  const std::lock_guard editing(editing_);
+  Editing editing(editing_);
   {
-    const std::lock_guard lock(mutex_);
+    // Not while a drain looks at it.
+    std::unique_lock lock(mutex_);
+    while (is_drained(root->edge.node())) {
+      wait_for_drain(editing, lock);
+      lock.lock();
+    }
     std::erase(roots_, root.get());
   }
   root.reset();
@@ -139,107 +154,10 @@ void Graph::reap(std::unique_ptr<Handle::Root> root) noexcept {
   });
 }
 
-Graph::Drain::Drain(Graph& graph, std::chrono::milliseconds deadline) : graph_(graph) {
-  const auto until = base::Clock::now() + deadline;
-  lock_when_none_comes_or_goes(until);
-  try {
-    hold_all(until);
-  } catch (...) {
-    let_go();
-    throw;
-  }
-}
-
-void Graph::Drain::hold_all(base::Clock::time_point until) {
-  {
-    const std::lock_guard lock(graph_.mutex_);
-    held_ = graph_.roots_;
-    for (Handle::Root* root : held_) root->hold();
-  }
-  for (Handle::Root* root : held_) {
-    if (root->wait_idle(until)) continue;
-    throw Error(ETIMEDOUT,
-                fmt::format("{}: {} has {} requests that do not end", root->edge.node().describe(),
-                            root->edge.user(), root->in_flight()));
-  }
-}
-
-Graph::Drain::~Drain() { let_go(); }
-
-// Whose requests would meet an edit: nodes that are being closed, openings, lookers. Under mutex_.
-std::string Graph::in_the_way() const {
-  if (!closing_.empty()) return closing_.front()->describe() + ": closing it";
-  if (const Opening* const opening = that_refers()) return opening->describe();
-  return looks_.empty() ? "" : "a look at the nodes";
-}
-
-void Graph::Drain::lock_when_none_comes_or_goes(base::Clock::time_point until) {
-  for (;;) {
-    std::unique_lock editing(graph_.editing_);
-    std::unique_lock lock(graph_.mutex_);
-    if (graph_.in_the_way().empty()) {
-      (void)editing.release();
-      return;
-    }
-    editing.unlock();
-    if (graph_.gone_.wait_until(lock, until, "nodes that are being opened, closed or looked at")) {
-      continue;
-    }
-    const std::string what = graph_.in_the_way();
-    if (!what.empty()) throw Error(ETIMEDOUT, what + " does not end");
-  }
-}
-
-void Graph::Drain::let_go() noexcept {
-  for (Handle::Root* root : held_) root->let_go();
-  graph_.editing_.unlock();
-}
-
 void Graph::replace_node(Handle& handle, const std::string& node_name) {
   std::shared_ptr<Node> node = find(node_name);
   const std::lock_guard lock(mutex_);  // describe() looks at what the handle points to
   handle.root_->edge.replace(std::move(node));
-}
-
-// The nodes that somebody looks at.
-class Graph::Look {
- public:
-  explicit Look(Graph& graph) : graph_(graph) {
-    const std::lock_guard editing(graph_.editing_);  // no drain is under way
-    const std::lock_guard lock(graph_.mutex_);
-    for (const Entry& entry : graph_.nodes_) nodes_.push_back(entry.node);
-    for (const auto& node : nodes_) which_.push_back(node.get());
-    graph_.looks_.push_back(this);
-  }
-  ~Look() {
-    nodes_.clear();  // before whoever closes one goes on: its file is to be free then
-    const std::lock_guard lock(graph_.mutex_);
-    std::erase(graph_.looks_, this);
-    graph_.gone_.notify_all();
-  }
-  Look(const Look&) = delete;
-  Look& operator=(const Look&) = delete;
-
-  const Nodes& nodes() const noexcept { return nodes_; }
-  bool has(const Node* node) const noexcept {
-    return std::find(which_.begin(), which_.end(), node) != which_.end();
-  }
-
- private:
-  Graph& graph_;
-  Nodes nodes_;
-  std::vector<const Node*> which_;
-};
-
-void Graph::look(const std::function<void(std::span<const std::shared_ptr<Node>>)>& look) {
-  const Look all(*this);
-  look(all.nodes());
-}
-
-// Under mutex_.
-bool Graph::looked_at(const Node* node) const {
-  return std::any_of(looks_.begin(), looks_.end(),
-                     [node](const Look* each) { return each->has(node); });
 }
 
 std::vector<Graph::User> Graph::users() const {
@@ -275,7 +193,7 @@ std::vector<std::string> Graph::describe() const {
     if (!each->undone_) continue;
     for (const auto& opened : each->opened_) add_closing(*opened.node);
   }
-  for (const auto& node : closing_) add_closing(*node);
+  for (const Closing& each : closing_) add_closing(*each.node);
   lock.unlock();
   for (const User& user : users()) {
     out.push_back(fmt::format("user {} of '{}': {} requests in flight", user.name, user.node_name,

@@ -14,7 +14,6 @@
 #include <functional>
 #include <memory>
 #include <mutex>
-#include <span>
 #include <vector>
 
 #include "base/sync.h"
@@ -27,6 +26,7 @@
 namespace minivmm::block {
 
 class Opening;
+class Reaching;
 
 class Graph {
  public:
@@ -66,25 +66,33 @@ class Graph {
   // A front end's hold on a node.
   Handle attach(const std::string& node_name, std::string user, Permissions permissions);
 
-  // Holds back new requests of every handle and waits for those in flight: for edits of the live
-  // graph, and for nodes that are being closed. Throws ETIMEDOUT naming what is stuck (then nothing
-  // is held back). While it lives no node comes or goes, nothing is being opened that refers to
-  // one, and nobody looks at them. On a fiber that has no request in flight itself.
+  // Holds back new requests that can come to a node, by whatever way down the graph, and waits for
+  // those in flight: for changes of what is inside it. Other nodes' requests go on, whatever they
+  // wait for; so do those that come to nodes below it by other ways. Without a node it is all of
+  // the graph, for edits. Throws ETIMEDOUT naming what is stuck (then nothing is held back).
+  //
+  // While it lives none of those that reach the node comes or goes or is being closed, none gets a
+  // handle or loses one, nothing is being opened that refers to one, and nobody looks at them: who
+  // wants that waits, and who is at it is waited for, as is another drain of some of them. On a
+  // fiber that has no request in flight itself, and that keeps the node.
   class Drain {
    public:
+    Drain(Graph& graph, const Node& node, std::chrono::milliseconds deadline);
     Drain(Graph& graph, std::chrono::milliseconds deadline);
     ~Drain();
     Drain(const Drain&) = delete;
     Drain& operator=(const Drain&) = delete;
 
    private:
-    void lock_when_none_comes_or_goes(base::Clock::time_point until);
-    void hold_all(base::Clock::time_point until);
+    Drain(Graph& graph, const Node* node, std::chrono::milliseconds deadline);
+    void begin(const Node* node, base::Clock::time_point until);
+    void wait_for_requests(base::Clock::time_point until);
     void let_go() noexcept;
     Graph& graph_;
+    std::unique_ptr<const Reaching> reaching_;
     std::vector<Handle::Root*> held_;
   };
-  // Points a front end's handle at another node. Only under a Drain.
+  // Points a front end's handle at another node. Only under a Drain of all.
   void replace_node(Handle& handle, const std::string& node_name);
 
   // Flushes and closes every node, parents first, otherwise all at once: one that hangs costs the
@@ -92,10 +100,11 @@ class Graph {
   // everything.
   void close();
 
-  // Calls `look` with all nodes, children first; it may wait for what they say. Nobody else waits
-  // for it but a drain, and who removes one of them: it is closed when nobody looks at it any more.
-  // Nothing of them may outlive the call. Fiber.
-  void look(const std::function<void(std::span<const std::shared_ptr<Node>>)>& look);
+  // Calls `look` with each node, children first; it may wait for what the node says. Nobody else
+  // waits for that but a drain of what the node reaches, and who removes one of those that are to
+  // be looked at: it is closed when the look at all is over. Nothing of them may outlive the call.
+  // Fiber.
+  void look(const std::function<void(Node&)>& look);
   // Who uses nodes from outside. Any thread.
   struct User {
     std::string name;  // "NBD export 'disk0'"
@@ -109,6 +118,7 @@ class Graph {
  private:
   friend class Handle;
   friend class Opening;
+  friend class Reaching;
   struct Entry {
     std::shared_ptr<Node> node;
     bool named;  // kept by its own name; others live with their parent
@@ -116,18 +126,25 @@ class Graph {
   std::string owner_of(const std::string& name) const;
   void check_name_free(const std::string& name) const;
   void refuse_writer(const Node& node, const std::string& user) const;
-  const Opening* that_refers() const;
-  std::string in_the_way() const;
+  std::string in_the_way(const Reaching& reaching) const;
+  using Editing = std::unique_lock<base::FiberMutex>;
+  bool is_drained(const Node& node) const;
+  void wait_for_drain(Editing& editing, std::unique_lock<std::mutex>& lock);
+  std::shared_ptr<Node> find_undrained(Editing& editing, const std::string& node_name);
   void unregister_root(std::unique_ptr<Handle::Root> root);
   void reap(std::unique_ptr<Handle::Root> root) noexcept;
   // How nodes go (graph_close.cc).
   using Nodes = std::vector<std::shared_ptr<Node>>;
+  struct Closing {
+    std::shared_ptr<Node> node;
+    // What it used when it was taken out: the node itself is not asked any more.
+    std::vector<std::weak_ptr<Node>> children;
+  };
   class Look;
   bool looked_at(const Node* node) const;
   Nodes going_with(const std::shared_ptr<Node>& node) const;
   bool only_ending_users(const Node& node) const;
-  std::shared_ptr<Node> wait_for_users(std::unique_lock<base::FiberMutex>& editing,
-                                       const std::string& node_name);
+  std::shared_ptr<Node> wait_for_users(Editing& editing, const std::string& node_name);
   void take_out(const Nodes& going);
   void close_taken(Nodes taken, std::exception_ptr& first) noexcept;
   std::exception_ptr close_one(std::shared_ptr<Node> node,
@@ -137,15 +154,16 @@ class Graph {
 
   const OpenPolicy policy_;
   Node::CorruptionListener on_corruption_;
-  base::FiberMutex editing_;  // one edit at a time; held across a drain
+  base::FiberMutex editing_;  // one edit at a time
   mutable std::mutex mutex_;
-  std::vector<Entry> nodes_;          // guarded by mutex_, in order of opening: children first
-  Nodes closing_;                     // guarded by mutex_; taken out of nodes_, names still taken
-  std::vector<Opening*> openings_;    // guarded by mutex_
-  std::vector<Look*> looks_;          // guarded by mutex_
-  bool ending_ = false;               // guarded by mutex_; nothing is opened any more
-  std::vector<Handle::Root*> roots_;  // guarded by mutex_
-  base::WaitQueue gone_;      // a node has been closed; a root, an opening or a look has gone
+  std::vector<Entry> nodes_;        // guarded by mutex_, in order of opening: children first
+  std::vector<Closing> closing_;    // guarded by mutex_; taken out of nodes_, names still taken
+  std::vector<Opening*> openings_;  // guarded by mutex_
+  std::vector<Look*> looks_;        // guarded by mutex_
+  std::vector<const Reaching*> drained_;  // guarded by mutex_; added to under editing_ as well
+  bool ending_ = false;                   // guarded by mutex_; nothing is opened any more
+  std::vector<Handle::Root*> roots_;      // guarded by mutex_
+  base::WaitQueue gone_;  // a node has been closed; a root, an opening, a look or a drain has gone
   unsigned next_number_ = 0;  // guarded by mutex_
   base::WaitGroup reaping_;
 };

@@ -59,8 +59,7 @@ bool Graph::only_ending_users(const Node& node) const {
 }
 
 // The node, once it has no users; under editing_ before and after. Throws ENOENT, EBUSY.
-std::shared_ptr<Node> Graph::wait_for_users(std::unique_lock<base::FiberMutex>& editing,
-                                            const std::string& node_name) {
+std::shared_ptr<Node> Graph::wait_for_users(Editing& editing, const std::string& node_name) {
   const auto until = base::Clock::now() + kUsersPatience;
   for (;;) {
     std::shared_ptr<Node> node = find(node_name);
@@ -83,7 +82,12 @@ std::shared_ptr<Node> Graph::wait_for_users(std::unique_lock<base::FiberMutex>& 
 // Under editing_: nobody finds them any more.
 void Graph::take_out(const Nodes& going) {
   const std::lock_guard lock(mutex_);
-  closing_.insert(closing_.end(), going.begin(), going.end());
+  std::vector<Closing> all = closing_;
+  for (const auto& node : going) {
+    all.push_back({node, {}});
+    for (const Edge* edge : node->children()) all.back().children.push_back(edge->shared_node());
+  }
+  closing_.swap(all);
   std::erase_if(nodes_, [&](const Entry& entry) {
     return std::find(going.begin(), going.end(), entry.node) != going.end();
   });
@@ -106,7 +110,7 @@ std::exception_ptr Graph::close_one(std::shared_ptr<Node> node,
     if (first) base::log_error("{}: closing: {}", node->describe(), e.what());
   }
   std::unique_lock lock(mutex_);
-  std::erase(closing_, node);
+  std::erase_if(closing_, [&](const Closing& each) { return each.node == node; });
   lock.unlock();
   node.reset();  // its edges let go of its children, and its file is free
   lock.lock();
@@ -124,8 +128,18 @@ void Graph::close_taken(Nodes taken, std::exception_ptr& first) noexcept {
 }
 
 void Graph::remove(const std::string& node_name) {
-  std::unique_lock editing(editing_);
-  Nodes going = going_with(wait_for_users(editing, node_name));
+  Editing editing(editing_);
+  Nodes going;
+  for (;;) {
+    going = going_with(wait_for_users(editing, node_name));
+    std::unique_lock lock(mutex_);
+    if (std::none_of(going.begin(), going.end(),
+                     [&](const auto& each) { return is_drained(*each); })) {
+      break;
+    }
+    going.clear();  // the graph has them
+    wait_for_drain(editing, lock);
+  }
   take_out(going);
   editing.unlock();
   std::exception_ptr error;
@@ -147,13 +161,6 @@ std::shared_ptr<Node> Graph::take_unused() {
 }
 
 // --- nodes that do not come to be ---
-
-// Under mutex_: an opening that uses nodes of the graph already. Null: there is none.
-const Opening* Graph::that_refers() const {
-  const auto found = std::find_if(openings_.begin(), openings_.end(),
-                                  [](const Opening* each) { return !each->references_.empty(); });
-  return found == openings_.end() ? nullptr : *found;
-}
 
 bool Graph::give_up_opening(const std::string& node_name) {
   const auto until = base::Clock::now() + kUsersPatience;
@@ -196,7 +203,8 @@ void Graph::end_openings() {
 
 // Fibers rely on editing_, which this holds meanwhile.
 void Graph::close_side_by_side(std::exception_ptr& first_error) {
-  const std::lock_guard editing(editing_);
+  Editing editing(editing_);
+  for (std::unique_lock lock(mutex_); !drained_.empty(); lock.lock()) wait_for_drain(editing, lock);
   base::WaitGroup group;
   const auto close_it = [&](std::shared_ptr<Node> node) {
     std::exception_ptr error = close_one(std::move(node), first_error);

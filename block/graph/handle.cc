@@ -59,7 +59,9 @@ void Handle::Root::finish() {
     lock.lock();
   }
   lock.unlock();
-  if (written.load(std::memory_order_acquire)) edge.flush();
+  if (!written.load(std::memory_order_acquire)) return;
+  const base::Epoch::Pin pin = enter();  // a drain waits for it, or holds it back
+  edge.flush();
 }
 
 Handle::Handle(std::unique_ptr<Root> root) noexcept : root_(std::move(root)) {}

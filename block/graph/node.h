@@ -72,7 +72,7 @@ class Node : public std::enable_shared_from_this<Node> {
   // What it holds in memory, for state dumps; empty: nothing to speak of. Any thread; no I/O.
   virtual std::string state() const { return {}; }
   // Direct children, all of them, top first (file, then backing), for walks. Only stable under a
-  // drain.
+  // drain, or while the graph is not edited.
   virtual std::vector<Edge*> children() { return {}; }
 
   // What remembers which parts were written; nullptr where the node has no such thing.

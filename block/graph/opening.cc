@@ -136,8 +136,8 @@ std::shared_ptr<Node> Opening::open_child(Options& parent, const char* key,
 // stands above another node shares it with no writer, so who writes to it is in the way already,
 // and who wants to begin is refused (Graph::refuse_writer).
 std::shared_ptr<Node> Opening::refer_to(const std::string& node_name, bool writes) {
-  const std::lock_guard editing(graph_.editing_);  // no drain is under way, nothing is taken out
-  std::shared_ptr<Node> node = graph_.find(node_name);
+  Graph::Editing editing(graph_.editing_);  // no drain begins, nothing is taken out
+  std::shared_ptr<Node> node = graph_.find_undrained(editing, node_name);
   const std::lock_guard lock(graph_.mutex_);
   check_wanted();
   for (const Opening* other : graph_.openings_) {
@@ -173,8 +173,14 @@ std::vector<Opening::GiveUp> Opening::give_up(const std::string& why) {
 // All of it at once.
 void Opening::publish() {
   std::vector<Reference> references;
-  const std::lock_guard editing(graph_.editing_);
-  const std::lock_guard lock(graph_.mutex_);
+  Graph::Editing editing(graph_.editing_);
+  std::unique_lock lock(graph_.mutex_);
+  // Not one of a node below: what is referred to is in a drain's way. One of all.
+  while (std::any_of(opened_.begin(), opened_.end(),
+                     [&](const Opened& each) { return graph_.is_drained(*each.node); })) {
+    graph_.wait_for_drain(editing, lock);
+    lock.lock();
+  }
   check_wanted();
   graph_.nodes_.reserve(graph_.nodes_.size() + opened_.size());
   for (Opened& each : opened_) graph_.nodes_.push_back({std::move(each.node), each.named});

@@ -48,6 +48,7 @@ class Opening {
 
  private:
   friend class Graph;
+  friend class Reaching;
   // What is being opened.
   struct Layer {
     std::string node_name;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // The snapshots that a node keeps inside its image: states of the disk by name.
 //
-// Owned by the node (Node::snapshots). On a fiber. Changes are made while no request of the node is
-// in flight: before its first user, or under a Graph::Drain.
+// Owned by the node, and shown by filters above it, too (Node::snapshots). On a fiber. Changes are
+// made while no request of the node is in flight: before its first user, or under a Graph::Drain.
 #pragma once
 
 #include <string>
@@ -13,8 +13,13 @@
 
 namespace minivmm::block {
 
+class Node;
+
 class Snapshots {
  public:
+  // In whose image they are.
+  virtual const Node& node() const noexcept = 0;
+
   struct Info {
     std::string id;
     std::string name;

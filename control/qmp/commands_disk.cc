@@ -203,7 +203,7 @@ Json snapshot_create(Target& target, const Arguments& given) {
                               held.node().name()));
   }
   {
-    const block::Graph::Drain drain(target.graph(), kDrainPatience);
+    const block::Graph::Drain drain(target.graph(), snapshots.node(), kDrainPatience);
     (void)snapshots.create(name);
   }
   held.close();
@@ -226,7 +226,7 @@ Json snapshot_delete(Target& target, const Arguments& given) {
                               id, name, held.node().name()));
   }
   {
-    const block::Graph::Drain drain(target.graph(), kDrainPatience);
+    const block::Graph::Drain drain(target.graph(), snapshots.node(), kDrainPatience);
     snapshots.remove(found->name, found->id);
   }
   held.close();

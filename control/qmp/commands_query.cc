@@ -108,11 +108,9 @@ Json node_json(Node& node, const std::vector<block::Graph::User>& users) {
 Json nodes(Target& target, const Arguments& arguments) {
   const std::string name = arguments.text("node-name");
   Json out = Json::array();
-  target.graph().look([&](std::span<const std::shared_ptr<Node>> all) {
-    const auto users = target.graph().users();
-    for (const auto& node : all) {
-      if (name.empty() || node->name() == name) out.push_back(node_json(*node, users));
-    }
+  const auto users = target.graph().users();
+  target.graph().look([&](Node& node) {
+    if (name.empty() || node.name() == name) out.push_back(node_json(node, users));
   });
   if (!name.empty() && out.empty()) (void)target.graph().find(name);  // says what there is
   return out;
@@ -123,18 +121,16 @@ Json disks(Target& target, const Arguments&) {
   const std::vector<std::string> names = target.guest_disks();
   const bool failed = target.guest_status() == "io-error";
   Json out = Json::array();
-  target.graph().look([&](std::span<const std::shared_ptr<Node>> all) {
-    const auto users = target.graph().users();
-    for (const auto& node : all) {
-      if (std::find(names.begin(), names.end(), node->name()) == names.end()) continue;
-      out.push_back({{"device", node->name()},
-                     {"qdev", node->name()},
-                     {"type", "unknown"},
-                     {"removable", false},
-                     {"locked", false},
-                     {"io-status", failed ? "failed" : "ok"},
-                     {"inserted", node_json(*node, users)}});
-    }
+  const auto users = target.graph().users();
+  target.graph().look([&](Node& node) {
+    if (std::find(names.begin(), names.end(), node.name()) == names.end()) return;
+    out.push_back({{"device", node.name()},
+                   {"qdev", node.name()},
+                   {"type", "unknown"},
+                   {"removable", false},
+                   {"locked", false},
+                   {"io-status", failed ? "failed" : "ok"},
+                   {"inserted", node_json(node, users)}});
   });
   return out;
 }

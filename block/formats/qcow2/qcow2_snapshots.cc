@@ -13,6 +13,8 @@ class Qcow2Node::SnapshotCommands final : public Snapshots {
   explicit SnapshotCommands(Qcow2Node& node) : node_(node) {}
   ~SnapshotCommands() = default;
 
+  const Node& node() const noexcept override { return node_; }
+
   std::vector<Info> list() override {
     std::vector<Info> out;
     for (const qcow2::SnapshotEntry& entry : node_.image_.snapshots().entries()) {

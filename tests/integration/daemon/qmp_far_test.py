@@ -11,6 +11,7 @@ import time
 import unittest
 
 sys.path.insert(0, os.path.join(os.path.dirname(__file__), "..", "..", "support"))
+from harness.nbd import CMD_READ
 from harness.qmp import ControlScene, Qmp, QmpError
 from harness.scene import MIB, wait_until
 
@@ -43,6 +44,9 @@ class Far(ControlScene):
     def use_the_graph(self):
         """What another client does meanwhile."""
         self.assertIn("near", self.nodes(self.other))
+        self.use_the_graph_unseen()
+
+    def use_the_graph_unseen(self):
         self.other.command("blockdev-add", driver="memory", node_name="m", size=MIB)
         self.other.command("block-export-add", type="nbd", id="m", node_name="m", writable=True)
         self.nbd("m").write(0, b"x" * 4096)
@@ -140,11 +144,13 @@ class Far(ControlScene):
         self.assertEqual(self.other.answer(), {"return": {}})
         self.ended()
 
-    def open_image(self, *bitmaps):
-        """A qcow2 image on the server: the node q."""
-        self.create("image.qcow2", 4 * MIB, "-f", "qcow2")
+    def open_image(self, *bitmaps, options=(), room=0):
+        """A qcow2 image on the server: the node q. Its file cannot grow there."""
+        self.create("image.qcow2", 4 * MIB, "-f", "qcow2", *options)
         for name in bitmaps:
             self.tool("bitmap", "--add", self.path("image.qcow2"), name)
+        image = self.path("image.qcow2")
+        os.truncate(image, os.path.getsize(image) + room)
         self.far.send(signal.SIGTERM)
         self.far.wait(30)
         self.far = self.daemon("serve", "--disk", "image.qcow2,id=far,format=raw", "--export",
@@ -161,6 +167,38 @@ class Far(ControlScene):
         self.far.send(signal.SIGCONT)
         self.assertEqual(self.qmp.answer(), {"return": {}})
         self.ended()
+
+    def test_a_snapshot_of_another_disk_is_made_meanwhile(self):
+        """Only what comes to the disk itself has to stand still for that."""
+        self.open_image("b0", options=("-o", "preallocation=falloc"), room=4 * MIB)
+        self.create("own.qcow2", 4 * MIB, "-f", "qcow2")
+        self.qmp.command("blockdev-add", driver="qcow2", node_name="own", file={
+            "driver": "file", "filename": self.path("own.qcow2")})
+        for name in ("own", "q"):
+            self.qmp.command("block-export-add", type="nbd", id=name, node_name=name, writable=True)
+        far, own = self.nbd("q"), self.nbd("own")
+        self.hang()
+        waiting = far.begin(CMD_READ, 0, 4096)
+        self.qmp.begin("query-named-block-nodes")  # waits for the bitmap
+        third = Qmp(self.path("c.sock"))
+        self.addCleanup(third.close)
+        third.begin("blockdev-snapshot-internal-sync", device="q", name="t")
+        own.write(0, b"y" * 4096)
+        self.other.command("blockdev-snapshot-internal-sync", device="own", name="s")
+        self.assertEqual(own.read(0, 4096), b"y" * 4096)
+        self.use_the_graph_unseen()
+        self.other.command("blockdev-snapshot-delete-internal-sync", device="own", name="s")
+        self.assert_unanswered(self.qmp)
+        self.assert_unanswered(third)
+        self.far.send(signal.SIGCONT)
+        self.assertEqual(far.finish(waiting), bytes(4096))
+        self.assertEqual(third.answer(), {"return": {}})
+        self.assertIn("return", self.qmp.answer())
+        far.close()
+        own.close()
+        self.ended()
+        self.check("own.qcow2")
+        self.check("image.qcow2")
 
     def has_answer(self):
         return bool(select.select([self.qmp.socket], [], [], 0)[0])
