@@ -69,6 +69,8 @@ class Visit {
 // are not kept waiting.
 constexpr unsigned kBatch = 256;
 constexpr size_t kIdleStacks = 64;
+// A look costs as much as giving way to nobody.
+constexpr unsigned kLooksPerYield = 4;
 
 }  // namespace
 
@@ -115,7 +117,7 @@ void EventLoop::run() {
       break;
     }
     if (poll_timeout() == std::chrono::nanoseconds(0)) {
-      backend_->poll(std::chrono::nanoseconds(0), *this);
+      look();
     } else if (!spin()) {
       sleep();
     }
@@ -125,6 +127,12 @@ void EventLoop::run() {
   wake_target_.store(nullptr, std::memory_order_release);
 }
 
+// Collects what has come about, without waiting.
+void EventLoop::look() noexcept {
+  polls_.look(*this, *backend_);
+  if (!backend_->quiet()) backend_->poll(std::chrono::nanoseconds(0), *this);
+}
+
 // Looks for work for a moment; true if there is some.
 bool EventLoop::spin() {
   auto now = Clock::now();
@@ -132,11 +140,12 @@ bool EventLoop::spin() {
   auto until = now + idle_spin_.limit();
   if (const auto deadline = timers_.next_deadline()) until = std::min(until, *deadline);
   bool found = false;
+  unsigned looks = 0;
   while (!found && now < until) {
-    backend_->poll(std::chrono::nanoseconds(0), *this);
+    look();
     found = ready_head_ != nullptr || remote_pending();
     // Whoever else wants this CPU goes first: it may be the client that we wait for.
-    if (!found) ::sched_yield();
+    if (!found && ++looks % kLooksPerYield == 0) ::sched_yield();
     const auto before = std::exchange(now, Clock::now());
     idle_spin_.gave_way(before, now);
   }
@@ -146,6 +155,7 @@ bool EventLoop::spin() {
 
 void EventLoop::sleep() {
   if (stacks_.idle() > kIdleStacks) stacks_.trim(kIdleStacks);
+  polls_.hand_over(*backend_);
   // From here on a poster must wake us; one that came before this is seen by poll_timeout.
   sleeping_.store(true, std::memory_order_seq_cst);
   const auto timeout = poll_timeout();
@@ -291,10 +301,19 @@ void EventLoop::yield() noexcept {
 int64_t EventLoop::run_io(IoOp& op) noexcept {
   Fiber* const self = Fiber::current();
   op.fiber = self;
-  backend_->submit(op);
+  if (op.opcode != IoOpcode::kPoll || !polls_.add(op)) backend_->submit(op);
   self->waiting_for = "I/O";
   self->suspend();
   return op.result;
+}
+
+void EventLoop::cancel_io(IoOp& op) noexcept {
+  if (!polls_.remove(op)) {
+    backend_->cancel(op);
+    return;
+  }
+  op.result = -ECANCELED;
+  on_complete(op);
 }
 
 void EventLoop::on_complete(IoOp& op) noexcept { push_ready(*op.fiber); }

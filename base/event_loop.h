@@ -24,6 +24,7 @@
 #include "base/fiber.h"
 #include "base/idle_spin.h"
 #include "base/io_backend.h"
+#include "base/poll_set.h"
 #include "base/stack_pool.h"
 #include "base/timer_queue.h"
 
@@ -92,7 +93,7 @@ class EventLoop final : private CompletionSink {
   // Suspends the fiber until the operation has completed; returns op.result.
   int64_t run_io(IoOp& op) noexcept;
   // Asks for the early end of an operation that a fiber of this loop waits for in run_io.
-  void cancel_io(IoOp& op) noexcept { backend_->cancel(op); }
+  void cancel_io(IoOp& op) noexcept;
   // Lets everything else that is ready run first.
   void yield() noexcept;
 
@@ -113,6 +114,7 @@ class EventLoop final : private CompletionSink {
   void on_complete(IoOp& op) noexcept override;
   void start_backend();
   void run_ready() noexcept;
+  void look() noexcept;
   bool spin();
   void sleep();
   void push_ready(Fiber& fiber) noexcept;
@@ -141,6 +143,7 @@ class EventLoop final : private CompletionSink {
   // The loop's thread only.
   std::unique_ptr<IoBackend> backend_;
   StackPool stacks_;
+  PollSet polls_;  // not given to the backend yet
   TimerQueue timers_;
   IdleSpin idle_spin_;
   Fiber* ready_head_ = nullptr;

@@ -40,6 +40,10 @@ class IoBackend {
   // something happens, zero does not wait.
   virtual void poll(std::optional<std::chrono::nanoseconds> timeout, CompletionSink& sink) = 0;
 
+  // True if poll() would find nothing now, nor has anything to hand over. It costs no system call;
+  // where that cannot be told without one it is false.
+  virtual bool quiet() const noexcept { return false; }
+
   // Any thread: makes a waiting or the next poll() return soon.
   virtual void wake() noexcept = 0;
 };

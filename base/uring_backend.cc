@@ -50,6 +50,7 @@ class UringBackend final : public IoBackend {
   void submit(IoOp& op) noexcept override;
   void cancel(IoOp& op) noexcept override;
   void poll(std::optional<std::chrono::nanoseconds> timeout, CompletionSink& sink) override;
+  bool quiet() const noexcept override;
   void wake() noexcept override;
 
  private:
@@ -70,6 +71,7 @@ class UringBackend final : public IoBackend {
   UniqueFd wake_fd_;
   uint64_t wake_value_ = 0;  // where the armed read of wake_fd_ goes
   bool wake_armed_ = false;
+  bool tells_work_ = false;  // the kernel says when it has deferred work for us
   // Operations that found the submission queue full, oldest first.
   IoOp* overflow_head_ = nullptr;
   IoOp* overflow_tail_ = nullptr;
@@ -92,10 +94,11 @@ UringBackend::UringBackend(unsigned entries) {
 
 void UringBackend::set_up(unsigned entries) {
   // Deferred task work runs in our own io_uring_enter, never by interrupting a fiber. Kernels
-  // before 6.1 lack it, those before 5.18 the others: fall back by steps.
+  // before 6.1 lack it, those before 5.19 the others: fall back by steps.
   const unsigned attempts[] = {
-      IORING_SETUP_SUBMIT_ALL | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN,
-      IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN, 0};
+      IORING_SETUP_SUBMIT_ALL | IORING_SETUP_SINGLE_ISSUER | IORING_SETUP_DEFER_TASKRUN |
+          IORING_SETUP_TASKRUN_FLAG,
+      IORING_SETUP_SUBMIT_ALL | IORING_SETUP_COOP_TASKRUN | IORING_SETUP_TASKRUN_FLAG, 0};
   int result = -EINVAL;
   for (const unsigned flags : attempts) {
     io_uring_params params{};
@@ -105,6 +108,7 @@ void UringBackend::set_up(unsigned entries) {
     if (result != -EINVAL) break;
   }
   if (result < 0) throw errno_error(-result, "io_uring_setup");
+  tells_work_ = (ring_.flags & IORING_SETUP_TASKRUN_FLAG) != 0;
   // Saves a reference count on the file table in each enter; refused harmlessly before 5.18.
   (void)::io_uring_register_ring_fd(&ring_);
 }
@@ -256,6 +260,15 @@ void UringBackend::arm_wakeup() noexcept {
   ::io_uring_prep_read(sqe, wake_fd_.get(), &wake_value_, sizeof wake_value_, 0);
   ::io_uring_sqe_set_data64(sqe, kWakeup);
   wake_armed_ = true;
+}
+
+bool UringBackend::quiet() const noexcept {
+  if (!tells_work_ || !wake_armed_ || overflow_head_ != nullptr || cancels_ != nullptr) {
+    return false;
+  }
+  constexpr unsigned kSomething = IORING_SQ_TASKRUN | IORING_SQ_CQ_OVERFLOW;
+  return ::io_uring_sq_ready(&ring_) == 0 && ::io_uring_cq_ready(&ring_) == 0 &&
+         (__atomic_load_n(ring_.sq.kflags, __ATOMIC_ACQUIRE) & kSomething) == 0;
 }
 
 void UringBackend::wake() noexcept {

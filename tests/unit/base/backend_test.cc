@@ -82,5 +82,24 @@ TEST_P(BackendTest, CompletesManyMoreThanTheRingHolds) {
   for (const IoOp& op : ops_) EXPECT_EQ(op.result & POLLIN, POLLIN);
 }
 
+// Whoever believes it does not poll: saying so falsely would leave a completion lying.
+TEST_P(BackendTest, IsNotQuietWhileThereIsSomething) {
+  EXPECT_FALSE(backend_->quiet()) << "nothing was handed over yet";
+  for (unsigned i = 0; i < 100; ++i) backend_->poll(std::chrono::nanoseconds(0), counter_);
+  ASSERT_EQ(counter_.completed, 0U);
+  if (!GetParam()) {
+    EXPECT_FALSE(backend_->quiet()) << "epoll tells nothing without a call";
+  }
+  ASSERT_EQ(::send(theirs_.get(), "x", 1, 0), 1);
+  EXPECT_FALSE(backend_->quiet());
+  while (counter_.completed < 100) {
+    ASSERT_FALSE(backend_->quiet()) << counter_.completed << " of 100";
+    backend_->poll(std::chrono::milliseconds(10), counter_);
+  }
+  backend_->poll(std::chrono::nanoseconds(0), counter_);
+  backend_->wake();
+  EXPECT_FALSE(backend_->quiet()) << "it was woken";
+}
+
 }  // namespace
 }  // namespace minivmm::base
