@@ -79,9 +79,9 @@ EventLoop::EventLoop(EventLoopOptions options)
 
 EventLoop::~EventLoop() {
   while (g_visitors[index_].count.load(std::memory_order_acquire) != 0) std::this_thread::yield();
-  // Bodies posted after run() returned never run.
-  PostedBody* body = remote_bodies_.exchange(nullptr);
-  while (body != nullptr) {
+  // There are some only where run() was never called.
+  PostedBody* body = remote_bodies_.exchange(closed());
+  while (body != closed() && body != nullptr) {
     PostedBody* next = body->next;
     delete body;
     body = next;
@@ -113,7 +113,7 @@ void EventLoop::run() {
     take_remote();
     run_ready();
     if (ready_head_ == nullptr && live_count_ == 0 && stopping_.load(std::memory_order_acquire) &&
-        !remote_pending()) {
+        close()) {
       break;
     }
     if (poll_timeout() == std::chrono::nanoseconds(0)) {
@@ -136,6 +136,7 @@ void EventLoop::look() noexcept {
 // Looks for work for a moment; true if there is some.
 bool EventLoop::spin() {
   auto now = Clock::now();
+  last_idle_ = now;
   if (!idle_spin_.begin(now)) return false;
   auto until = now + idle_spin_.limit();
   if (const auto deadline = timers_.next_deadline()) until = std::min(until, *deadline);
@@ -192,14 +193,31 @@ void EventLoop::wake_thread() noexcept {
   if (IoBackend* target = wake_target_.load(std::memory_order_acquire)) target->wake();
 }
 
-void EventLoop::post_body(std::unique_ptr<PostedBody> body) noexcept {
+EventLoop::PostedBody* EventLoop::closed() noexcept {
+  struct Nothing final : PostedBody {
+    void start(EventLoop& /*loop*/) override {}
+  };
+  static Nothing nothing;
+  return &nothing;
+}
+
+// No body is taken any more. False: there are some.
+bool EventLoop::close() noexcept {
+  if (remote_fibers_.load(std::memory_order_seq_cst) != nullptr) return false;
+  PostedBody* none = nullptr;
+  return remote_bodies_.compare_exchange_strong(none, closed(), std::memory_order_seq_cst);
+}
+
+bool EventLoop::post_body(std::unique_ptr<PostedBody> body) noexcept {
   const Visit visit(index_);
-  PostedBody* const posted = body.release();
-  posted->next = remote_bodies_.load(std::memory_order_relaxed);
-  while (!remote_bodies_.compare_exchange_weak(posted->next, posted, std::memory_order_seq_cst,
-                                               std::memory_order_relaxed)) {
-  }
+  body->next = remote_bodies_.load(std::memory_order_relaxed);
+  do {
+    if (body->next == closed()) return false;
+  } while (!remote_bodies_.compare_exchange_weak(body->next, body.get(), std::memory_order_seq_cst,
+                                                 std::memory_order_relaxed));
+  (void)body.release();
   if (!on_own_thread()) wake_thread();
+  return true;
 }
 
 void EventLoop::wake(Fiber& fiber) noexcept {
@@ -308,6 +326,7 @@ int64_t EventLoop::run_io(IoOp& op) noexcept {
 }
 
 void EventLoop::cancel_io(IoOp& op) noexcept {
+  if (op.fiber == nullptr) return;  // it has completed; only its fiber does not know yet
   if (!polls_.remove(op)) {
     backend_->cancel(op);
     return;
@@ -316,7 +335,7 @@ void EventLoop::cancel_io(IoOp& op) noexcept {
   on_complete(op);
 }
 
-void EventLoop::on_complete(IoOp& op) noexcept { push_ready(*op.fiber); }
+void EventLoop::on_complete(IoOp& op) noexcept { push_ready(*std::exchange(op.fiber, nullptr)); }
 
 std::vector<std::string> EventLoop::describe_fibers(size_t limit) const {
   std::vector<std::string> out;

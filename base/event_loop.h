@@ -54,13 +54,14 @@ class EventLoop final : private CompletionSink {
   void run();
   void stop() noexcept;
 
-  // Runs `body` as a new fiber of this loop. Throws std::bad_alloc. Bodies posted after run() has
-  // returned never run.
+  // Runs `body` as a new fiber of this loop. Throws std::bad_alloc. False: run() has returned, or
+  // is about to, and the body will never run.
   template <typename Body>
-  void post(const char* name, Body&& body);
+  bool post(const char* name, Body&& body);
 
   // Runs `body` as a fiber of this loop and blocks the calling thread (not a fiber, not the loop's
-  // own thread) until it has ended; rethrows what it threw.
+  // own thread) until it has ended; rethrows what it threw. Throws base::Error if the loop has
+  // ended.
   template <typename Body>
   auto call(const char* name, Body&& body) -> std::invoke_result_t<Body>;
 
@@ -98,6 +99,8 @@ class EventLoop final : private CompletionSink {
   void yield() noexcept;
 
   TimerQueue& timers() noexcept { return timers_; }
+  // When it last had nothing to do.
+  Clock::time_point last_idle() const noexcept { return last_idle_; }
   size_t live_fibers() const noexcept { return live_count_; }
   // "name: waiting for x" of each live fiber, at most `limit` of them.
   std::vector<std::string> describe_fibers(size_t limit) const;
@@ -121,7 +124,9 @@ class EventLoop final : private CompletionSink {
   void take_remote();
   bool remote_pending() const noexcept;
   void wake_thread() noexcept;
-  void post_body(std::unique_ptr<PostedBody> body) noexcept;
+  bool post_body(std::unique_ptr<PostedBody> body) noexcept;
+  static PostedBody* closed() noexcept;
+  bool close() noexcept;
   std::optional<std::chrono::nanoseconds> poll_timeout() const noexcept;
   template <typename Body>
   Fiber* make_fiber(const char* name, Body&& body);
@@ -133,7 +138,8 @@ class EventLoop final : private CompletionSink {
   std::atomic<const char*> backend_name_{"none"};
   std::atomic<bool> stopping_{false};
 
-  // Posted to by other threads; each is a stack that is taken whole.
+  // Posted to by other threads; each is a stack that is taken whole. At the end, that of bodies is
+  // closed().
   std::atomic<Fiber*> remote_fibers_{nullptr};
   std::atomic<PostedBody*> remote_bodies_{nullptr};
   // True while the thread is about to sleep or sleeping in poll(): then a poster must wake it.
@@ -146,6 +152,7 @@ class EventLoop final : private CompletionSink {
   PollSet polls_;  // not given to the backend yet
   TimerQueue timers_;
   IdleSpin idle_spin_;
+  Clock::time_point last_idle_{};
   Fiber* ready_head_ = nullptr;
   Fiber* ready_tail_ = nullptr;
   Fiber* live_head_ = nullptr;

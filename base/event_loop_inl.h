@@ -2,10 +2,12 @@
 // Templates of event_loop.h.
 #pragma once
 
+#include <cerrno>
 #include <exception>
 #include <future>
 #include <utility>
 
+#include "base/error.h"
 #include "base/event_loop.h"
 
 namespace minivmm::base {
@@ -19,10 +21,10 @@ struct EventLoop::PostedBodyOf final : EventLoop::PostedBody {
 };
 
 template <typename Body>
-void EventLoop::post(const char* name, Body&& body) {
+bool EventLoop::post(const char* name, Body&& body) {
   using Stored = std::decay_t<Body>;
   Stored copy(std::forward<Body>(body));
-  post_body(std::make_unique<PostedBodyOf<Stored>>(name, std::move(copy)));
+  return post_body(std::make_unique<PostedBodyOf<Stored>>(name, std::move(copy)));
 }
 
 template <typename Body>
@@ -30,7 +32,7 @@ auto EventLoop::call(const char* name, Body&& body) -> std::invoke_result_t<Body
   using Result = std::invoke_result_t<Body>;
   std::promise<Result> promise;
   auto future = promise.get_future();
-  post(name, [&promise, &body] {
+  const bool runs = post(name, [&promise, &body] {
     try {
       if constexpr (std::is_void_v<Result>) {
         body();
@@ -42,6 +44,7 @@ auto EventLoop::call(const char* name, Body&& body) -> std::invoke_result_t<Body
       promise.set_exception(std::current_exception());
     }
   });
+  if (!runs) throw Error(ESHUTDOWN, "the event loop has ended");
   return future.get();
 }
 

@@ -34,7 +34,7 @@ struct IoOp {
 
   // Set by the backend: bytes or a value >= 0, or -errno.
   int64_t result = 0;
-  // Whom to wake. Set by EventLoop::run_io.
+  // Whom to wake. Set by EventLoop::run_io; nullptr when the operation has completed.
   Fiber* fiber = nullptr;
 
   // Backend's own.

@@ -2,10 +2,12 @@
 #include "nbd-server/connection.h"
 
 #include <algorithm>
+#include <exception>
 
 #include <fmt/core.h>
 
 #include "base/log.h"
+#include "base/sync.h"
 
 namespace minivmm::nbd {
 namespace {
@@ -55,17 +57,72 @@ const char* Connection::serve(const Environment& environment) {
   base::log_debug("NBD client {} ({}{}{}) uses '{}'", id_, peer_,
                   agreed->client.empty() ? "" : ", ", agreed->client, agreed->target->name());
 
+  return run_sessions(environment, *agreed);
+}
+
+const char* Connection::run_sessions(const Environment& environment, const Agreement& agreed) {
+  Placement placement(loop_, environment.shared);
+  for (;;) {
+    const char* const why = placement.away() ? run_elsewhere(environment, agreed, placement)
+                                             : run_session(environment, agreed, cancel_, placement);
+    if (why != nullptr) return why;
+    placement.move();
+    base::log_debug("NBD client {} goes on on {}", id_, placement.here().name());
+  }
+}
+
+// On the loop of `placement`, to which `cancel` belongs.
+const char* Connection::run_session(const Environment& environment, const Agreement& agreed,
+                                    base::CancelSource& cancel, Placement& placement) {
+  const ServerOptions& options = environment.options;
   const SessionOptions session_options{.idle_limit = terms_.idle_limit.value_or(options.idle_limit),
                                        .stall_limit = options.stall_limit,
                                        .memory = options.connection_memory};
-  Budgets* const limited = agreed->target->memory();
-  Session session(loop_, stream_, environment.resources,
-                  limited != nullptr ? *limited : environment.budgets, *agreed, cancel_,
-                  session_options, counters_);
-  session_ = &session;
-  const char* const why = session.run();
-  session_ = nullptr;
+  base::EventLoop& loop = placement.here();
+  Resources& resources = *environment.resources[loop.index()];
+  Budgets* const limited = agreed.target->memory();
+  const char* why = nullptr;
+  {
+    Session session(loop, stream_, resources, limited != nullptr ? *limited : environment.budgets,
+                    agreed, cancel, session_options, counters_, placement);
+    session_ = &session;
+    session_cancel_ = &cancel;
+    why = session.run();
+    session_ = nullptr;
+    session_cancel_ = nullptr;
+  }
+  resources.buffers().shrink();
   return why;
+}
+
+// The connection's fiber waits here meanwhile.
+const char* Connection::run_elsewhere(const Environment& environment, const Agreement& agreed,
+                                      Placement& placement) {
+  base::Event ended;
+  std::exception_ptr error;
+  const char* why = nullptr;
+  const auto visit = [&] {
+    try {
+      base::CancelSource cancel;
+      why = run_session(environment, agreed, cancel, placement);
+    } catch (...) {
+      error = std::current_exception();
+    }
+    ended.set();
+  };
+  bool begun = false;
+  try {
+    // Who wants it to end asks there from now on.
+    away_ = &placement.here();
+    begun = !cancel_.cancelled() && away_->post("nbd session", visit);
+  } catch (const std::bad_alloc&) {
+    base::log_debug("NBD client {}: no memory to change loops", id_);
+  }
+  if (begun) ended.wait();
+  away_ = nullptr;
+  if (error) std::rethrow_exception(error);
+  if (!begun) placement.stay();
+  return begun ? why : run_session(environment, agreed, cancel_, placement);
 }
 
 // Whoever withdraws the export either finds this client there, or is found here.
@@ -80,8 +137,24 @@ bool Connection::choose(const std::shared_ptr<Export>& target) {
 void Connection::end_soon() {
   loop_.post("nbd cancel", [self = shared_from_this()] {
     self->cancel_.cancel();
-    if (self->session_ != nullptr) self->session_->on_cancel();
+    if (self->away_ == nullptr) {
+      self->cancel_session();
+    } else {
+      // Behind the session's own beginning, if that is on its way.
+      try {
+        self->away_->post("nbd cancel", [self] { self->cancel_session(); });
+      } catch (const std::bad_alloc&) {
+        self->cut();
+      }
+    }
   });
+}
+
+// On the session's loop. It may be gone, to where cancel_ is seen.
+void Connection::cancel_session() noexcept {
+  if (session_ == nullptr) return;
+  session_cancel_->cancel();
+  session_->on_cancel();
 }
 
 bool Connection::entered() const {

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// One client from accept to close: the handshake, then the session. Shared by the server's table
-// of clients and by the fiber that runs it; lives on one loop.
+// One client from accept to close: the handshake, then sessions, one after the other where it
+// changes loops (placement.h). Shared by the server's table of clients and by the fiber that runs
+// it; lives on one loop, from which it visits others.
 #pragma once
 
 #include <string>
@@ -27,8 +28,9 @@ class Connection : public std::enable_shared_from_this<Connection> {
   struct Environment {
     const ServerOptions& options;
     const ExportTable& exports;
-    Resources& resources;  // of the connection's loop
+    const ResourcesOfLoops& resources;
     Budgets& budgets;
+    base::EventLoop* shared;  // see placement.h
   };
 
   // What the listener says that the client came by.
@@ -68,6 +70,12 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
  private:
   const char* serve(const Environment& environment);
+  const char* run_sessions(const Environment& environment, const Agreement& agreed);
+  const char* run_session(const Environment& environment, const Agreement& agreed,
+                          base::CancelSource& cancel, Placement& placement);
+  const char* run_elsewhere(const Environment& environment, const Agreement& agreed,
+                            Placement& placement);
+  void cancel_session() noexcept;
   bool choose(const std::shared_ptr<Export>& target);
 
   const uint64_t id_;
@@ -84,7 +92,11 @@ class Connection : public std::enable_shared_from_this<Connection> {
 
   // The loop's thread only.
   base::CancelSource cancel_;
+  base::EventLoop* away_ = nullptr;  // where the session is, if not here
+
+  // The thread of the loop on which the session is.
   Session* session_ = nullptr;
+  base::CancelSource* session_cancel_ = nullptr;
 };
 
 }  // namespace minivmm::nbd

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <exception>
+#include <thread>
 #include <utility>
 
 #include <fmt/core.h>
@@ -307,8 +308,8 @@ void Server::Core::serve(base::UniqueFd connected, Connection::Terms terms,
       throw;
     }
   }
-  loop.post("nbd client", [self = shared_from_this(), client, &loop]() mutable {
-    const bool last = self->run_client(*client, loop);
+  loop.post("nbd client", [self = shared_from_this(), client]() mutable {
+    const bool last = self->run_client(*client);
     // The socket is closed before whoever waits for the clients' end goes on.
     client.reset();
     if (last) forget_lent();
@@ -316,10 +317,17 @@ void Server::Core::serve(base::UniqueFd connected, Connection::Terms terms,
   });
 }
 
-bool Server::Core::run_client(Connection& client, base::EventLoop& loop) {
-  Resources& resources = *resources_[loop.index()];
-  client.run({options_, exports_, resources, budgets_});
-  resources.buffers().shrink();
+// Half of the processors are the clients'. Where there are not more loops than that, none is
+// shared.
+base::EventLoop* Server::Core::shared_loop(uint64_t client) noexcept {
+  const size_t most =
+      options_.shared_loops > 0 ? options_.shared_loops : std::thread::hardware_concurrency() / 2;
+  const size_t shared = std::max<size_t>(most, 1);
+  return shared < loops_.size() ? &loops_.loop(client % shared) : nullptr;
+}
+
+bool Server::Core::run_client(Connection& client) {
+  client.run({options_, exports_, resources_, budgets_, shared_loop(client.id())});
   bool last = false;
   {
     const std::lock_guard lock(mutex_);

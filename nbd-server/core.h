@@ -64,7 +64,8 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   void accept_clients(Listener& listener);
   void accept_ready(Listener& listener);
   // Returns whether it was the last one.
-  bool run_client(Connection& client, base::EventLoop& loop);
+  bool run_client(Connection& client);
+  base::EventLoop* shared_loop(uint64_t client) noexcept;
   bool full(const Listener& listener) const;
   bool admits(const Connection& client, unsigned max_per_client);
   Clients clients() const;
@@ -78,7 +79,7 @@ class Server::Core : public std::enable_shared_from_this<Server::Core> {
   ExportTable exports_;
   Budgets budgets_;
   Kept kept_;
-  std::array<std::unique_ptr<Resources>, base::EventLoop::kMaxLoops> resources_;
+  ResourcesOfLoops resources_;
 
   mutable std::mutex mutex_;
   bool closed_ = false;                                      // guarded by mutex_

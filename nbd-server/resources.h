@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/event_loop.h"
 #include "nbd-server/buffer_pool.h"
 #include "nbd-server/request.h"
 
@@ -36,6 +37,11 @@ class Resources {
     return std::exchange(last_served_, &session) == &session;
   }
 
+  // When a session last left this loop because it had too much to do; others see first whether
+  // that was enough.
+  base::Clock::time_point left() const noexcept { return left_; }
+  void leave(base::Clock::time_point now) noexcept { left_ = now; }
+
   // For one system call that does not wait.
   static constexpr size_t kIovecs = 1024;  // the kernel's bound for one call
   std::array<iovec, kIovecs>& iovecs() noexcept { return iovecs_; }
@@ -47,7 +53,11 @@ class Resources {
   Request* free_ = nullptr;
   size_t kept_ = 0;
   const Session* last_served_ = nullptr;  // compared, never followed
+  base::Clock::time_point left_{};
   std::array<iovec, kIovecs> iovecs_;
 };
+
+// By the index of the loop; those of the server's loops are there.
+using ResourcesOfLoops = std::array<std::unique_ptr<Resources>, base::EventLoop::kMaxLoops>;
 
 }  // namespace minivmm::nbd

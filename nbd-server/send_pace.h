@@ -25,12 +25,13 @@ class SendPace {
 
   // So many replies leave together.
   void sends(size_t replies) noexcept { sent_ = replies; }
-  // The next receive begins; `requests` were taken so far in all.
-  void receives(uint64_t requests) noexcept {
+  // The next receive begins; `requests` were taken so far in all. How many since the last one?
+  size_t receives(uint64_t requests) noexcept {
     const auto taken = static_cast<size_t>(requests - requests_);
     depth_ = std::max(depth_ - (depth_ + 7) / 8, taken + unread_);
     requests_ = requests;
     unread_ = std::exchange(sent_, 0);
+    return taken;
   }
   // Nothing is there yet: the client has read what was sent.
   void waits() noexcept { unread_ = 0; }

@@ -2,9 +2,9 @@
 // The NBD server: exports by name, listeners, and the connections of clients.
 //
 // Owned by whoever set it up (the control plane, a test); the LoopGroup and the Graph behind the
-// exports outlive it. A connection lives on one loop of the group and its requests run there as
-// fibers. Methods marked "any thread" may be called from everywhere; the others run on a fiber of
-// any loop, because they wait.
+// exports outlive it. A connection is on one loop of the group at a time and its requests run
+// there as fibers. Methods marked "any thread" may be called from everywhere; the others run on a
+// fiber of any loop, because they wait.
 //
 // Order of life: add_export, listen (either first), ..., stop. A server that is destroyed without
 // stop() (unwinding) cuts its connections and does not wait: the handles go to the graph's reaper
@@ -43,6 +43,9 @@ struct ServerOptions {
   std::chrono::milliseconds stall_limit{5'000};
   // Further clients are not accepted until one leaves.
   unsigned max_connections = 4096;
+  // The loops that clients share who send one request after the other (placement.h); 0: as many as
+  // half the processors.
+  unsigned shared_loops = 0;
   // Called when a client has left and no other is there; whether it had chosen an export. Any loop.
   std::function<void(bool entered)> on_last_left = {};
   // Where more than so many are in the handshake, the one that has been in it longest is cut off.

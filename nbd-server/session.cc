@@ -22,7 +22,7 @@ void bump(std::atomic<T>& counter, T by) noexcept {
 
 Session::Session(base::EventLoop& loop, Stream& stream, Resources& resources, Budgets& budgets,
                  const Agreement& agreed, base::CancelSource& cancel, const SessionOptions& options,
-                 SessionCounters& counters)
+                 SessionCounters& counters, Placement& placement)
     : loop_(loop),
       stream_(stream),
       resources_(resources),
@@ -31,6 +31,7 @@ Session::Session(base::EventLoop& loop, Stream& stream, Resources& resources, Bu
       cancel_(cancel),
       options_(options),
       counters_(counters),
+      placement_(placement),
       account_(budgets, std::min(options.memory, budgets.open().total())),
       input_(resources, budgets.open()),
       commands_(agreed_, resources),
@@ -107,6 +108,7 @@ bool Session::take_request() {
     return false;
   }
   input_.consume(header_size_);
+  small_ = head->length <= kLargePayload;
   if (head->type == static_cast<uint16_t>(wire::Command::kDisc)) {
     end("it disconnected");
     return false;

@@ -21,6 +21,7 @@
 #include "nbd-server/input.h"
 #include "nbd-server/local_wait.h"
 #include "nbd-server/negotiation.h"
+#include "nbd-server/placement.h"
 #include "nbd-server/reply_queue.h"
 #include "nbd-server/send_pace.h"
 #include "nbd-server/stream.h"
@@ -45,13 +46,14 @@ class Session final : private ReplyQueue::Owner {
  public:
   Session(base::EventLoop& loop, Stream& stream, Resources& resources, Budgets& budgets,
           const Agreement& agreed, base::CancelSource& cancel, const SessionOptions& options,
-          SessionCounters& counters);
+          SessionCounters& counters, Placement& placement);
   Session(const Session&) = delete;
   Session& operator=(const Session&) = delete;
 
   // Serves until the client leaves or breaks the protocol. When `cancel` fires, until nothing is in
   // flight any more: what comes meanwhile is refused with ESHUTDOWN. Every request has ended when
-  // this returns. The text says why, for the log.
+  // this returns. The text says why, for the log; nullptr: it is to go on on the other loop of
+  // `placement`, by another session, and nothing is in hand.
   const char* run();
 
   // After `cancel` has fired: wakes what waits for the client to read.
@@ -127,6 +129,7 @@ class Session final : private ReplyQueue::Owner {
     size_t bytes = kLeastProgress;  // since then
   };
   bool receive();
+  bool leaves(bool alternating) noexcept;
   int64_t try_receive(std::span<iovec> to) noexcept;
   bool take_turn();
   bool receive_into(std::span<iovec> to, size_t& received, Progress* progress = nullptr);
@@ -168,6 +171,7 @@ class Session final : private ReplyQueue::Owner {
   base::CancelSource& cancel_;
   const SessionOptions options_;
   SessionCounters& counters_;
+  Placement& placement_;
 
   Account account_;
   Input input_;
@@ -176,6 +180,8 @@ class Session final : private ReplyQueue::Owner {
   LocalWait memory_;   // the client's own replies have to be sent first
   LocalWait drained_;  // in_flight_ is 0
   uint32_t in_flight_ = 0;
+  bool waited_ = false;      // for the client, in this receive
+  bool small_ = false;       // the last request was
   bool in_batch_ = false;    // run() is working: it will flush
   bool large_mode_ = false;  // see kLargePayload
   bool ended_ = false;

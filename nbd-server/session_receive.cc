@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cerrno>
 #include <cstring>
+#include <utility>
 
 #include "nbd-server/session.h"
 
@@ -132,11 +133,25 @@ bool Session::take_turn() {
   return false;
 }
 
+// Whether the session goes on on another loop: between two requests, with nothing in hand.
+bool Session::leaves(bool alternating) noexcept {
+  if (!placement_.note(alternating)) return false;
+  if (in_hand() > 0 || input_.size() > 0 || cancel_.cancelled()) return false;
+  const auto now = base::Clock::now();
+  if (!placement_.decide(now, std::max(loop_.last_idle(), resources_.left()))) return false;
+  if (placement_.away()) resources_.leave(now);
+  outcome_ = nullptr;
+  return true;
+}
+
 bool Session::receive() {
   send_replies();
-  pace_.receives(counters_.requests.load(std::memory_order_relaxed));
+  const size_t taken = pace_.receives(counters_.requests.load(std::memory_order_relaxed));
+  if (leaves(taken == 1 && small_)) return false;
   ++receives_;
   if (!take_turn()) return false;
+  // Who was waited for and then sent one request is waited for again. TLS may have it already.
+  bool waits = std::exchange(waited_, false) && taken == 1 && stream_.tls() == nullptr;
   for (;;) {
     iovec room = input_.room(large_mode_ ? header_size_ - input_.size() : SIZE_MAX);
     large_mode_ = false;
@@ -148,8 +163,10 @@ bool Session::receive() {
       continue;
     }
     size_t n = 0;
-    const int64_t tried = try_receive({&room, 1});
+    const int64_t tried = std::exchange(waits, false) ? -EAGAIN : try_receive({&room, 1});
     if (tried == -EAGAIN) {
+      waited_ = true;
+      pace_.waits();
       input_.idle();
       if (!wait_readable()) return false;
       continue;

@@ -266,5 +266,24 @@ TEST(LoopGroup, WhereLoopsRunOutTheErrorIsThrownAndNothingIsLeft) {
   EXPECT_EQ(rest.loop(2).call("alive", [] { return 7; }), 7);
 }
 
+// Who waits for a body that never runs waits for ever: each is either run or refused.
+TEST(EventLoopEnd, BodiesRunOrAreRefused) {
+  for (unsigned round = 0; round < 10; ++round) {
+    EventLoop loop;
+    std::thread thread([&loop] { loop.run(); });
+    std::atomic<unsigned> ran{0};
+    unsigned taken = 0;
+    std::thread poster([&] {
+      while (taken < 200 && loop.post("test", [&ran] { ++ran; })) ++taken;
+    });
+    std::this_thread::yield();
+    loop.stop();
+    thread.join();
+    poster.join();
+    EXPECT_EQ(ran, taken);
+    EXPECT_THROW(loop.call("test", [] {}), Error);
+  }
+}
+
 }  // namespace
 }  // namespace minivmm::base
