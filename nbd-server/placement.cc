@@ -9,7 +9,7 @@ bool Placement::note(bool alternating) noexcept {
   if (shared_ == nullptr) return false;
   score_ = alternating ? std::min(score_ + 1, kEnough) : score_ - std::min(score_, kSetback);
   if (!away_) return score_ == kEnough;
-  return score_ == 0 || ++unchecked_ == kEnough;
+  return score_ == 0 || ++unchecked_ >= kEnough;
 }
 
 bool Placement::decide(Clock::time_point now, Clock::time_point last_idle) noexcept {

@@ -88,6 +88,16 @@ TEST_F(PlacementTest, LeavesALoopThatHasTooMuchToDoForLongerEachTime) {
   }
 }
 
+// With something in hand it cannot move, and does not decide.
+TEST_F(PlacementTest, AsksAgainUntilThereIsADecision) {
+  EXPECT_TRUE(note(true, Placement::kEnough));
+  EXPECT_TRUE(note(true));
+  EXPECT_TRUE(decide());
+  EXPECT_TRUE(note(true, Placement::kEnough));
+  EXPECT_TRUE(note(true));
+  EXPECT_TRUE(decide(Placement::kSaturated));
+}
+
 TEST_F(PlacementTest, StaysWhereThereIsNoOtherLoop) {
   for (base::EventLoop* const shared : {static_cast<base::EventLoop*>(nullptr), &home_}) {
     Placement alone(home_, shared);
