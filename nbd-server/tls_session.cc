@@ -88,34 +88,33 @@ TlsSession::TlsSession(std::shared_ptr<const TlsCredentials> credentials, int so
   require_tls(api.init(&session, end | GNUTLS_NONBLOCK | GNUTLS_NO_SIGNAL), "a session");
   session_.reset(session);
   require_tls(api.priority_set(session, credentials_->handles_->priority), "priority");
-  credentials_->is_client_ ? be_client() : be_server();
+  choose_credentials();
   transport_.attach(session);
 }
 
-void TlsSession::be_server() {
+// Keys where there are some, or else certificates.
+void TlsSession::choose_credentials() {
   const GnutlsApi& api = gnutls_api();
   const TlsCredentials::Handles& handles = *credentials_->handles_;
-  if (handles.keys != nullptr) {
-    require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_PSK, handles.keys), "keys");
+  const bool client = credentials_->is_client_;
+  if (void* const keys = client ? static_cast<void*>(handles.key) : handles.keys) {
+    require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_PSK, keys), "keys");
     return;
   }
   require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_CERTIFICATE, handles.certificates),
               "certificates");
-  if (credentials_->options_.verify_peer) {
-    api.certificate_server_set_request(session_.get(), GNUTLS_CERT_REQUIRE);
-    api.session_set_verify_cert(session_.get(), nullptr, 0);
-  }
+  client ? check_server() : check_client();
 }
 
-void TlsSession::be_client() {
+void TlsSession::check_client() {
   const GnutlsApi& api = gnutls_api();
-  const TlsCredentials::Handles& handles = *credentials_->handles_;
-  if (handles.key != nullptr) {
-    require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_PSK, handles.key), "keys");
-    return;
-  }
-  require_tls(api.credentials_set(session_.get(), GNUTLS_CRD_CERTIFICATE, handles.certificates),
-              "certificates");
+  if (!credentials_->options_.verify_peer) return;
+  api.certificate_server_set_request(session_.get(), GNUTLS_CERT_REQUIRE);
+  api.session_set_verify_cert(session_.get(), nullptr, 0);
+}
+
+void TlsSession::check_server() {
+  const GnutlsApi& api = gnutls_api();
   const std::string& host = credentials_->host_;
   in6_addr address{};
   const bool is_address = ::inet_pton(AF_INET, host.c_str(), &address) == 1 ||

@@ -41,8 +41,9 @@ class TlsSession {
   std::string trouble() const;
 
  private:
-  void be_server();
-  void be_client();
+  void choose_credentials();
+  void check_client();
+  void check_server();
   std::string why(int status) const;
   int64_t encrypt(std::span<const iovec> from) noexcept;
 
