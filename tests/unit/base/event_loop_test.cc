@@ -266,6 +266,22 @@ TEST(LoopGroup, WhereLoopsRunOutTheErrorIsThrownAndNothingIsLeft) {
   EXPECT_EQ(rest.loop(2).call("alive", [] { return 7; }), 7);
 }
 
+// Whether the loop looks by itself or has gone to sleep by then.
+TEST_P(LoopTest, DescriptorsThatBecomeReadyLateOrSoonAreNoticed) {
+  for (const int wait_us : {0, 10, 100, 20'000}) {
+    for (unsigned i = 0; i < 5; ++i) {
+      const UniqueFd fd(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK));
+      std::thread writer([&] {
+        ::usleep(static_cast<useconds_t>(wait_us));
+        const uint64_t one = 1;
+        ASSERT_EQ(::write(fd.get(), &one, sizeof one), ssize_t{sizeof one});
+      });
+      EXPECT_EQ(a().call("test", [&] { return io::poll(fd.get(), POLLIN, nullptr); }), POLLIN);
+      writer.join();
+    }
+  }
+}
+
 // Who waits for a body that never runs waits for ever: each is either run or refused.
 TEST(EventLoopEnd, BodiesRunOrAreRefused) {
   for (unsigned round = 0; round < 10; ++round) {
